@@ -1,0 +1,154 @@
+// Argument checks shared by the CPU and the CUDA side of every operator. Kernels behind them trust their
+// input. Every message names the argument, what came and what was expected.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace daemon_fast {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+    std::ostringstream message;
+    (message << ... << parts);
+    throw std::runtime_error(message.str());
+}
+
+inline std::string shape(const Tensor& tensor) {
+    std::ostringstream out;
+    out << '[';
+    for (int64_t d = 0; d < tensor.dim(); ++d) out << (d ? ", " : "") << tensor.size(d);
+    out << ']';
+    return out.str();
+}
+
+inline const char* dtype_name(ScalarType type) {
+    switch (type) {
+        case ScalarType::Int: return "int32";
+        case ScalarType::Long: return "int64";
+        case ScalarType::Half: return "float16";
+        case ScalarType::BFloat16: return "bfloat16";
+        case ScalarType::Float: return "float32";
+        case ScalarType::Double: return "float64";
+        case ScalarType::Bool: return "bool";
+        default: return "another dtype";
+    }
+}
+
+// `what` is written as op.argument, for example "repetition: tokens".
+inline void check_dim(const Tensor& tensor, int64_t dim, const char* what, const char* layout) {
+    if (tensor.dim() != dim) fail(what, " must have shape ", layout, ", got ", shape(tensor));
+}
+
+inline void check_size(const Tensor& tensor, int64_t dim, int64_t size, const char* what, const char* expected) {
+    if (tensor.size(dim) != size)
+        fail(what, " must have ", expected, " = ", size, " at dimension ", dim, ", got shape ", shape(tensor));
+}
+
+template <class... Allowed>
+void check_dtype(const Tensor& tensor, const char* what, Allowed... allowed) {
+    const ScalarType type = tensor.scalar_type();
+    if (((type == allowed) || ...)) return;
+    std::ostringstream names;
+    bool first = true;
+    ((names << (first ? "" : " or ") << dtype_name(allowed), first = false), ...);
+    fail(what, " must be ", names.str(), ", got ", dtype_name(type));
+}
+
+inline void check_same_device(const Tensor& tensor, const Tensor& reference, const char* what) {
+    if (tensor.is_cuda() != reference.is_cuda() || tensor.get_device_index() != reference.get_device_index())
+        fail(what, " must be on the same device as the first argument");
+}
+
+inline Tensor empty_like_with(const Tensor& like, std::vector<int64_t> size, ScalarType type) {
+    return torch::stable::new_empty(like, IntHeaderOnlyArrayRef(size.data(), size.size()), type);
+}
+
+// ---- one check per operator ------------------------------------------------------------------------------
+
+inline void check_repetition(
+    const Tensor& tokens, const Tensor& lengths, const std::vector<int64_t>& ngrams,
+    const std::vector<int64_t>& windows) {
+    check_dim(tokens, 2, "repetition: tokens", "[R, T]");
+    check_dtype(tokens, "repetition: tokens", ScalarType::Int, ScalarType::Long);
+    check_dim(lengths, 1, "repetition: lengths", "[R]");
+    check_dtype(lengths, "repetition: lengths", ScalarType::Int, ScalarType::Long);
+    check_size(lengths, 0, tokens.size(0), "repetition: lengths", "tokens.shape[0]");
+    check_same_device(lengths, tokens, "repetition: lengths");
+    for (size_t i = 0; i < ngrams.size(); ++i)
+        if (ngrams[i] < 1) fail("repetition: ngrams[", i, "] = ", ngrams[i], " is below the minimum 1");
+    for (size_t i = 0; i < windows.size(); ++i)
+        if (windows[i] < 1) fail("repetition: windows[", i, "] = ", windows[i], " is below the minimum 1");
+}
+
+inline void check_token_logprobs(const Tensor& logits, const Tensor& ids, double temperature) {
+    check_dim(logits, 2, "token_logprobs: logits", "[R, V]");
+    check_dtype(
+        logits, "token_logprobs: logits", ScalarType::Half, ScalarType::BFloat16, ScalarType::Float);
+    check_dim(ids, 1, "token_logprobs: ids", "[R]");
+    check_dtype(ids, "token_logprobs: ids", ScalarType::Int, ScalarType::Long);
+    check_size(ids, 0, logits.size(0), "token_logprobs: ids", "logits.shape[0]");
+    check_same_device(ids, logits, "token_logprobs: ids");
+    if (!(temperature > 0) || !std::isfinite(temperature))
+        fail("token_logprobs: temperature = ", temperature, " must be positive and finite");
+    if (logits.size(1) == 0 && logits.size(0) > 0)
+        fail("token_logprobs: logits has an empty vocabulary: shape ", shape(logits));
+}
+
+inline void check_importance_weights(const Tensor& log_w) {
+    check_dim(log_w, 2, "importance_weights: log_w", "[G, M]");
+    check_dtype(log_w, "importance_weights: log_w", ScalarType::Float, ScalarType::Double);
+    if (log_w.size(1) == 0 && log_w.size(0) > 0)
+        fail("importance_weights: log_w has no candidates (M = 0): shape ", shape(log_w));
+}
+
+// features [G, M, K], mu [K], base_log_w [G, M] or none: the arguments that sir_select and tilted_moments share.
+inline void check_tilt(
+    const std::string& op, const Tensor& features, const Tensor& mu, const std::optional<Tensor>& base_log_w) {
+    const std::string f = op + ": features", m = op + ": mu", b = op + ": base_log_w";
+    check_dim(features, 3, f.c_str(), "[G, M, K]");
+    check_dtype(features, f.c_str(), ScalarType::Float, ScalarType::Double);
+    check_dim(mu, 1, m.c_str(), "[K]");
+    check_dtype(mu, m.c_str(), ScalarType::Double);
+    check_size(mu, 0, features.size(2), m.c_str(), "features.shape[2]");
+    check_same_device(mu, features, m.c_str());
+    if (features.size(1) == 0 && features.size(0) > 0)
+        fail(f, " has no candidates (M = 0): shape ", shape(features));
+    if (!base_log_w) return;
+    check_dim(*base_log_w, 2, b.c_str(), "[G, M]");
+    check_dtype(*base_log_w, b.c_str(), ScalarType::Float, ScalarType::Double);
+    check_size(*base_log_w, 0, features.size(0), b.c_str(), "features.shape[0]");
+    check_size(*base_log_w, 1, features.size(1), b.c_str(), "features.shape[1]");
+    check_same_device(*base_log_w, features, b.c_str());
+}
+
+inline void check_sir_select(
+    const Tensor& features, const Tensor& mu, const std::optional<Tensor>& base_log_w, const Tensor& uniforms) {
+    check_tilt("sir_select", features, mu, base_log_w);
+    if (uniforms.dim() != 1 && uniforms.dim() != 2)
+        fail("sir_select: uniforms must have shape [G] or [G, S], got ", shape(uniforms));
+    check_dtype(uniforms, "sir_select: uniforms", ScalarType::Double);
+    check_size(uniforms, 0, features.size(0), "sir_select: uniforms", "features.shape[0]");
+    check_same_device(uniforms, features, "sir_select: uniforms");
+}
+
+inline void check_tilted_moments(
+    const Tensor& features, const Tensor& mu, const std::optional<Tensor>& base_log_w) {
+    check_tilt("tilted_moments", features, mu, base_log_w);
+    if (features.size(0) == 0) fail("tilted_moments: features has no prefixes (N = 0): shape ", shape(features));
+}
+
+}  // namespace daemon_fast

@@ -1,0 +1,56 @@
+"""Exceptions and warnings: every error that the library raises on purpose is a `DaemonFastError`."""
+
+from __future__ import annotations
+
+__all__ = [
+    "ArtefactError",
+    "DaemonFastError",
+    "DataError",
+    "DeviceUnavailable",
+    "FitDidNotConverge",
+    "InfeasibleTargets",
+    "InvalidInput",
+    "LowEffectiveSampleSize",
+    "ModelUnavailable",
+    "UnknownMetric",
+]
+
+
+class DaemonFastError(Exception):
+    """Base of the library's exceptions. The CLI prints its message as one line and exits with code 2."""
+
+
+class InvalidInput(DaemonFastError, ValueError):
+    """An argument is out of range, of the wrong shape or inconsistent with another."""
+
+
+class UnknownMetric(InvalidInput):
+    """A metric name is neither built in nor among the user's own."""
+
+
+class DataError(DaemonFastError, ValueError):
+    """A text file is unreadable, empty, malformed, or holds no usable prefix."""
+
+
+class ModelUnavailable(DaemonFastError, OSError):
+    """A language model, tokenizer or sentence encoder can't be loaded."""
+
+
+class DeviceUnavailable(DaemonFastError, RuntimeError):
+    """A device was asked for that this machine, or this torch, doesn't have."""
+
+
+class ArtefactError(DaemonFastError, ValueError):
+    """A fitted artefact is unreadable, malformed, or fitted for another model. Names the field."""
+
+
+class InfeasibleTargets(DaemonFastError, ValueError):
+    """No weighting of the candidates reaches the target means: the fit has no solution (see `fit`)."""
+
+
+class FitDidNotConverge(DaemonFastError, RuntimeError):
+    """The fit neither reached its tolerance nor proved the targets infeasible."""
+
+
+class LowEffectiveSampleSize(UserWarning):
+    """A few candidates carry nearly all the weight, so that the draw has little to choose from."""

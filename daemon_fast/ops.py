@@ -1,0 +1,255 @@
+"""The operators: one short front each, its fake kernel for `torch.compile` under it.
+
+All are deterministic, run on the device of their arguments, and are also reachable as `torch.ops.daemon_fast.*`.
+A bad argument is a RuntimeError, as with torch's own operators, that names the argument, its value and the limit.
+`daemon_fast.reference` holds the definitions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from daemon_fast import extension
+
+__all__ = ["importance_weights", "repetition", "sir_select", "tilted_moments", "token_logprobs"]
+
+extension.load()  # registers the operators
+_ops = torch.ops.daemon_fast
+
+
+class ImportanceWeights(NamedTuple):
+    weights: Tensor  # [G, M], each row sums to 1
+    log_mean: Tensor  # [G]
+    ess: Tensor  # [G]
+
+
+class Selection(NamedTuple):
+    index: Tensor  # [G] or [G, S] int64
+    weights: Tensor  # [G, M]
+    log_z: Tensor  # [G]
+    ess: Tensor  # [G]
+
+
+class Moments(NamedTuple):
+    log_z: Tensor  # [] float64
+    mean: Tensor  # [K] float64
+    covariance: Tensor  # [K, K] float64
+
+
+class TokenLogProbs(NamedTuple):
+    log_p: Tensor  # [R] float32
+    log_q: Tensor  # [R] float32
+
+
+def repetition(
+    tokens: Tensor,  # [R, T] int32 or int64
+    lengths: Tensor | None = None,  # [R] int32 or int64
+    ngrams: Sequence[int] = (2, 3, 4),
+    windows: Sequence[int] = (8, 16, 32),
+) -> Tensor:
+    """N-gram repetition and token repetition of each row, exactly.
+
+    Parameters
+    ----------
+    tokens : [R, T] int32 or int64
+        One sequence a row; any ids, negative ones included. Rows may be strided.
+    lengths : [R] int32 or int64, optional
+        Only tokens[r, :lengths[r]] counts; what lies behind never changes a result. Default: T for every row.
+    ngrams : sequence of int >= 1
+        For each n, sr_n = 1 - (distinct n-grams) / (lengths[r] - n + 1), or 0 for a row shorter than n.
+    windows : sequence of int >= 1
+        For each w, tr_w = the share of tokens that occur among the w tokens before them, or 0 for an empty row.
+
+    Returns
+    -------
+    [R, len(ngrams) + len(windows)] float32
+        Fractions: sr_n in the order of `ngrams`, then tr_w in the order of `windows`.
+
+    Raises
+    ------
+    RuntimeError
+        Wrong shape or dtype; n or w below 1; on the CPU, a length below 0 or above T. CUDA can't report the last
+        without a synchronisation: there, such a row is NaN.
+
+    Examples
+    --------
+    >>> import torch, daemon_fast
+    >>> daemon_fast.repetition(torch.tensor([[5, 7, 5, 7, 5]]), ngrams=[2], windows=[2])
+    tensor([[0.5000, 0.6000]])
+
+    Source: Ji et al. 2024 (arXiv 2310.01041), section 4.1; sr-n after Welleck et al. 2020.
+    """
+    if lengths is None:
+        lengths = torch.full(tokens.shape[:1], tokens.shape[-1], device=tokens.device)
+    out: Tensor = _ops.repetition(tokens, lengths, ngrams, windows)
+    return out
+
+
+@torch.library.register_fake("daemon_fast::repetition")
+def _(tokens: Tensor, lengths: Tensor, ngrams: Sequence[int], windows: Sequence[int]) -> Tensor:
+    return tokens.new_empty((tokens.shape[0], len(ngrams) + len(windows)), dtype=torch.float32)
+
+
+def token_logprobs(
+    logits: Tensor,  # [R, V] float16, bfloat16 or float32
+    ids: Tensor,  # [R] int32 or int64
+    temperature: float = 1.0,
+) -> TokenLogProbs:
+    """Log-probability of one id per row, at temperature 1 and at `temperature`, in one pass over the vocabulary.
+
+    Parameters
+    ----------
+    logits : [R, V] float16, bfloat16 or float32
+        Unnormalised; -inf marks an excluded id. A row of nothing but -inf, or with NaN, gives NaN.
+    ids : [R] int32 or int64, each in [0, V)
+    temperature : float > 0
+
+    Returns
+    -------
+    log_p : [R] float32
+        log softmax(logits)[id].
+    log_q : [R] float32
+        log softmax(logits / temperature)[id].
+
+    Raises
+    ------
+    RuntimeError
+        Wrong shape or dtype, temperature not positive and finite, an id outside the vocabulary.
+    """
+    return TokenLogProbs(*_ops.token_logprobs(logits, ids, temperature))
+
+
+@torch.library.register_fake("daemon_fast::token_logprobs")
+def _(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    return (
+        logits.new_empty(logits.shape[:1], dtype=torch.float32),
+        logits.new_empty(logits.shape[:1], dtype=torch.float32),
+    )
+
+
+def importance_weights(
+    log_w: Tensor,  # [G, M] float32 or float64
+) -> ImportanceWeights:
+    """Normalised importance weights of each row, by log-sum-exp.
+
+    Parameters
+    ----------
+    log_w : [G, M] float32 or float64
+        Log-weights, known up to a constant per row; -inf is a weight of zero.
+
+    Returns
+    -------
+    weights : [G, M], dtype of log_w
+        exp(log_w) / Σ_j exp(log_w); each row sums to 1.
+    log_mean : [G], dtype of log_w
+        log (1/M) Σ_j exp(log_w).
+    ess : [G], dtype of log_w
+        Effective sample size 1 / Σ_j weights², from 1 to M.
+
+    Raises
+    ------
+    RuntimeError
+        Names the row whose log-weights are all -inf, or hold NaN or +inf.
+    """
+    return ImportanceWeights(*_ops.importance_weights(log_w))
+
+
+@torch.library.register_fake("daemon_fast::importance_weights")
+def _(log_w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(log_w), log_w.new_empty(log_w.shape[:1]), log_w.new_empty(log_w.shape[:1])
+
+
+def sir_select(
+    features: Tensor,  # [G, M, K] float32 or float64
+    mu: Tensor,  # [K] float64
+    uniforms: Tensor,  # [G] or [G, S] float64
+    base_log_w: Tensor | None = None,  # [G, M] float32 or float64
+) -> Selection:
+    """Draw from M candidates with probability ∝ exp(b - mu · f): Sampling-Importance-Resampling.
+
+    Parameters
+    ----------
+    features : [G, M, K] float32 or float64
+    mu : [K] float64
+    uniforms : [G] or [G, S] float64, in [0, 1)
+        Inverse CDF from one uniform a draw; S draws from the same candidates, with replacement.
+    base_log_w : [G, M] float32 or float64, optional
+        Base log-weights b; 0 if left out.
+
+    Returns
+    -------
+    index : int64, shape of uniforms
+        The chosen candidate. One of weight zero is never chosen.
+    weights : [G, M], dtype of features
+    log_z : [G], dtype of features
+        log (1/M) Σ_j exp(b - mu · f).
+    ess : [G], dtype of features
+        Effective sample size 1 / Σ_j weights².
+
+    Raises
+    ------
+    RuntimeError
+        Wrong shape or dtype, a uniform outside [0, 1), or a row whose log-weights are all -inf, or hold NaN or +inf.
+
+    Source: Ji et al. 2024 (arXiv 2310.01041), algorithm 2.
+    """
+    return Selection(*_ops.sir_select(features, mu, base_log_w, uniforms))
+
+
+@torch.library.register_fake("daemon_fast::sir_select")
+def _(
+    features: Tensor, mu: Tensor, base_log_w: Tensor | None, uniforms: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    groups = features.shape[:1]
+    return (
+        features.new_empty(uniforms.shape, dtype=torch.int64),
+        features.new_empty(features.shape[:2]),
+        features.new_empty(groups),
+        features.new_empty(groups),
+    )
+
+
+def tilted_moments(
+    features: Tensor,  # [N, M, K] float32 or float64
+    mu: Tensor,  # [K] float64
+    base_log_w: Tensor | None = None,  # [N, M] float32 or float64
+    per_prefix: bool = True,
+) -> Moments:
+    """Log Z, mean and covariance of the features under weights ∝ exp(b - mu · f): one Newton step of the fit.
+
+    Parameters
+    ----------
+    features : [N, M, K] float32 or float64
+    mu : [K] float64
+    base_log_w : [N, M] float32 or float64, optional
+        Base log-weights b; 0 if left out.
+    per_prefix : bool
+        True: normalise the weights within each prefix, and average log Z, mean and covariance over the prefixes.
+        False: one normalisation over all N · M samples.
+
+    Returns
+    -------
+    log_z : [] float64
+        (1/N) Σ_i log (1/M) Σ_j w_ij per prefix, or log (1/NM) Σ_ij w_ij.
+    mean : [K] float64
+    covariance : [K, K] float64
+        -d mean / d mu; exactly symmetric.
+
+    Raises
+    ------
+    RuntimeError
+        Wrong shape or dtype, no prefixes, NaN or +inf in a log-weight, or no finite one where one is needed.
+    """
+    return Moments(*_ops.tilted_moments(features, mu, base_log_w, per_prefix))
+
+
+@torch.library.register_fake("daemon_fast::tilted_moments")
+def _(
+    features: Tensor, mu: Tensor, base_log_w: Tensor | None, per_prefix: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    k = features.shape[2]
+    return tuple(features.new_empty(shape, dtype=torch.float64) for shape in ((), (k,), (k, k)))  # type: ignore[return-value]

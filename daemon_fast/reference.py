@@ -1,0 +1,160 @@
+"""The definitions, in plain Python and float64: what every kernel computes, and the oracle that tests compare with.
+
+Written to be read. Nothing here is fast, and nothing on a hot path imports it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+Row = Sequence[int]
+Vector = Sequence[float]
+Matrix = Sequence[Vector]
+
+
+def sequence_repetition(row: Row, n: int) -> float:
+    """sr_n: the share of n-grams that repeat an earlier one; 0 if the row is shorter than n."""
+    total = len(row) - n + 1
+    if total <= 0:
+        return 0.0
+    distinct = {tuple(row[t : t + n]) for t in range(total)}
+    return 1 - len(distinct) / total
+
+
+def token_repetition(row: Row, w: int) -> float:
+    """tr_w: the share of tokens that occur among the w tokens before them; 0 for an empty row."""
+    if len(row) == 0:
+        return 0.0
+    hits = sum(row[t] in row[max(0, t - w) : t] for t in range(len(row)))
+    return hits / len(row)
+
+
+def diversity(row: Row) -> float:
+    """div: the product of (1 - sr_n) over n = 2, 3, 4."""
+    return math.prod(1 - sequence_repetition(row, n) for n in (2, 3, 4))
+
+
+def information(token_log_p: Vector) -> float:
+    """ent: perplexity of a continuation, given the log-probability of each of its tokens under a reference LM."""
+    if len(token_log_p) == 0:
+        raise ValueError("information of an empty continuation is not defined")
+    return math.exp(-math.fsum(token_log_p) / len(token_log_p))
+
+
+def coherence(prefix_embedding: Vector, continuation_embedding: Vector) -> float:
+    """coh: the cosine between the sentence embeddings of the prefix and of the continuation."""
+    dot = math.fsum(a * b for a, b in zip(prefix_embedding, continuation_embedding, strict=True))
+    return dot / (math.hypot(*prefix_embedding) * math.hypot(*continuation_embedding))
+
+
+def repetition(
+    tokens: Sequence[Row], lengths: Sequence[int], ngrams: Sequence[int], windows: Sequence[int]
+) -> list[list[float]]:
+    """sr_n for each n, then tr_w for each w, of the first lengths[r] tokens of each row."""
+    rows = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+    return [
+        [sequence_repetition(row, n) for n in ngrams] + [token_repetition(row, w) for w in windows] for row in rows
+    ]
+
+
+def log_sum_exp(values: Vector) -> float:
+    """log Σ exp(v), with the maximum taken out first."""
+    highest = max(values)
+    if highest == -math.inf:
+        return -math.inf
+    return highest + math.log(math.fsum(math.exp(v - highest) for v in values))
+
+
+def token_logprobs(
+    logits: Matrix, ids: Sequence[int], temperature: float
+) -> tuple[list[float], list[float]]:
+    """log softmax(logits)[id], and log softmax(logits / temperature)[id], of each row."""
+    log_p, log_q = [], []
+    for row, i in zip(logits, ids, strict=True):
+        # Measured from logits[id], so that a probability near 1 keeps its digits.
+        rest = [v - row[i] for v in row]
+        log_p.append(-log_sum_exp(rest))
+        log_q.append(-log_sum_exp([v / temperature for v in rest]))
+    return log_p, log_q
+
+
+def importance_weights(log_w: Matrix) -> tuple[list[list[float]], list[float], list[float]]:
+    """Normalised weights of each row, log((1/M) Σ w), and the effective sample size (Σ w)² / Σ w²."""
+    weights, log_mean, ess = [], [], []
+    for g, row in enumerate(log_w):
+        for j, value in enumerate(row):
+            if math.isnan(value) or value == math.inf:
+                raise ValueError(f"log-weight of row {g}, candidate {j} is {value}")
+        highest = max(row)
+        if highest == -math.inf:
+            raise ValueError(f"all {len(row)} log-weights of row {g} are -inf")
+        unnormalised = [math.exp(value - highest) for value in row]
+        total = math.fsum(unnormalised)
+        normalised = [w / total for w in unnormalised]
+        weights.append(normalised)
+        log_mean.append(highest + math.log(total / len(row)))
+        ess.append(1 / math.fsum(w * w for w in normalised))
+    return weights, log_mean, ess
+
+
+def tilted_log_weights(features: Sequence[Matrix], mu: Vector, base_log_w: Matrix | None) -> list[list[float]]:
+    """log w_ij = b_ij - mu · f_ij."""
+    return [
+        [
+            (0.0 if base_log_w is None else base_log_w[i][j]) - math.fsum(m * v for m, v in zip(mu, f, strict=True))
+            for j, f in enumerate(group)
+        ]
+        for i, group in enumerate(features)
+    ]
+
+
+def sir_select(
+    features: Sequence[Matrix], mu: Vector, base_log_w: Matrix | None, uniforms: Vector
+) -> tuple[list[int], list[list[float]], list[float], list[float]]:
+    """Sampling-Importance-Resampling: the chosen index of each group, and weights, log Z and ESS."""
+    weights, log_z, ess = importance_weights(tilted_log_weights(features, mu, base_log_w))
+    index = []
+    for group, uniform in zip(weights, uniforms, strict=True):
+        threshold, cumulative, chosen = uniform * sum(group), 0.0, 0
+        for j, w in enumerate(group):
+            if w == 0:
+                continue
+            cumulative, chosen = cumulative + w, j
+            if cumulative > threshold:
+                break
+        index.append(chosen)
+    return index, weights, log_z, ess
+
+
+def tilted_moments(
+    features: Sequence[Matrix], mu: Vector, base_log_w: Matrix | None, per_prefix: bool
+) -> tuple[float, list[float], list[list[float]]]:
+    """log Z, and mean and covariance of the features under the tilted weights.
+
+    Per prefix, each prefix is normalised by itself and the three are averaged over the prefixes; else there is one
+    normalisation over all samples.
+    """
+    if not per_prefix:
+        features = [[f for group in features for f in group]]
+        base_log_w = None if base_log_w is None else [[b for row in base_log_w for b in row]]
+    weights, log_z, _ = importance_weights(tilted_log_weights(features, mu, base_log_w))
+    n, k = len(features), len(mu)
+    means = [
+        [math.fsum(w * f[a] for w, f in zip(row, group, strict=True)) for a in range(k)]
+        for row, group in zip(weights, features, strict=True)
+    ]
+    mean = [math.fsum(m[a] for m in means) / n for a in range(k)]
+    covariance = [
+        [
+            math.fsum(
+                w * (f[a] - m[a]) * (f[b] - m[b])
+                for row, group, m in zip(weights, features, means, strict=True)
+                for w, f in zip(row, group, strict=True)
+            )
+            / n
+            for b in range(k)
+        ]
+        for a in range(k)
+    ]
+    return math.fsum(log_z) / n, mean, covariance

@@ -1,0 +1,129 @@
+"""sir_select against the plain-Python definition."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+import daemon_fast
+from daemon_fast import reference
+
+RTOL = {torch.float32: 1e-6, torch.float64: 1e-12}
+F64 = torch.float64
+
+
+@st.composite
+def calls(draw):
+    shape = draw(st.integers(0, 5)), draw(st.sampled_from([1, 2, 3, 4, 5, 25, 64, 257])), draw(st.integers(0, 9))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    dtype = draw(st.sampled_from([torch.float32, F64]))
+    features = torch.from_numpy(rng.normal(size=shape)).to(dtype)
+    if draw(st.booleans()):
+        features = features.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    mu = torch.from_numpy(rng.normal(size=shape[2]) * draw(st.sampled_from([0.0, 1.0, 1e3])))
+    base = None
+    if draw(st.booleans()):
+        base = torch.from_numpy(rng.normal(size=shape[:2]) * 5)
+        if shape[1] > 1:
+            base[:, rng.integers(shape[1])] = -math.inf
+        base = base.to(draw(st.sampled_from([torch.float32, F64])))
+    uniforms = torch.from_numpy(rng.random(shape[0]))
+    return features, mu, base, uniforms
+
+
+@given(calls())
+@settings(max_examples=300)
+def test_equals_the_definition(call):
+    features, mu, base, uniforms = call
+    out = daemon_fast.sir_select(features, mu, uniforms, base)
+    expected = reference.sir_select(
+        features.double().tolist(), mu.tolist(), None if base is None else base.double().tolist(), uniforms.tolist()
+    )
+    assert out.index.tolist() == expected[0]
+    rtol, atol = RTOL[features.dtype], 1e-37 if features.dtype == torch.float32 else 1e-300
+    # mu · f is a sum of K float64 products: its rounding, up to 1e-16 of the largest, is amplified by exp.
+    size = mu.abs().sum().item() * (features.abs().max().item() if features.numel() else 0)
+    rtol += 1e-15 * size
+    for got, want in zip(out[1:], expected[1:], strict=True):
+        np.testing.assert_allclose(got.double().numpy(), np.array(want).reshape(got.shape), rtol=rtol, atol=atol)
+
+
+def test_uniforms_hit_the_edges_of_the_cumulative_weights():
+    features = torch.zeros(6, 4, 1, dtype=F64)
+    base = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0]], dtype=F64).expand(6, 4)
+    uniforms = torch.tensor([0.0, 0.25, 0.5 - 2**-53, 0.5, 0.75, 1 - 2**-53], dtype=F64)
+    out = daemon_fast.sir_select(features, torch.zeros(1, dtype=F64), uniforms, base)
+    assert out.index.tolist() == [1, 1, 1, 3, 3, 3]
+
+
+def test_several_draws_share_the_candidates():
+    features, mu = torch.randn(4, 25, 3, dtype=F64), torch.randn(3, dtype=F64)
+    uniforms = torch.rand(4, 7, dtype=F64)
+    many = daemon_fast.sir_select(features, mu, uniforms)
+    assert many.index.shape == (4, 7)
+    for s in range(7):
+        one = daemon_fast.sir_select(features, mu, uniforms[:, s].contiguous())
+        assert torch.equal(one.index, many.index[:, s])
+        assert torch.equal(one.weights, many.weights)
+
+
+def test_draws_follow_the_weights():
+    features, mu = torch.randn(1, 6, 2, dtype=F64), torch.tensor([1.0, -0.5], dtype=F64)
+    uniforms = torch.rand(1, 20_000, dtype=F64, generator=torch.Generator().manual_seed(1))
+    out = daemon_fast.sir_select(features, mu, uniforms)
+    counts = np.bincount(out.index[0].numpy(), minlength=6)
+    assert stats.chisquare(counts, out.weights[0].numpy() * 20_000).pvalue > 1e-3
+
+
+def test_same_result_for_any_number_of_threads(threads):
+    features, mu = torch.randn(2000, 25, 9), torch.randn(9, dtype=F64)
+    uniforms = torch.rand(2000, dtype=F64)
+    threads(1)
+    one = daemon_fast.sir_select(features, mu, uniforms)
+    threads(3)
+    for a, b in zip(daemon_fast.sir_select(features, mu, uniforms), one, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_opcheck():
+    op = torch.ops.daemon_fast.sir_select.default
+    features, mu = torch.randn(3, 5, 2), torch.randn(2, dtype=F64)
+    torch.library.opcheck(op, (features, mu, None, torch.rand(3, dtype=F64)))
+    torch.library.opcheck(op, (features.double(), mu, torch.randn(3, 5), torch.rand(3, 4, dtype=F64)))
+
+
+def test_bad_rows_are_named():
+    features, mu, uniforms = torch.zeros(3, 2, 1), torch.ones(1, dtype=F64), torch.rand(3, dtype=F64)
+    base = torch.zeros(3, 2)
+    base[2] = -math.inf
+    with pytest.raises(RuntimeError, match="all 2 log-weights of row 2 are -inf"):
+        daemon_fast.sir_select(features, mu, uniforms, base)
+    features[1, 1, 0] = math.nan
+    with pytest.raises(RuntimeError, match="log-weight of row 1, candidate 1 is nan"):
+        daemon_fast.sir_select(features, mu, uniforms, base)
+
+
+@pytest.mark.parametrize(
+    ("features", "mu", "uniforms", "base", "message"),
+    [
+        (torch.zeros(3, 4), torch.zeros(1, dtype=F64), torch.zeros(3, dtype=F64), None, r"features must have shape"),
+        (torch.zeros(3, 4, 1).long(), torch.zeros(1, dtype=F64), torch.zeros(3, dtype=F64), None, "features must be"),
+        (torch.zeros(3, 0, 1), torch.zeros(1, dtype=F64), torch.zeros(3, dtype=F64), None, r"no candidates \(M = 0\)"),
+        (torch.zeros(3, 4, 1), torch.zeros(2, dtype=F64), torch.zeros(3, dtype=F64), None, r"features.shape\[2\] = 1"),
+        (torch.zeros(3, 4, 1), torch.zeros(1), torch.zeros(3, dtype=F64), None, "mu must be float64, got float32"),
+        (torch.zeros(3, 4, 1), torch.zeros(1, dtype=F64), torch.zeros(3), None, "uniforms must be float64, got"),
+        (torch.zeros(3, 4, 1), torch.zeros(1, dtype=F64), torch.zeros(2, dtype=F64), None, r"features.shape\[0\] = 3"),
+        (torch.zeros(3, 4, 1), torch.zeros(1, dtype=F64), torch.tensor([0, 1, 0.5], dtype=F64), None, "row 1 hold 1,"),
+        (torch.zeros(1, 4, 1), torch.zeros(1, dtype=F64), torch.tensor([math.nan], dtype=F64), None, "row 0 hold nan"),
+        (torch.zeros(3, 4, 1), torch.zeros(1, dtype=F64), torch.zeros(3, dtype=F64), torch.zeros(3, 5), "base_log_w"),
+    ],
+)
+def test_bad_input_is_named(features, mu, uniforms, base, message):
+    with pytest.raises(RuntimeError, match=message):
+        daemon_fast.sir_select(features, mu, uniforms, base)

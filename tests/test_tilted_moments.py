@@ -1,0 +1,136 @@
+"""tilted_moments against the plain-Python definition."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import daemon_fast
+from daemon_fast import reference
+
+F64 = torch.float64
+
+
+def check(features, mu, base, per_prefix, rtol=1e-12):
+    out = daemon_fast.tilted_moments(features, mu, base, per_prefix)
+    log_z, mean, covariance = reference.tilted_moments(
+        features.double().tolist(), mu.tolist(), None if base is None else base.double().tolist(), per_prefix
+    )
+    assert {part.dtype for part in out} == {F64}
+    scale = features.double().flatten(0, 1).abs().amax(0).numpy() + 1e-300  # sums of either sign cancel
+    np.testing.assert_allclose(out.log_z.item(), log_z, rtol=rtol, atol=rtol)
+    np.testing.assert_allclose(out.mean.numpy() / scale, np.array(mean) / scale, rtol=rtol, atol=rtol)
+    square = np.outer(scale, scale)
+    np.testing.assert_allclose(
+        out.covariance.numpy() / square, np.array(covariance).reshape(square.shape) / square, rtol=rtol, atol=rtol
+    )
+    assert torch.equal(out.covariance, out.covariance.T)
+
+
+@st.composite
+def calls(draw):
+    prefixes = draw(st.sampled_from([1, 2, 3, 63, 64, 65]))
+    candidates = draw(st.sampled_from([1, 2, 3, 4, 5, 25, 33]))
+    k = draw(st.integers(0, 5))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    # Features far from zero, as `ent` is, must not cancel in the covariance.
+    features = torch.from_numpy(rng.normal(size=(prefixes, candidates, k)) + rng.normal(size=k) * 10)
+    features = features.to(draw(st.sampled_from([torch.float32, F64])))
+    if draw(st.booleans()):
+        features = features.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    mu = torch.from_numpy(rng.normal(size=k) * draw(st.sampled_from([0.0, 0.3, 3.0])))
+    base = None
+    if draw(st.booleans()):
+        base = torch.from_numpy(rng.normal(size=(prefixes, candidates)) * draw(st.sampled_from([1.0, 1e4])))
+        if candidates > 1:
+            base[:, rng.integers(candidates)] = -math.inf
+        base = base.to(draw(st.sampled_from([torch.float32, F64])))
+    return features, mu, base, draw(st.booleans())
+
+
+@given(calls())
+@settings(max_examples=150)
+def test_equals_the_definition(call):
+    features, mu, base, per_prefix = call
+    # exp amplifies the rounding of b - mu · f, up to 1e-16 of its largest term.
+    size = float((mu.abs() * features.double().abs().amax((0, 1))).sum())
+    finite = [] if base is None else base.double()[base.isfinite()].abs().tolist()
+    check(features, mu, base, per_prefix, rtol=1e-12 + 4e-16 * (size + max(finite, default=0.0)))
+
+
+@pytest.mark.parametrize("per_prefix", [True, False])
+@pytest.mark.parametrize("candidates", [255, 256, 257, 1000])
+def test_more_candidates_than_a_tile(candidates, per_prefix):
+    generator = torch.Generator().manual_seed(candidates)
+    features = torch.randn(3, candidates, 4, dtype=F64, generator=generator)
+    check(features, torch.tensor([1.0, -2.0, 0.5, 0.0], dtype=F64), None, per_prefix)
+
+
+def test_global_weights_may_spare_a_whole_prefix():
+    features, base = torch.randn(3, 4, 2, dtype=F64), torch.zeros(3, 4)
+    base[1] = -math.inf
+    check(features, torch.ones(2, dtype=F64), base, False)
+
+
+def test_covariance_is_the_derivative_of_the_mean():
+    features, mu = torch.randn(5, 25, 3, dtype=F64), torch.randn(3, dtype=F64)
+    h = 1e-6
+    for per_prefix in (True, False):
+        here = daemon_fast.tilted_moments(features, mu, None, per_prefix)
+        for k in range(3):
+            step = torch.zeros(3, dtype=F64)
+            step[k] = h
+            up = daemon_fast.tilted_moments(features, mu + step, None, per_prefix)
+            down = daemon_fast.tilted_moments(features, mu - step, None, per_prefix)
+            torch.testing.assert_close((up.mean - down.mean) / (2 * h), -here.covariance[k], rtol=0, atol=1e-8)
+            torch.testing.assert_close((up.log_z - down.log_z) / (2 * h), -here.mean[k], rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("per_prefix", [True, False])
+def test_same_result_for_any_number_of_threads(threads, per_prefix):
+    features, mu = torch.randn(1000, 25, 9), torch.randn(9, dtype=F64)
+    threads(1)
+    one = daemon_fast.tilted_moments(features, mu, None, per_prefix)
+    threads(3)
+    for a, b in zip(daemon_fast.tilted_moments(features, mu, None, per_prefix), one, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_opcheck():
+    op = torch.ops.daemon_fast.tilted_moments.default
+    features, mu = torch.randn(3, 5, 2), torch.randn(2, dtype=F64)
+    torch.library.opcheck(op, (features, mu, None, True))
+    torch.library.opcheck(op, (features.double(), mu, torch.randn(3, 5), False))
+
+
+@pytest.mark.parametrize("per_prefix", [True, False])
+def test_bad_rows_are_named(per_prefix):
+    mu = torch.ones(1, dtype=F64)
+    features, base = torch.zeros(3, 2, 1), torch.zeros(3, 2)
+    features[2, 1, 0] = math.nan
+    with pytest.raises(RuntimeError, match="log-weight of row 2, candidate 1 is nan"):
+        daemon_fast.tilted_moments(features, mu, base, per_prefix)
+    base[:] = -math.inf
+    message = "all 2 log-weights of row 0 are -inf" if per_prefix else "all log-weights of all 3 rows are -inf"
+    with pytest.raises(RuntimeError, match=message):
+        daemon_fast.tilted_moments(torch.zeros(3, 2, 1), mu, base, per_prefix)
+
+
+@pytest.mark.parametrize(
+    ("features", "mu", "base", "message"),
+    [
+        (torch.zeros(0, 4, 1), torch.zeros(1, dtype=F64), None, r"no prefixes \(N = 0\)"),
+        (torch.zeros(3, 0, 1), torch.zeros(1, dtype=F64), None, r"no candidates \(M = 0\)"),
+        (torch.zeros(3, 4, 2), torch.zeros(1, dtype=F64), None, r"features.shape\[2\] = 2"),
+        (torch.zeros(3, 4, 1), torch.zeros(1, dtype=F64), torch.zeros(2, 4), r"features.shape\[0\] = 3"),
+        (torch.zeros(3, 4, 1), torch.zeros(1, dtype=F64), torch.zeros(3, 4).long(), "base_log_w must be float32 or"),
+    ],
+)
+def test_bad_input_is_named(features, mu, base, message):
+    with pytest.raises(RuntimeError, match=message):
+        daemon_fast.tilted_moments(features, mu, base)
