@@ -1,6 +1,48 @@
 """Language model decoding as direct metrics optimization (DAEMON), with fused C++/CUDA kernels."""
 
-from daemon_fast.extension import build_info
-from daemon_fast.ops import importance_weights, repetition, sir_select, tilted_moments, token_logprobs
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["build_info", "importance_weights", "repetition", "sir_select", "tilted_moments", "token_logprobs"]
+from daemon_fast import errors, metrics
+from daemon_fast.candidates import Candidates
+from daemon_fast.decode import Decoded, SIRDecoder
+from daemon_fast.energy import Energy
+from daemon_fast.extension import build_info
+from daemon_fast.fit import FitResult, fit
+from daemon_fast.ops import importance_weights, repetition, sir_select, tilted_moments, token_logprobs
+from daemon_fast.proposals import Proposal, ProposalSettings
+
+if TYPE_CHECKING:
+    from daemon_fast.proposals.transformers import TransformersProposal
+
+__version__ = version("daemon-fast")
+
+__all__ = [
+    "Candidates",
+    "Decoded",
+    "Energy",
+    "FitResult",
+    "Proposal",
+    "ProposalSettings",
+    "SIRDecoder",
+    "TransformersProposal",
+    "__version__",
+    "build_info",
+    "errors",
+    "fit",
+    "importance_weights",
+    "metrics",
+    "repetition",
+    "sir_select",
+    "tilted_moments",
+    "token_logprobs",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Transformers takes longer to import than torch, and whoever only counts n-grams doesn't need it.
+    if name == "TransformersProposal":
+        from daemon_fast.proposals.transformers import TransformersProposal
+
+        return TransformersProposal
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,209 @@
+"""The command line: fit, generate, metrics, doctor, demo."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from daemon_fast.errors import DaemonFastError, InvalidInput
+
+DEFAULT_METRICS = "sr_2,sr_3,sr_4,tr_8,tr_16,tr_32,coh,ent"
+
+
+class _OneLineErrors(click.Group):
+    """Expected errors end in one line and exit code 2, never in a traceback; a run that was cut off says so."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DaemonFastError as error:
+            failure = click.ClickException(" ".join(str(error).split()))
+            failure.exit_code = 2
+            raise failure from error
+        except KeyboardInterrupt:
+            click.echo("interrupted; run the same command again to go on from here", err=True)
+            sys.exit(130)
+
+
+def _shared(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda command: functools.reduce(lambda f, option: option(f), reversed(options), command)
+
+
+model_options = _shared(
+    click.option("--device", help="Such as cpu or cuda:0.  [default: a GPU if there is one]"),
+    click.option("--seed", default=0, show_default=True, help="Of all random draws."),
+    click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True, help="Prefixes drawn together."),
+)
+data_option = click.option(
+    "--field", default="text", show_default=True, help="Of each object of a .jsonl file."
+)
+
+
+@click.group(cls=_OneLineErrors, context_settings={"max_content_width": 120})
+@click.version_option(package_name="daemon-fast")
+def main() -> None:
+    """Decode language models so that expected metrics equal those of human text (DAEMON, arXiv 2310.01041)."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    logging.captureWarnings(False)
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+@main.command()
+@click.option("--model", default="smollm2-135m-instruct", show_default=True, help="Hugging Face id, folder or GGUF file.")
+@click.option("--data", default="wikipedia", show_default=True, help="Human text: a .jsonl or text file.")
+@data_option
+@click.option("--metrics", "names", default=DEFAULT_METRICS, show_default=True, help="Comma-separated.")
+@click.option("--encoder", default="all-minilm-l6-v2", show_default=True, help="Sentence encoder for coh.")
+@click.option("--num-prefixes", type=click.IntRange(1), default=96, show_default=True)
+@click.option("--prefix-tokens", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--new-tokens", type=click.IntRange(1), default=64, show_default=True, help="Of every continuation.")
+@click.option("--num-candidates", type=click.IntRange(1), default=25, show_default=True, help="M, per prefix.")
+@click.option("--temperature", default=0.97, show_default=True)
+@click.option("--top-k", default=0, show_default=True, help="0: all.")
+@click.option("--top-p", default=1.0, show_default=True)
+@click.option("--normalization", type=click.Choice(["per_prefix", "global"]), default="per_prefix", show_default=True)
+@click.option("--base", type=click.Choice(["proposal", "model"]), default="proposal", show_default=True, help="What is tilted.")
+@click.option("--ridge", default=0.0, show_default=True, help="> 0: nearest soft match.")
+@click.option("--bootstrap", type=click.IntRange(0), default=0, show_default=True, help="Replicates for intervals of mu.")
+@click.option("--work-dir", type=click.Path(path_type=Path), help="Where candidates are saved.  [default: OUTPUT.candidates]")
+@click.option("--output", type=click.Path(path_type=Path), default="energy.json", show_default=True)
+@model_options
+def fit(names: str, data: str, field: str, output: Path, work_dir: Path | None, **options: Any) -> None:
+    """Fit mu: make a model's expected metrics equal those of human text. Interrupted, it resumes."""
+    from daemon_fast.metrics import parse
+    from daemon_fast.pipeline import fit_energy
+
+    _quiet_transformers()
+    metrics = parse([name.strip() for name in names.split(",") if name.strip()], options.pop("encoder"))
+    result, energy = fit_energy(
+        metrics=metrics, data=data, field=field, directory=work_dir or Path(f"{output}.candidates"), **options
+    )
+    energy.save(output)
+    click.echo(f"{'metric':>8} {'target':>12} {'mu':>12} {'residual':>12}")
+    for i, name in enumerate(result.names):
+        click.echo(f"{name:>8} {result.targets[i]:12.6g} {result.mu[i]:12.6g} {result.residual[i]:12.2g}")
+    click.echo(
+        f"{result.iterations} steps; effective sample size {result.ess_mean:.1f} of {result.num_candidates} on average, "
+        f"{result.ess_min:.1f} at least; KL(p_mu || p_theta) {result.kl:.3f} nats; written to {output}"
+    )
+
+
+@main.command()
+@click.option("--energy", "path", type=click.Path(path_type=Path), required=True, help="Artefact written by fit.")
+@click.option("--prompt", "prompts", multiple=True, help="Text to continue; may be repeated.")
+@click.option("--input", "source", help="File of prompts: .jsonl, or one a line.")
+@data_option
+@click.option("--model", help="Instead of the one in the artefact.")
+@click.option("--num-samples", type=click.IntRange(1), default=1, show_default=True, help="Per prompt.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per prompt, with weights and metrics.")
+@model_options
+def generate(
+    path: Path, prompts: tuple[str, ...], source: str | None, field: str, model: str | None, num_samples: int,
+    as_json: bool, device: str | None, seed: int, batch_size: int,
+) -> None:  # fmt: skip
+    """Continue prompts with a fitted artefact."""
+    from daemon_fast.data import read_texts
+    from daemon_fast.decode import SIRDecoder
+    from daemon_fast.energy import Energy
+    from daemon_fast.proposals.transformers import TransformersProposal
+
+    _quiet_transformers()
+    energy = Energy.load(path)
+    texts = [*prompts, *(read_texts(source, field) if source else [])]
+    if not texts:
+        raise InvalidInput("nothing to continue: give --prompt or --input")
+    settings = energy.proposal.to_json()
+    reference = model or settings["model"]
+    settings.pop("model"), settings.pop("vocabulary")
+    proposal = TransformersProposal.load(reference, device, **settings)
+    decoded = SIRDecoder(energy, proposal, batch_size)(texts, num_samples, seed, progress=len(texts) > batch_size)
+    for i, (prompt, chosen) in enumerate(zip(texts, decoded.texts, strict=True)):
+        if as_json:
+            record = {
+                "prompt": prompt,
+                "texts": chosen,
+                "ess": float(decoded.ess[i]),
+                "log_z": float(decoded.log_z[i]),
+                "metrics": [dict(zip(energy.names, row, strict=True)) for row in decoded.features[i].tolist()],
+            }
+            click.echo(json.dumps(record, ensure_ascii=False))
+        else:
+            for text in chosen:
+                click.echo(f"{prompt}{text}\n")
+
+
+@main.command()
+@click.argument("file")
+@data_option
+@click.option("--tokenizer", help="Hugging Face id, folder or GGUF file.  [default: words between white space]")
+@click.option("--ngrams", default="2,3,4", show_default=True)
+@click.option("--windows", default="8,16,32", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per text instead of the means.")
+def metrics(file: str, field: str, tokenizer: str | None, ngrams: str, windows: str, as_json: bool) -> None:
+    """Repetition metrics of each text of FILE (.jsonl, or one text a line)."""
+    from daemon_fast.data import read_texts
+    from daemon_fast.pipeline import repetition_of_texts
+
+    _quiet_transformers()
+    names, table = repetition_of_texts(read_texts(file, field), _sizes(ngrams, "--ngrams"), _sizes(windows, "--windows"), tokenizer)
+    if as_json:
+        for row in table.tolist():
+            click.echo(json.dumps(dict(zip(names, row, strict=True))))
+        return
+    click.echo(f"{len(table)} texts; means x100, standard error over texts")
+    mean, error = 100 * table.double().mean(0), 100 * table.double().std(0) / len(table) ** 0.5
+    for i, name in enumerate(names):
+        click.echo(f"{name:>8} {mean[i]:8.3f}" + (f" ± {error[i]:.3f}" if len(table) > 1 else ""))
+
+
+def _sizes(text: str, option: str) -> list[int]:
+    try:
+        sizes = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        sizes = [0]
+    if any(size < 1 for size in sizes):
+        raise InvalidInput(f"{option} = {text!r} must be whole numbers >= 1, separated by commas")
+    return sizes
+
+
+@main.command()
+def doctor() -> None:
+    """Versions, build, devices, and a self-check of each operator. Exit code 1 if one is wrong."""
+    from daemon_fast.doctor import facts, self_checks
+
+    for name, value in facts().items():
+        click.echo(f"{name:>22}: {value}")
+    healthy = True
+    for operator, device, verdict in self_checks():
+        click.echo(f"{operator:>22}: {verdict} on {device}")
+        healthy &= verdict == "ok"
+    sys.exit(0 if healthy else 1)
+
+
+@main.command()
+@click.option("--quick", is_flag=True, help="Fewer prefixes: about 2 minutes on 2 cores instead of 10.")
+@click.option("--output", type=click.Path(path_type=Path), default="demo", show_default=True, help="Folder for results.")
+@click.option("--device", help="Such as cpu or cuda:0.  [default: a GPU if there is one]")
+@click.option("--seed", default=0, show_default=True)
+def demo(quick: bool, output: Path, device: str | None, seed: int) -> None:
+    """Align SmolLM2-135M with Wikipedia: fit, decode held-out prefixes, compare. Interrupted, it resumes."""
+    from daemon_fast.demo import run
+
+    _quiet_transformers()
+    run(output, quick=quick, device=device, seed=seed, echo=click.echo)

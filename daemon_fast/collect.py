@@ -1,0 +1,128 @@
+"""Candidates of many prefixes, saved batch by batch, so that a run can be killed anywhere and goes on from there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from daemon_fast.candidates import Candidates
+from daemon_fast.errors import InvalidInput
+from daemon_fast.proposals import Prefix, Proposal
+
+__all__ = ["batch_seed", "collect"]
+
+
+def batch_seed(seed: int, batch: int) -> int:
+    """An independent seed for each batch of a run, from 0 to 2^63 - 1."""
+    return int(np.random.SeedSequence([seed, batch]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def collect(
+    proposal: Proposal,
+    prefixes: Sequence[Prefix],
+    directory: str | os.PathLike[str],
+    seed: int = 0,
+    batch_size: int = 4,
+    description: str = "candidates",
+) -> tuple[Candidates, float]:
+    """Candidates of all prefixes; those that `directory` holds from an earlier run are read instead of drawn.
+
+    An interrupted run that is started again ends with the same candidates as one that was not interrupted.
+
+    Parameters
+    ----------
+    proposal, prefixes : what to draw
+    directory : made if missing; one .npz file per batch, and manifest.json
+    seed : of the whole run; each batch has its own from it
+    batch_size : prefixes per batch
+
+    Returns
+    -------
+    Candidates of all prefixes, in order; seconds that drawing them took, earlier runs included.
+
+    Raises
+    ------
+    InvalidInput
+        The directory holds candidates of another run: other prefixes, settings, seed or batch size.
+    """
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    batches = [prefixes[i : i + batch_size] for i in range(0, len(prefixes), batch_size)]
+    _check_manifest(folder / "manifest.json", _manifest(proposal, prefixes, seed, batch_size))
+    parts, seconds = [], 0.0
+    for i, batch in enumerate(tqdm(batches, desc=description, unit="batch")):
+        path = folder / f"batch-{i:06d}.npz"
+        if (saved := _load(path)) is None:
+            begin = time.perf_counter()
+            drawn = proposal.propose(batch, batch_seed(seed, i))
+            saved = {
+                "tokens": drawn.tokens.cpu().numpy(),
+                "lengths": drawn.lengths.cpu().numpy(),
+                "token_log_p": drawn.token_log_p.cpu().numpy(),
+                "token_log_q": drawn.token_log_q.cpu().numpy(),
+                "seconds": np.array(time.perf_counter() - begin),
+            }
+            _save(path, saved)
+        seconds += float(saved.pop("seconds"))
+        tensors = {name: torch.from_numpy(array) for name, array in saved.items()}
+        parts.append(
+            Candidates(**tensors, prefix_tokens=proposal.tokenize(batch), detokenize=proposal.detokenize)
+        )
+    return Candidates.concatenate(parts), seconds
+
+
+def _manifest(proposal: Proposal, prefixes: Sequence[Prefix], seed: int, batch_size: int) -> dict[str, Any]:
+    listed = json.dumps([prefix if isinstance(prefix, str) else list(map(int, prefix)) for prefix in prefixes])
+    return {
+        **proposal.settings.to_json(),
+        "seed": seed,
+        "batch_size": batch_size,
+        "num_prefixes": len(prefixes),
+        "prefixes": hashlib.sha256(listed.encode()).hexdigest(),
+    }
+
+
+def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if found is None and any(path.parent.glob("batch-*.npz")):
+        raise InvalidInput(f"{path.parent} holds batches but no readable {path.name}: delete it or choose another")
+    if found is None:
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
+        return
+    for name, value in manifest.items():
+        if found.get(name) != value:
+            raise InvalidInput(
+                f"{path.parent} holds candidates of another run ({name} is {found.get(name)!r} there, {value!r} here): "
+                "choose another directory, or delete this one"
+            )
+
+
+def _load(path: Path) -> dict[str, np.ndarray[Any, Any]] | None:
+    """A saved batch, or None if it is missing or damaged (it is then drawn again, to the same result)."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in ("tokens", "lengths", "token_log_p", "token_log_q", "seconds")}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
+
+
+def _save(path: Path, arrays: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+    temporary.replace(path)

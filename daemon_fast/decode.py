@@ -1,0 +1,199 @@
+"""The decoder: candidates from a proposal, metrics, weights, one draw. Sampling-Importance-Resampling (SIR)."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from daemon_fast import ops
+from daemon_fast.candidates import Candidates
+from daemon_fast.collect import batch_seed
+from daemon_fast.energy import Energy
+from daemon_fast.errors import ArtefactError, InvalidInput, LowEffectiveSampleSize
+from daemon_fast.proposals import Prefix, Proposal, ProposalSettings
+
+__all__ = ["Decoded", "SIRDecoder"]
+
+LOW_ESS = 2.0  # fewer effective candidates than that, and the draw is next to no choice
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What was chosen for N prefixes, S samples each, and why.
+
+    Attributes
+    ----------
+    texts : N lists of S strings
+    tokens : N lists of S lists of token ids
+    index : [N, S] int64
+        Which of the M candidates.
+    weights : [N, M]
+        Their normalised weights.
+    ess : [N]
+        Effective sample size of the M candidates: 1 to M.
+    log_z : [N]
+        log (1/M) Σ_j exp(b_j - mu · f_j).
+    features : [N, S, K]
+        Metrics of the choices, in the order of `Energy.names`.
+    candidates : Candidates
+        All that was chosen from.
+    candidate_features : [N, M, K]
+    seconds : dict
+        Wall-clock seconds spent in each stage: propose, metrics, select.
+    """
+
+    candidates: Candidates
+    candidate_features: Tensor
+    index: Tensor
+    weights: Tensor
+    log_z: Tensor
+    ess: Tensor
+    seconds: dict[str, float]
+
+    @property
+    def features(self) -> Tensor:
+        k = self.candidate_features.shape[2]
+        return self.candidate_features.gather(1, self.index[..., None].expand(-1, -1, k))
+
+    @property
+    def tokens(self) -> list[list[list[int]]]:
+        rows = self._rows()
+        tokens, lengths = self.candidates.tokens.tolist(), self.candidates.lengths.tolist()
+        return [[tokens[r][: lengths[r]] for r in chosen] for chosen in rows]
+
+    @property
+    def texts(self) -> list[list[str]]:
+        tokens = self.tokens
+        texts = iter(self.candidates.detokenize([row for chosen in tokens for row in chosen]))
+        return [[next(texts) for _ in chosen] for chosen in tokens]
+
+    def _rows(self) -> list[list[int]]:
+        m = self.candidates.shape[1]
+        return [[i * m + j for j in chosen] for i, chosen in enumerate(self.index.tolist())]
+
+
+class SIRDecoder:
+    """Decodes from p_mu: draws M candidates of each prefix and resamples by exp(-mu · f).
+
+    Parameters
+    ----------
+    energy : Energy
+        A fitted artefact.
+    proposal : Proposal
+        Where candidates come from. It must have the vocabulary that the artefact was fitted for.
+    batch_size : int
+        Prefixes whose candidates are drawn together.
+
+    Examples
+    --------
+    >>> decoder = SIRDecoder(Energy.load("energy.json"), TransformersProposal.load())
+    >>> decoder("The Roman Empire was").texts[0][0]
+
+    Source: Ji et al. 2024 (arXiv 2310.01041), algorithm 2.
+    """
+
+    def __init__(self, energy: Energy, proposal: Proposal, batch_size: int = 4) -> None:
+        if batch_size < 1:
+            raise InvalidInput(f"batch_size = {batch_size} must be >= 1")
+        check_compatible(energy.proposal, proposal.settings)
+        self.energy, self.proposal, self.batch_size = energy, proposal, batch_size
+
+    def __call__(
+        self, prefixes: Prefix | Sequence[Prefix], num_samples: int = 1, seed: int = 0, progress: bool = False
+    ) -> Decoded:
+        """Decode prefixes.
+
+        Parameters
+        ----------
+        prefixes : string, or sequence of strings or of lists of token ids
+        num_samples : draws per prefix from the same candidates, with replacement
+        seed : of candidates and draws; the same seed, batch size and prefixes give the same result
+        progress : show a progress bar
+
+        Raises
+        ------
+        InvalidInput
+            No prefixes, an empty one, one too long for the model's context, num_samples below 1.
+
+        Warns
+        -----
+        LowEffectiveSampleSize
+        """
+        batch = [prefixes] if isinstance(prefixes, str) else list(prefixes)
+        starts = range(0, len(batch), self.batch_size)
+        if not batch:
+            raise InvalidInput("there are no prefixes")
+        begin = time.perf_counter()
+        parts = [
+            self.proposal.propose(batch[start : start + self.batch_size], batch_seed(seed, i))
+            for i, start in enumerate(tqdm(starts, desc="decode", unit="batch", disable=not progress))
+        ]
+        decoded = self.choose(Candidates.concatenate(parts), num_samples, seed)
+        decoded.seconds["propose"] = time.perf_counter() - begin - sum(decoded.seconds.values())
+        return decoded
+
+    def choose(self, candidates: Candidates, num_samples: int = 1, seed: int = 0) -> Decoded:
+        """Choose from candidates that are there already. The same seed chooses the same on CPU and CUDA."""
+        if num_samples < 1:
+            raise InvalidInput(f"num_samples = {num_samples} must be >= 1")
+        device = candidates.tokens.device
+        begin = time.perf_counter()
+        features = self.energy.features(candidates)
+        measured = time.perf_counter()
+        generator = torch.Generator().manual_seed(seed)
+        uniforms = torch.rand(len(features), num_samples, generator=generator, dtype=torch.float64).to(device)
+        selection = ops.sir_select(
+            features, self.energy.mu.to(device), uniforms, self.energy.base_log_w(candidates)
+        )
+        self._warn_of_low_ess(selection.ess)
+        seconds = {"metrics": measured - begin, "select": time.perf_counter() - measured}
+        return Decoded(candidates, features, *selection, seconds=seconds)
+
+    def _warn_of_low_ess(self, ess: Tensor) -> None:
+        low = int((ess < LOW_ESS).sum())
+        if low and self.proposal.settings.num_candidates > LOW_ESS:
+            warnings.warn(
+                f"{low} of {len(ess)} prefixes have an effective sample size below {LOW_ESS:g} of "
+                f"{self.proposal.settings.num_candidates} candidates (lowest {float(ess.min()):.2f}): their draw is "
+                "next to no choice. Draw more candidates, bring the proposal nearer to the target (temperature, "
+                "top-p), or refit with fewer metrics or with ridge > 0",
+                LowEffectiveSampleSize,
+                stacklevel=3,
+            )
+
+
+def check_compatible(fitted: ProposalSettings, used: ProposalSettings) -> None:
+    """An artefact holds for one vocabulary; for other settings than those it was fitted with, it may be off.
+
+    Raises
+    ------
+    ArtefactError
+        Another vocabulary.
+
+    Warns
+    -----
+    UserWarning
+        Any other setting differs.
+    """
+    if fitted.vocabulary != used.vocabulary:
+        raise ArtefactError(
+            f"the artefact was fitted for the vocabulary of {fitted.model} ({fitted.vocabulary}), the proposal's is "
+            f"that of {used.model} ({used.vocabulary}): token metrics don't carry over; fit again for this model"
+        )
+    names = [f.name for f in fields(ProposalSettings) if f.name != "vocabulary"]
+    changed = [
+        f"{name} {getattr(fitted, name)} -> {getattr(used, name)}"
+        for name in names
+        if getattr(fitted, name) != getattr(used, name)
+    ]
+    if changed:
+        warnings.warn(
+            f"mu was fitted with other proposal settings ({', '.join(changed)}): expected metrics may miss the targets",
+            stacklevel=3,
+        )

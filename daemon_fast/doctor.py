@@ -1,0 +1,104 @@
+"""`daemon-fast doctor`: versions, build, devices, and one self-check of each operator on each device."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import platform
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from daemon_fast import ops, reference
+from daemon_fast.extension import build_info
+
+__all__ = ["facts", "self_checks"]
+
+
+def facts() -> dict[str, str]:
+    """Versions, build and devices."""
+    build = build_info()
+    cuda = f"nvcc {build['cuda']} for {build['cuda_architectures']}" if build["cuda"] else "not compiled"
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    versions = {name: _version(name) for name in ("transformers", "sentence-transformers", "numpy")}
+    return {
+        "daemon-fast": str(build["version"]),
+        "python": platform.python_version(),
+        "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})",
+        **versions,
+        "compiled with": f"{build['compiler']}, headers of torch {build['torch']}",
+        "CUDA kernels": cuda,
+        "CPU": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "GPUs": ", ".join(devices) or "none",
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def self_checks() -> Iterator[tuple[str, str, str]]:
+    """(operator, device, "ok" or what is wrong), each compared with the plain-Python definition."""
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    for device in devices:
+        for name, check in CHECKS.items():
+            try:
+                yield name, device, check(device)
+            except (RuntimeError, NotImplementedError) as error:
+                yield name, device, str(error).splitlines()[0]
+
+
+def _compare(got: tuple[Tensor, ...], expected: tuple[object, ...]) -> str:
+    for tensor, value in zip(got, expected, strict=True):
+        want = torch.tensor(value, dtype=torch.float64).reshape(tensor.shape)
+        worst = float(((tensor.cpu().double() - want).abs() / want.abs().clamp_min(1)).max())
+        if not worst <= 1e-6:
+            return f"wrong by {worst:.2g}"
+    return "ok"
+
+
+def _repetition(device: str) -> str:
+    tokens, lengths = torch.arange(60).reshape(3, 20) % 7, torch.tensor([20, 13, 0])
+    got = ops.repetition(tokens.to(device), lengths.to(device))
+    return _compare((got,), (reference.repetition(tokens.tolist(), lengths.tolist(), (2, 3, 4), (8, 16, 32)),))
+
+
+def _token_logprobs(device: str) -> str:
+    logits, ids = torch.linspace(-3, 3, 200).reshape(2, 100), torch.tensor([3, 99])
+    got = ops.token_logprobs(logits.to(device), ids.to(device), 0.97)
+    return _compare(tuple(got), reference.token_logprobs(logits.tolist(), ids.tolist(), 0.97))
+
+
+def _importance_weights(device: str) -> str:
+    log_w = torch.tensor([[0.0, 1.0, -math.inf], [1e4, -1e4, 1e4]])
+    return _compare(tuple(ops.importance_weights(log_w.to(device))), reference.importance_weights(log_w.tolist()))
+
+
+def _problem(device: str) -> tuple[Tensor, Tensor, list[list[list[float]]]]:
+    features, mu = torch.linspace(-1, 1, 40).reshape(2, 10, 2).sin(), torch.tensor([1.0, -2.0], dtype=torch.float64)
+    return features.to(device), mu.to(device), features.tolist()
+
+
+def _sir_select(device: str) -> str:
+    features, mu, listed = _problem(device)
+    uniforms = torch.tensor([0.1, 0.9], dtype=torch.float64, device=device)
+    expected = reference.sir_select(listed, mu.tolist(), None, uniforms.tolist())
+    return _compare(tuple(ops.sir_select(features, mu, uniforms)), expected)
+
+
+def _tilted_moments(device: str) -> str:
+    features, mu, listed = _problem(device)
+    return _compare(tuple(ops.tilted_moments(features, mu)), reference.tilted_moments(listed, mu.tolist(), None, True))
+
+
+CHECKS: dict[str, Callable[[str], str]] = {
+    "repetition": _repetition,
+    "token_logprobs": _token_logprobs,
+    "importance_weights": _importance_weights,
+    "sir_select": _sir_select,
+    "tilted_moments": _tilted_moments,
+}

@@ -1,0 +1,328 @@
+"""Metrics of continuations: small objects with a name, what they need, and a batch evaluation.
+
+Built in: `sr_n`, `tr_w`, `div`, `ent` and `coh` (definitions in `daemon_fast.reference`). Your own: a subclass of
+`Metric`, or `FunctionMetric` around any callable from `Candidates` to `[R]` or `[R, k]`.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from daemon_fast import ops
+from daemon_fast.candidates import Candidates
+from daemon_fast.errors import ArtefactError, InvalidInput, UnknownMetric
+from daemon_fast.models import Encoder, load_encoder
+
+__all__ = [
+    "Coherence",
+    "Diversity",
+    "FunctionMetric",
+    "Information",
+    "Metric",
+    "RepetitionMetric",
+    "SequenceRepetition",
+    "TokenRepetition",
+    "column_names",
+    "features",
+    "from_specs",
+    "parse",
+]
+
+KNOWN = "sr_<n>, tr_<w>, div, ent, coh"
+MAX_CACHED_PREFIXES = 4096
+
+
+class Metric(ABC):
+    """A sequence-level metric.
+
+    Attributes
+    ----------
+    name : str
+        What it is called in tables, artefacts and on the command line.
+    needs : set of "tokens", "log_probs", "texts"
+        What it reads of the candidates.
+    names : tuple of str
+        One per column that it returns; `(name,)` unless it returns several.
+    """
+
+    name: str
+    needs: frozenset[str] = frozenset({"tokens"})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What an artefact stores of it."""
+        return {"name": self.name}
+
+    @abstractmethod
+    def evaluate(self, candidates: Candidates) -> Tensor:
+        """[R] or [R, k] float32 values of R candidates."""
+
+
+class RepetitionMetric(Metric):
+    """A function of n-gram and token repetition. All of one evaluation share a single kernel call."""
+
+    ngrams: tuple[int, ...] = ()
+    windows: tuple[int, ...] = ()
+
+    @abstractmethod
+    def combine(self, sr: Mapping[int, Tensor], tr: Mapping[int, Tensor]) -> Tensor:
+        """[R] from the columns sr[n] and tr[w], each [R]."""
+
+    def evaluate(self, candidates: Candidates) -> Tensor:
+        return _repetition_columns([self], candidates)[0]
+
+
+class SequenceRepetition(RepetitionMetric):
+    """sr_n: the share of n-grams that repeat an earlier one."""
+
+    def __init__(self, n: int) -> None:
+        if n < 1:
+            raise InvalidInput(f"sr_n needs n >= 1, got n = {n}")
+        self.name, self.ngrams = f"sr_{n}", (n,)
+
+    def combine(self, sr: Mapping[int, Tensor], tr: Mapping[int, Tensor]) -> Tensor:
+        return sr[self.ngrams[0]]
+
+
+class TokenRepetition(RepetitionMetric):
+    """tr_w: the share of tokens that occur among the w tokens before them."""
+
+    def __init__(self, w: int) -> None:
+        if w < 1:
+            raise InvalidInput(f"tr_w needs w >= 1, got w = {w}")
+        self.name, self.windows = f"tr_{w}", (w,)
+
+    def combine(self, sr: Mapping[int, Tensor], tr: Mapping[int, Tensor]) -> Tensor:
+        return tr[self.windows[0]]
+
+
+class Diversity(RepetitionMetric):
+    """div: the product of (1 - sr_n) over n = 2, 3, 4."""
+
+    name, ngrams = "div", (2, 3, 4)
+
+    def combine(self, sr: Mapping[int, Tensor], tr: Mapping[int, Tensor]) -> Tensor:
+        return (1 - sr[2]) * (1 - sr[3]) * (1 - sr[4])
+
+
+class Information(Metric):
+    """ent: perplexity of the continuation under the language model at temperature 1."""
+
+    name, needs = "ent", frozenset({"log_probs"})
+
+    def evaluate(self, candidates: Candidates) -> Tensor:
+        lengths = candidates.lengths
+        _require_tokens(self.name, lengths)
+        counted = torch.arange(candidates.tokens.shape[1], device=lengths.device) < lengths[:, None]
+        total = (candidates.token_log_p.double() * counted).sum(-1)
+        return torch.exp(-total / lengths).float()
+
+
+class Coherence(Metric):
+    """coh: cosine between the sentence embeddings of prefix text and continuation text.
+
+    Parameters
+    ----------
+    encoder : Encoder or str
+        A sentence-transformers model, or its id, path or embedded name (see `daemon_fast.models`), loaded on first use.
+    """
+
+    name, needs = "coh", frozenset({"texts"})
+
+    def __init__(self, encoder: Encoder | str) -> None:
+        self._reference = encoder if isinstance(encoder, str) else None
+        self._encoder = None if isinstance(encoder, str) else encoder
+        self._prefixes: dict[str, Tensor] = {}
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        return {"name": self.name, "encoder": self._reference}
+
+    def evaluate(self, candidates: Candidates) -> Tensor:
+        _require_tokens(self.name, candidates.lengths)
+        prefixes = self._embed_prefixes(candidates.prefix_texts)
+        continuations = self._embed(candidates.texts)
+        prefixes = prefixes.repeat_interleave(candidates.shape[1], dim=0)
+        return torch.nn.functional.cosine_similarity(prefixes, continuations).to(candidates.tokens.device)
+
+    def _embed_prefixes(self, texts: list[str]) -> Tensor:
+        """[N, d], each prefix embedded once, also across evaluations."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._prefixes]
+        if len(self._prefixes) + len(new) > MAX_CACHED_PREFIXES:
+            self._prefixes.clear()
+            new = list(dict.fromkeys(texts))
+        if new:
+            self._prefixes.update(zip(new, self._embed(new), strict=True))
+        return torch.stack([self._prefixes[text] for text in texts])
+
+    def _embed(self, texts: list[str]) -> Tensor:
+        if self._encoder is None:
+            assert self._reference is not None
+            self._encoder = load_encoder(self._reference)
+        return torch.as_tensor(self._encoder.encode(texts, show_progress_bar=False)).float()
+
+
+class FunctionMetric(Metric):
+    """A metric from any callable.
+
+    Parameters
+    ----------
+    function : Candidates -> [R] or [R, k] tensor
+    names : str or sequence of k str
+        Default: the function's own name, for a function that returns [R].
+    needs : what it reads; informative.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Candidates], Tensor],
+        names: str | Sequence[str] | None = None,
+        needs: Iterable[str] = ("tokens", "log_probs", "texts"),
+    ) -> None:
+        self._function = function
+        self._names = (names,) if isinstance(names, str) else tuple(names or (function.__name__,))
+        self.name, self.needs = self._names[0], frozenset(needs)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self._names
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        return {"name": self.name, "columns": list(self.names), "custom": True}
+
+    def evaluate(self, candidates: Candidates) -> Tensor:
+        return self._function(candidates)
+
+
+def parse(names: Iterable[str | Metric | Callable[[Candidates], Tensor]], encoder: Encoder | str | None = None) -> list[Metric]:
+    """Metrics from names, metric objects and plain callables.
+
+    Parameters
+    ----------
+    names : such as ["sr_2", "tr_16", "div", "ent", "coh", my_function]
+    encoder : sentence encoder for `coh`
+
+    Raises
+    ------
+    UnknownMetric
+        A name that is none of sr_<n>, tr_<w>, div, ent, coh.
+    InvalidInput
+        No metrics, a metric twice, or `coh` without an encoder.
+    """
+    metrics = [_parse_one(name, encoder) for name in names]
+    if not metrics:
+        raise InvalidInput(f"no metrics given; known: {KNOWN}")
+    columns = column_names(metrics)
+    twice = sorted({name for name in columns if columns.count(name) > 1})
+    if twice:
+        raise InvalidInput(f"metric given twice: {', '.join(twice)}")
+    return metrics
+
+
+def _parse_one(name: str | Metric | Callable[[Candidates], Tensor], encoder: Encoder | str | None) -> Metric:
+    if isinstance(name, Metric):
+        return name
+    if not isinstance(name, str):
+        return FunctionMetric(name)
+    if match := re.fullmatch(r"(sr|tr)_(\d{1,9})", name):
+        size = int(match[2])
+        return SequenceRepetition(size) if match[1] == "sr" else TokenRepetition(size)
+    if name == "div":
+        return Diversity()
+    if name == "ent":
+        return Information()
+    if name == "coh":
+        if encoder is None:
+            raise InvalidInput("metric coh needs a sentence encoder: pass encoder=")
+        return Coherence(encoder)
+    raise UnknownMetric(f"unknown metric {name!r}; known: {KNOWN}")
+
+
+def from_specs(specs: Sequence[Mapping[str, Any]], custom: Iterable[Metric] = ()) -> list[Metric]:
+    """Metrics from what an artefact stores of them; custom ones, and encoders that were objects, are found by name.
+
+    Raises
+    ------
+    ArtefactError
+        A metric that is neither built in nor in `custom`.
+    """
+    own = {metric.name: metric for metric in custom}
+    metrics = []
+    for i, spec in enumerate(specs):
+        name = spec["name"]
+        if name in own:
+            metrics.append(own[name])
+            continue
+        try:
+            metrics.append(_parse_one(name, spec.get("encoder")))
+        except InvalidInput as error:
+            raise ArtefactError(f"metrics[{i}]: {error}; pass your own metric objects as custom=") from error
+    return metrics
+
+
+def column_names(metrics: Iterable[Metric]) -> list[str]:
+    """K names, one per feature."""
+    return [name for metric in metrics for name in metric.names]
+
+
+def features(metrics: Sequence[Metric], candidates: Candidates) -> Tensor:
+    """Evaluate metrics on candidates.
+
+    Returns
+    -------
+    [N, M, K] float32
+        In the order of `metrics`; on the device of the candidates' tokens.
+
+    Raises
+    ------
+    InvalidInput
+        A metric returned another shape than [R] or [R, k] for its k names, or a value that is not finite.
+    """
+    shared = [metric for metric in metrics if isinstance(metric, RepetitionMetric)]
+    columns = dict(zip(map(id, shared), _repetition_columns(shared, candidates) if shared else [], strict=True))
+    values = []
+    for metric in metrics:
+        value = columns[id(metric)] if id(metric) in columns else torch.as_tensor(metric.evaluate(candidates))
+        values.append(_checked(metric, value, candidates))
+    return torch.cat(values, dim=1).reshape(*candidates.shape, -1)
+
+
+def _repetition_columns(metrics: Sequence[RepetitionMetric], candidates: Candidates) -> list[Tensor]:
+    ngrams = sorted({n for metric in metrics for n in metric.ngrams})
+    windows = sorted({w for metric in metrics for w in metric.windows})
+    table = ops.repetition(candidates.tokens, candidates.lengths, ngrams, windows).unbind(1)
+    sr, tr = dict(zip(ngrams, table, strict=False)), dict(zip(windows, table[len(ngrams) :], strict=True))
+    return [metric.combine(sr, tr) for metric in metrics]
+
+
+def _checked(metric: Metric, value: Tensor, candidates: Candidates) -> Tensor:
+    rows, k = candidates.tokens.shape[0], len(metric.names)
+    if value.ndim == 1 and k == 1:
+        value = value[:, None]
+    if value.shape != (rows, k):
+        raise InvalidInput(
+            f"metric {metric.name} returned shape {list(value.shape)} for {rows} candidates and {k} column(s)"
+        )
+    value = value.to(candidates.tokens.device, torch.float32)
+    finite = value.isfinite().all(dim=1)
+    if not finite.all():
+        row = int((~finite).nonzero()[0])
+        raise InvalidInput(f"metric {metric.name} is {value[row].tolist()} for candidate {row}: it must be finite")
+    return value
+
+
+def _require_tokens(name: str, lengths: Tensor) -> None:
+    if (lengths == 0).any():
+        row = int((lengths == 0).nonzero()[0])
+        raise InvalidInput(f"metric {name} is not defined for the empty continuation of candidate {row}")

@@ -1,0 +1,179 @@
+"""The convex dual of the fit, its Newton solver, and the proof that targets are out of reach.
+
+With weights w_ij ∝ exp(b_ij - mu · f_ij) and standardised coefficients nu = mu * scale, the dual is
+
+    D(mu) = log Z(mu) + mu · F          ∇D = F - F̂(mu)          ∇²D = covariance of f under w
+
+where log Z is averaged over prefixes (per-prefix weights) or taken over all samples (global weights). It is convex,
+and has a minimum if and only if F lies inside the convex hull of what weights can reach. If it does not, some
+direction d separates: d · F > max over weights of d · F̂, and the iterates run off along d. Each iterate is therefore
+tried as such a direction: a success is a proof, whatever the solver did to get there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from daemon_fast import ops
+from daemon_fast.errors import FitDidNotConverge, InfeasibleTargets, InvalidInput
+
+TOLERANCE = 1e-10  # of the gradient, in standard deviations
+GOOD_ENOUGH = 1e-9  # where rounding stops progress before TOLERANCE
+MAX_STEPS = 200
+MAX_STEP = 8.0  # in standardised coefficients: farther away the quadratic model says nothing
+SMALLEST_EIGENVALUE = 1e-13  # of the Hessian, relative to its largest: what rounding leaves of a collinear direction
+BOUNDARY = 1e-9  # in standard deviations: a target so near to the edge of what is reachable needs an infinite mu
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be solved: features [N, M, K], targets [K], base log-weights [N, M] or None, and scale [K]."""
+
+    features: Tensor
+    targets: Tensor
+    base_log_w: Tensor | None
+    per_prefix: bool
+    names: tuple[str, ...]
+    scale: Tensor
+    ridge: float
+
+    @staticmethod
+    def standardised(
+        features: Tensor,
+        targets: Tensor,
+        base_log_w: Tensor | None,
+        per_prefix: bool,
+        names: tuple[str, ...],
+        ridge: float,
+    ) -> Problem:
+        """With the standard deviation of each metric under the base weights as its scale."""
+        ones = torch.ones_like(targets)
+        problem = Problem(features, targets, base_log_w, per_prefix, names, ones, ridge)
+        low, high = problem.reachable()
+        for name, constant in zip(names, (low == high).tolist(), strict=True):
+            if constant:
+                where = " within every prefix" if per_prefix else ""
+                raise InvalidInput(f"metric {name} is constant{where}: no weighting can change it; leave it out")
+        scale = problem.tilted(torch.zeros_like(ones)).covariance.diagonal().sqrt()
+        # Base weights can be so uneven that nothing is left to vary; any positive scale serves then.
+        return replace(problem, scale=torch.where(scale > 1e-9 * (high - low), scale, high - low))
+
+    def tilted(self, nu: Tensor) -> ops.Moments:
+        return ops.tilted_moments(self.features, nu / self.scale, self.base_log_w, self.per_prefix)
+
+    def dual(self, nu: Tensor) -> tuple[float, Tensor, Tensor]:
+        """Value, gradient [K] and Hessian [K, K] of the dual in nu, ridge included."""
+        log_z, mean, covariance = self.tilted(nu)
+        value = float(log_z + (nu / self.scale) @ self.targets + 0.5 * self.ridge * nu @ nu)
+        gradient = (self.targets - mean) / self.scale + self.ridge * nu
+        hessian = covariance / self.scale.outer(self.scale)
+        return value, gradient, hessian + self.ridge * torch.eye(len(nu), dtype=torch.float64)
+
+    def reachable(self) -> tuple[Tensor, Tensor]:
+        """[K] lowest and highest expectation of each metric over all weightings."""
+        low, high = self.features, self.features
+        if self.base_log_w is not None:
+            excluded = (self.base_log_w == -torch.inf)[..., None]
+            low, high = low.masked_fill(excluded, torch.inf), high.masked_fill(excluded, -torch.inf)
+        lowest, highest = low.amin(1).double(), high.amax(1).double()
+        if self.per_prefix:
+            return lowest.mean(0), highest.mean(0)
+        return lowest.amin(0), highest.amax(0)
+
+    def check_reachable(self) -> None:
+        """Raise InfeasibleTargets for a target outside the range of its own metric."""
+        low, high = self.reachable()
+        out = (self.targets <= low + BOUNDARY * self.scale) | (self.targets >= high - BOUNDARY * self.scale)
+        if out.any():
+            ranges = ", ".join(self._range(k, low, high) for k in out.nonzero().flatten().tolist())
+            raise InfeasibleTargets(f"out of reach of any weighting of the candidates: {ranges}. {self._advice()}")
+
+    def check_separated(self, nu: Tensor) -> None:
+        """Raise InfeasibleTargets if -nu separates the targets from all that weights can reach."""
+        direction = -nu / self.scale
+        along = self.features.double() @ direction
+        if self.base_log_w is not None:
+            along = along.masked_fill(self.base_log_w == -torch.inf, -torch.inf)
+        farthest = along.amax(1).mean() if self.per_prefix else along.max()
+        if farthest - direction @ self.targets > BOUNDARY * nu.norm():
+            return
+        low, high = self.reachable()
+        involved = (nu.abs() >= 0.05 * nu.abs().max()).nonzero().flatten().tolist()
+        ranges = ", ".join(self._range(k, low, high) for k in involved)
+        raise InfeasibleTargets(
+            f"jointly out of reach of any weighting of the candidates, though each is reachable alone: {ranges}. "
+            f"{self._advice()}"
+        )
+
+    def _range(self, k: int, low: Tensor, high: Tensor) -> str:
+        return f"{self.names[k]} (target {self.targets[k]:.6g}, reachable {low[k]:.6g} to {high[k]:.6g})"
+
+    def _advice(self) -> str:
+        n, m = self.features.shape[:2]
+        return (
+            f"With N = {n} prefixes and M = {m} candidates: draw more candidates per prefix, leave a metric out, "
+            "or ask for the nearest soft match with ridge > 0"
+        )
+
+
+def solve(problem: Problem, start: Tensor | None = None, tolerance: float = TOLERANCE) -> tuple[Tensor, int, bool]:
+    """Minimise the dual by damped Newton steps.
+
+    Returns
+    -------
+    nu : [K] float64, standardised coefficients; number of steps; True
+
+    Raises
+    ------
+    InfeasibleTargets
+        Proved: see the module's text.
+    FitDidNotConverge
+        Neither solved nor proved.
+    """
+    if problem.ridge == 0:
+        problem.check_reachable()
+    nu = torch.zeros_like(problem.scale) if start is None else start
+    value, gradient, hessian = problem.dual(nu)
+    for step in range(MAX_STEPS):
+        error = float(gradient.abs().max())
+        if error <= tolerance:
+            return nu, step, True
+        if problem.ridge == 0 and step >= 3:
+            problem.check_separated(nu)
+        direction = _newton_direction(gradient, hessian)
+        slope = float(gradient @ direction)
+        size = 1.0
+        while size > 1e-9:
+            trial = nu + size * direction
+            trial_value, trial_gradient, trial_hessian = problem.dual(trial)
+            # Near the minimum the dual no longer shows progress in its last digit, the gradient still does.
+            if trial_value <= value + 1e-4 * size * slope or (
+                float(trial_gradient.abs().max()) < 0.5 * error and trial_value <= value + 1e-12 * (1 + abs(value))
+            ):
+                break
+            size /= 2
+        else:
+            break
+        nu, value, gradient, hessian = trial, trial_value, trial_gradient, trial_hessian
+    error = float(gradient.abs().max())
+    if error <= max(tolerance, GOOD_ENOUGH):
+        return nu, step, True
+    raise FitDidNotConverge(
+        f"the fit stopped after {step + 1} steps with a residual of {error:.2g} standard deviations, its largest "
+        f"coefficient {float(nu.abs().max()):.3g} per standard deviation: the targets are at the edge of what the "
+        f"candidates can reach. {problem._advice()}"
+    )
+
+
+def _newton_direction(gradient: Tensor, hessian: Tensor) -> Tensor:
+    """-H⁻¹ g, without the directions in which collinear metrics leave H no curvature and g nothing to gain."""
+    eigenvalues, vectors = torch.linalg.eigh(hessian)
+    along = vectors.T @ gradient
+    floor = max(float(eigenvalues[-1]) * SMALLEST_EIGENVALUE, 1e-300)
+    flat = (eigenvalues <= floor) & (along.abs() <= TOLERANCE)
+    step = torch.where(flat, 0.0, along / eigenvalues.clamp_min(floor))
+    direction = -(vectors @ step)
+    return direction * min(1.0, MAX_STEP / float(direction.abs().max()))

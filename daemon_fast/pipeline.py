@@ -1,0 +1,111 @@
+"""From files to results: what the CLI commands and the demo do, as functions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from daemon_fast import metrics as metrics_module
+from daemon_fast import ops
+from daemon_fast.collect import collect
+from daemon_fast.data import Pairs, read_texts, split
+from daemon_fast.energy import Base, Energy
+from daemon_fast.fit import FitResult, Normalization, fit
+from daemon_fast.metrics import Metric
+from daemon_fast.models import load_tokenizer
+from daemon_fast.proposals.transformers import TransformersProposal
+
+__all__ = ["fit_energy", "fit_to_pairs", "repetition_of_texts"]
+
+BATCH_TOKENS = 1 << 22
+
+
+def fit_energy(
+    *,
+    metrics: Sequence[Metric],
+    model: str,
+    data: str,
+    field: str,
+    directory: str | os.PathLike[str],
+    num_prefixes: int,
+    prefix_tokens: int,
+    new_tokens: int,
+    num_candidates: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    normalization: Normalization,
+    base: Base,
+    ridge: float,
+    bootstrap: int,
+    device: str | None,
+    seed: int,
+    batch_size: int,
+) -> tuple[FitResult, Energy]:
+    """`daemon-fast fit`: candidates for prefixes of human text (saved in `directory`), features, fit."""
+    texts = read_texts(data, field)
+    proposal = TransformersProposal.load(
+        model,
+        device,
+        num_candidates=num_candidates,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )
+    pairs = split(texts, proposal.tokenizer, prefix_tokens, new_tokens, num_prefixes, seed)
+    result, energy, _ = fit_to_pairs(
+        proposal, pairs, metrics, directory, seed, batch_size, base,
+        normalization=normalization, ridge=ridge, bootstrap=bootstrap, progress=True,
+    )  # fmt: skip
+    return result, energy
+
+
+def fit_to_pairs(
+    proposal: TransformersProposal,
+    pairs: Pairs,
+    metrics: Sequence[Metric],
+    directory: str | os.PathLike[str],
+    seed: int,
+    batch_size: int,
+    base: Base = "proposal",
+    **options: Any,
+) -> tuple[FitResult, Energy, float]:
+    """Fit to human continuations; also returns the seconds spent on candidates. `options` go to `fit`."""
+    candidates, seconds = collect(proposal, pairs.prefixes, directory, seed, batch_size, "candidates to fit")
+    human = proposal.score(pairs.prefixes, pairs.continuations)
+    features = metrics_module.features(metrics, candidates)
+    targets = metrics_module.features(metrics, human)[:, 0]
+    base_log_w = None if base == "proposal" else candidates.log_p - candidates.log_q
+    result = fit(features, targets, base_log_w, names=metrics_module.column_names(metrics), seed=seed, **options)
+    return result, Energy.from_fit(result, metrics, proposal.settings, base, seed), seconds
+
+
+def repetition_of_texts(
+    texts: Sequence[str], ngrams: Sequence[int], windows: Sequence[int], tokenizer: str | None
+) -> tuple[list[str], Tensor]:
+    """Column names, and [texts, columns] float32 repetition metrics. Without a tokenizer, tokens are words."""
+    words: dict[str, int] = {}
+    encode = None if tokenizer is None else load_tokenizer(tokenizer)
+    rows, tables, widest = [], [], 0
+    for text in tqdm(texts, desc="texts", disable=len(texts) < 10_000):
+        row = [words.setdefault(w, len(words)) for w in text.split()] if encode is None else encode(text)["input_ids"]
+        # Texts of any length go in batches of bounded size: one long text must not widen all of them.
+        if rows and (len(rows) + 1) * max(widest, len(row)) > BATCH_TOKENS:
+            tables.append(_repetition_of_rows(rows, ngrams, windows))
+            rows, widest = [], 0
+        rows.append(row)
+        widest = max(widest, len(row))
+    tables.append(_repetition_of_rows(rows, ngrams, windows))
+    return [f"sr_{n}" for n in ngrams] + [f"tr_{w}" for w in windows], torch.cat(tables)
+
+
+def _repetition_of_rows(rows: list[list[int]], ngrams: Sequence[int], windows: Sequence[int]) -> Tensor:
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True)
+    return ops.repetition(tokens, torch.tensor([len(row) for row in rows]), ngrams, windows)

@@ -1,0 +1,99 @@
+"""Where candidates come from. Each engine is a module here; all meet the `Proposal` protocol."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from daemon_fast.candidates import Candidates
+from daemon_fast.errors import InvalidInput
+
+__all__ = ["Prefix", "Proposal", "ProposalSettings", "vocabulary_fingerprint"]
+
+Prefix = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class ProposalSettings:
+    """How candidates are drawn: what a fitted mu holds for, so the artefact stores it.
+
+    Attributes
+    ----------
+    model : Hugging Face id, path or embedded name of the language model
+    vocabulary : fingerprint of its tokenizer (see `vocabulary_fingerprint`)
+    num_candidates : M per prefix
+    max_new_tokens, min_new_tokens : bounds on the length; below the minimum, end-of-text is not drawn
+    temperature : > 0
+    top_k : number of likeliest tokens kept, 0 for all
+    top_p : probability mass kept, from the likeliest down, 1 for all
+    count_eos : whether the end-of-text token itself belongs to the continuation and its length
+    """
+
+    model: str
+    vocabulary: str
+    num_candidates: int = 25
+    max_new_tokens: int = 64
+    min_new_tokens: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    count_eos: bool = False
+
+    def __post_init__(self) -> None:
+        limits = {
+            "num_candidates": self.num_candidates >= 1,
+            "max_new_tokens": self.max_new_tokens >= 1,
+            "min_new_tokens": 0 <= self.min_new_tokens <= self.max_new_tokens,
+            "temperature": 0 < self.temperature < float("inf"),
+            "top_k": self.top_k >= 0,
+            "top_p": 0 < self.top_p <= 1,
+        }
+        expected = {
+            "num_candidates": ">= 1",
+            "max_new_tokens": ">= 1",
+            "min_new_tokens": f"from 0 to max_new_tokens = {self.max_new_tokens}",
+            "temperature": "positive and finite",
+            "top_k": ">= 0",
+            "top_p": "in (0, 1]",
+        }
+        for name, valid in limits.items():
+            if not valid:
+                raise InvalidInput(f"{name} = {getattr(self, name)} must be {expected[name]}")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Proposal(Protocol):
+    """Draws candidates."""
+
+    settings: ProposalSettings
+
+    def propose(self, prefixes: Sequence[Prefix], seed: int) -> Candidates:
+        """M candidates of each prefix; the same seed gives the same ones again.
+
+        Raises
+        ------
+        InvalidInput
+            No prefixes, an empty one, or one too long for the model's context.
+        """
+        ...
+
+    def tokenize(self, prefixes: Sequence[Prefix]) -> list[list[int]]:
+        """Token ids of prefixes, with the same checks."""
+        ...
+
+    def detokenize(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Texts of token ids."""
+        ...
+
+
+def vocabulary_fingerprint(tokenizer: Any) -> str:
+    """Size and hash of a tokenizer's vocabulary: token metrics of one vocabulary mean nothing in another."""
+    entries = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    digest = hashlib.sha256()
+    for token, index in entries:
+        digest.update(f"{index}\0{token}\0".encode())
+    return f"{len(entries)}-{digest.hexdigest()[:16]}"
