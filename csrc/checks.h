@@ -96,8 +96,7 @@ inline void check_repetition(
 
 inline void check_token_logprobs(const Tensor& logits, const Tensor& ids, double temperature) {
     check_dim(logits, 2, "token_logprobs: logits", "[R, V]");
-    check_dtype(
-        logits, "token_logprobs: logits", ScalarType::Half, ScalarType::BFloat16, ScalarType::Float);
+    check_dtype(logits, "token_logprobs: logits", ScalarType::Half, ScalarType::BFloat16, ScalarType::Float);
     check_dim(ids, 1, "token_logprobs: ids", "[R]");
     check_dtype(ids, "token_logprobs: ids", ScalarType::Int, ScalarType::Long);
     check_size(ids, 0, logits.size(0), "token_logprobs: ids", "logits.shape[0]");
@@ -125,8 +124,7 @@ inline void check_tilt(
     check_dtype(mu, m.c_str(), ScalarType::Double);
     check_size(mu, 0, features.size(2), m.c_str(), "features.shape[2]");
     check_same_device(mu, features, m.c_str());
-    if (features.size(1) == 0 && features.size(0) > 0)
-        fail(f, " has no candidates (M = 0): shape ", shape(features));
+    if (features.size(1) == 0 && features.size(0) > 0) fail(f, " has no candidates (M = 0): shape ", shape(features));
     if (!base_log_w) return;
     check_dim(*base_log_w, 2, b.c_str(), "[G, M]");
     check_dtype(*base_log_w, b.c_str(), ScalarType::Float, ScalarType::Double);
@@ -145,8 +143,7 @@ inline void check_sir_select(
     check_same_device(uniforms, features, "sir_select: uniforms");
 }
 
-inline void check_tilted_moments(
-    const Tensor& features, const Tensor& mu, const std::optional<Tensor>& base_log_w) {
+inline void check_tilted_moments(const Tensor& features, const Tensor& mu, const std::optional<Tensor>& base_log_w) {
     check_tilt("tilted_moments", features, mu, base_log_w);
     if (features.size(0) == 0) fail("tilted_moments: features has no prefixes (N = 0): shape ", shape(features));
 }

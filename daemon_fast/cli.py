@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import os
 import sys
 import warnings
@@ -26,9 +25,8 @@ class _OneLineErrors(click.Group):
         try:
             return super().invoke(ctx)
         except DaemonFastError as error:
-            failure = click.ClickException(" ".join(str(error).split()))
-            failure.exit_code = 2
-            raise failure from error
+            click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+            sys.exit(2)
         except KeyboardInterrupt:
             click.echo("interrupted; run the same command again to go on from here", err=True)
             sys.exit(130)
@@ -40,21 +38,18 @@ def _shared(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 model_options = _shared(
     click.option("--device", help="Such as cpu or cuda:0.  [default: a GPU if there is one]"),
-    click.option("--seed", default=0, show_default=True, help="Of all random draws."),
-    click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True, help="Prefixes drawn together."),
+    click.option("--seed", default=0, help="Of all random draws."),
+    click.option("--batch-size", type=click.IntRange(1), default=4, help="Prefixes drawn together."),
 )
-data_option = click.option(
-    "--field", default="text", show_default=True, help="Of each object of a .jsonl file."
-)
+data_option = click.option("--field", default="text", help="Of each object of a .jsonl file.")
 
 
-@click.group(cls=_OneLineErrors, context_settings={"max_content_width": 120})
+@click.group(cls=_OneLineErrors, context_settings={"max_content_width": 120, "show_default": True})
 @click.version_option(package_name="daemon-fast")
 def main() -> None:
     """Decode language models so that expected metrics equal those of human text (DAEMON, arXiv 2310.01041)."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    logging.captureWarnings(False)
 
 
 def _quiet_transformers() -> None:
@@ -65,24 +60,24 @@ def _quiet_transformers() -> None:
 
 
 @main.command()
-@click.option("--model", default="smollm2-135m-instruct", show_default=True, help="Hugging Face id, folder or GGUF file.")
-@click.option("--data", default="wikipedia", show_default=True, help="Human text: a .jsonl or text file.")
+@click.option("--model", default="smollm2-135m-instruct", help="Hugging Face id, folder or GGUF file.")
+@click.option("--data", default="wikipedia", help="Human text: a .jsonl or text file.")
 @data_option
-@click.option("--metrics", "names", default=DEFAULT_METRICS, show_default=True, help="Comma-separated.")
-@click.option("--encoder", default="all-minilm-l6-v2", show_default=True, help="Sentence encoder for coh.")
-@click.option("--num-prefixes", type=click.IntRange(1), default=96, show_default=True)
-@click.option("--prefix-tokens", type=click.IntRange(1), default=32, show_default=True)
-@click.option("--new-tokens", type=click.IntRange(1), default=64, show_default=True, help="Of every continuation.")
-@click.option("--num-candidates", type=click.IntRange(1), default=25, show_default=True, help="M, per prefix.")
-@click.option("--temperature", default=0.97, show_default=True)
-@click.option("--top-k", default=0, show_default=True, help="0: all.")
-@click.option("--top-p", default=1.0, show_default=True)
-@click.option("--normalization", type=click.Choice(["per_prefix", "global"]), default="per_prefix", show_default=True)
-@click.option("--base", type=click.Choice(["proposal", "model"]), default="proposal", show_default=True, help="What is tilted.")
-@click.option("--ridge", default=0.0, show_default=True, help="> 0: nearest soft match.")
-@click.option("--bootstrap", type=click.IntRange(0), default=0, show_default=True, help="Replicates for intervals of mu.")
-@click.option("--work-dir", type=click.Path(path_type=Path), help="Where candidates are saved.  [default: OUTPUT.candidates]")
-@click.option("--output", type=click.Path(path_type=Path), default="energy.json", show_default=True)
+@click.option("--metrics", "names", default=DEFAULT_METRICS, help="Comma-separated.")
+@click.option("--encoder", default="all-minilm-l6-v2", help="Sentence encoder for coh.")
+@click.option("--num-prefixes", type=click.IntRange(1), default=96)
+@click.option("--prefix-tokens", type=click.IntRange(1), default=32)
+@click.option("--new-tokens", type=click.IntRange(1), default=64, help="Of every continuation.")
+@click.option("--num-candidates", type=click.IntRange(1), default=25, help="M, per prefix.")
+@click.option("--temperature", default=0.97)
+@click.option("--top-k", default=0, help="0: all.")
+@click.option("--top-p", default=1.0)
+@click.option("--normalization", type=click.Choice(["per_prefix", "global"]), default="per_prefix")
+@click.option("--base", type=click.Choice(["proposal", "model"]), default="proposal", help="What is tilted.")
+@click.option("--ridge", default=0.0, help="> 0: nearest soft match.")
+@click.option("--bootstrap", type=click.IntRange(0), default=0, help="Replicates for intervals of mu.")
+@click.option("--work-dir", type=click.Path(path_type=Path), help="For candidates.  [default: OUTPUT.candidates]")
+@click.option("--output", type=click.Path(path_type=Path), default="energy.json")
 @model_options
 def fit(names: str, data: str, field: str, output: Path, work_dir: Path | None, **options: Any) -> None:
     """Fit mu: make a model's expected metrics equal those of human text. Interrupted, it resumes."""
@@ -91,16 +86,17 @@ def fit(names: str, data: str, field: str, output: Path, work_dir: Path | None, 
 
     _quiet_transformers()
     metrics = parse([name.strip() for name in names.split(",") if name.strip()], options.pop("encoder"))
-    result, energy = fit_energy(
+    fitted = fit_energy(
         metrics=metrics, data=data, field=field, directory=work_dir or Path(f"{output}.candidates"), **options
     )
-    energy.save(output)
+    result = fitted.result
+    fitted.energy.save(output)
     click.echo(f"{'metric':>8} {'target':>12} {'mu':>12} {'residual':>12}")
     for i, name in enumerate(result.names):
         click.echo(f"{name:>8} {result.targets[i]:12.6g} {result.mu[i]:12.6g} {result.residual[i]:12.2g}")
     click.echo(
-        f"{result.iterations} steps; effective sample size {result.ess_mean:.1f} of {result.num_candidates} on average, "
-        f"{result.ess_min:.1f} at least; KL(p_mu || p_theta) {result.kl:.3f} nats; written to {output}"
+        f"{result.iterations} steps; effective sample size {result.ess_mean:.1f} of {result.num_candidates} on "
+        f"average, {result.ess_min:.1f} at least; KL(p_mu || p_theta) {result.kl:.3f} nats; written to {output}"
     )
 
 
@@ -110,7 +106,7 @@ def fit(names: str, data: str, field: str, output: Path, work_dir: Path | None, 
 @click.option("--input", "source", help="File of prompts: .jsonl, or one a line.")
 @data_option
 @click.option("--model", help="Instead of the one in the artefact.")
-@click.option("--num-samples", type=click.IntRange(1), default=1, show_default=True, help="Per prompt.")
+@click.option("--num-samples", type=click.IntRange(1), default=1, help="Per prompt.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per prompt, with weights and metrics.")
 @model_options
 def generate(
@@ -152,8 +148,8 @@ def generate(
 @click.argument("file")
 @data_option
 @click.option("--tokenizer", help="Hugging Face id, folder or GGUF file.  [default: words between white space]")
-@click.option("--ngrams", default="2,3,4", show_default=True)
-@click.option("--windows", default="8,16,32", show_default=True)
+@click.option("--ngrams", default="2,3,4")
+@click.option("--windows", default="8,16,32")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per text instead of the means.")
 def metrics(file: str, field: str, tokenizer: str | None, ngrams: str, windows: str, as_json: bool) -> None:
     """Repetition metrics of each text of FILE (.jsonl, or one text a line)."""
@@ -161,7 +157,8 @@ def metrics(file: str, field: str, tokenizer: str | None, ngrams: str, windows: 
     from daemon_fast.pipeline import repetition_of_texts
 
     _quiet_transformers()
-    names, table = repetition_of_texts(read_texts(file, field), _sizes(ngrams, "--ngrams"), _sizes(windows, "--windows"), tokenizer)
+    sizes = _sizes(ngrams, "--ngrams"), _sizes(windows, "--windows")
+    names, table = repetition_of_texts(read_texts(file, field), *sizes, tokenizer)
     if as_json:
         for row in table.tolist():
             click.echo(json.dumps(dict(zip(names, row, strict=True))))
@@ -198,9 +195,9 @@ def doctor() -> None:
 
 @main.command()
 @click.option("--quick", is_flag=True, help="Fewer prefixes: about 2 minutes on 2 cores instead of 10.")
-@click.option("--output", type=click.Path(path_type=Path), default="demo", show_default=True, help="Folder for results.")
+@click.option("--output", type=click.Path(path_type=Path), default="demo", help="Folder for results.")
 @click.option("--device", help="Such as cpu or cuda:0.  [default: a GPU if there is one]")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0)
 def demo(quick: bool, output: Path, device: str | None, seed: int) -> None:
     """Align SmolLM2-135M with Wikipedia: fit, decode held-out prefixes, compare. Interrupted, it resumes."""
     from daemon_fast.demo import run

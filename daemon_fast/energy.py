@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -43,7 +43,7 @@ class Energy:
     normalization : "per_prefix" or "global"
     base : "proposal" or "model"
         What is tilted: the proposal itself (base log-weights 0, as in the paper) or p_theta (log p - log q).
-    diagnostics : dict
+    diagnostics : dict or None
         Of the fit: residual, scale, confidence_interval, ess_mean, ess_min, kl, condition_number, iterations,
         converged, num_prefixes, seed.
     """
@@ -54,7 +54,7 @@ class Energy:
     proposal: ProposalSettings
     normalization: Normalization = "per_prefix"
     base: Base = "proposal"
-    diagnostics: dict[str, Any] = field(default_factory=dict)
+    diagnostics: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         k = len(self.names)
@@ -159,10 +159,13 @@ class Energy:
             raise ArtefactError(f"schema is {document['schema']!r}; this version reads schema {SCHEMA}")
         _check_fields("", document, FIELDS)
         _check_fields("proposal.", document["proposal"], PROPOSAL_FIELDS)
-        _check_fields("diagnostics.", document["diagnostics"], DIAGNOSTIC_FIELDS)
+        if document["diagnostics"] is not None:
+            _check_fields("diagnostics.", document["diagnostics"], DIAGNOSTIC_FIELDS)
         for i, spec in enumerate(document["metrics"]):
             if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
                 raise ArtefactError(f"metrics[{i}] must be an object with a name, got {_short(spec)}")
+            if unknown := sorted(set(spec) - {"name", "encoder", "columns", "custom"}):
+                raise ArtefactError(f"field {_short(f'metrics[{i}].{unknown[0]}')} is unknown")
             if not isinstance(spec.get("encoder"), str | None):
                 raise ArtefactError(f"metrics[{i}].encoder must be a string or null, got {_short(spec['encoder'])}")
         metrics = metrics_module.from_specs(document["metrics"], custom)
@@ -180,8 +183,8 @@ class Energy:
             raise ArtefactError(f"proposal.{error}") from error
         return cls(
             metrics=metrics,
-            mu=torch.tensor(document["mu"], dtype=torch.float64),
-            targets=torch.tensor(document["targets"], dtype=torch.float64),
+            mu=torch.tensor([float(value) for value in document["mu"]], dtype=torch.float64),
+            targets=torch.tensor([float(value) for value in document["targets"]], dtype=torch.float64),
             proposal=proposal,
             normalization=document["normalization"],
             base=document["base"],
@@ -228,7 +231,7 @@ FIELDS: dict[str, Check] = {
     "normalization": _one_of(get_args(Normalization)),
     "base": _one_of(get_args(Base)),
     "proposal": OBJECT,
-    "diagnostics": OBJECT,
+    "diagnostics": (lambda v: v is None or isinstance(v, dict), "an object or null"),
 }
 _BY_ANNOTATION = {"str": TEXT, "int": INTEGER, "float": NUMBER, "bool": TRUTH}
 PROPOSAL_FIELDS = {f.name: _BY_ANNOTATION[str(f.type)] for f in dataclasses.fields(ProposalSettings)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from daemon_fast.candidates import Candidates
@@ -21,13 +20,15 @@ def weighted_mean(features: Tensor, weights: Tensor) -> Tensor:
     return (features.double() * weights.double()[..., None]).sum(1)
 
 
-def distance_to_human(method: Tensor, human: Tensor) -> float:
+def distance_to_human(method: Tensor, human: Tensor, spread: Tensor | None = None) -> float:
     """Root mean square over metrics of (mean of method - mean of human) / (standard deviation of human).
 
     Parameters
     ----------
     method : [N, K] values, or expected values, per prefix
     human : [N', K] values per prefix
+    spread : [K], optional
+        Standard deviation of human text, where more of it is known than `human`.
 
     Raises
     ------
@@ -35,9 +36,9 @@ def distance_to_human(method: Tensor, human: Tensor) -> float:
         A metric that doesn't vary over the human texts.
     """
     human = human.double()
-    spread = human.std(0)
+    spread = human.std(0) if spread is None else spread
     if not (spread > 0).all():
-        raise InvalidInput(f"metric {int((spread <= 0).nonzero()[0])} is the same for all human texts")
+        raise InvalidInput(f"metric {int((~(spread > 0)).nonzero()[0])} does not vary over the human texts")
     return float(((method.double().mean(0) - human.mean(0)) / spread).square().mean().sqrt())
 
 

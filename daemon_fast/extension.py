@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 from types import ModuleType
 
@@ -25,19 +26,19 @@ def load() -> ModuleType:
     if version < (2, 10):
         raise ImportError(f"daemon_fast needs torch >= 2.10, and this is torch {torch.__version__}.")
     try:
-        from daemon_fast import _C
+        module = importlib.import_module("daemon_fast._C")
     except ImportError as error:
         raise ImportError(
             f"daemon_fast's compiled module can't be imported ({error}). {HOW_TO_BUILD} If it is installed already, "
             "you may be importing the source folder instead of the installed package: change the directory."
         ) from error
-    built = _C.build_info()["version"]
+    built = module.build_info()["version"]
     installed = importlib.metadata.version("daemon-fast")
     if built != installed:
         raise ImportError(
             f"daemon_fast's compiled module is of version {built}, the package of {installed}. {HOW_TO_BUILD}"
         )
-    return _C
+    return module
 
 
 def build_info() -> dict[str, str | None]:

@@ -1,6 +1,6 @@
 """Fitting mu, the coefficients whose tilted model has the target expectations: checks, diagnostics, bootstrap.
 
-The solver itself is in `daemon_fast.newton`.
+The dual and the methods that minimise it are in `daemon_fast.solvers`.
 """
 
 from __future__ import annotations
@@ -14,16 +14,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from daemon_fast import newton, ops
+from daemon_fast import ops, solvers
 from daemon_fast.errors import FitDidNotConverge, InfeasibleTargets, InvalidInput
-from daemon_fast.newton import Problem
+from daemon_fast.solvers import Problem
 
 __all__ = ["FitResult", "Normalization", "fit"]
 
 Normalization = Literal["per_prefix", "global"]
 Method = Literal["newton", "rmse"]
-
-MAX_ADAM_STEPS = 20_000
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,8 @@ def fit(
         expected metrics on these prefixes equal the targets exactly. Global is the paper's: one normalisation over
         all samples.
     method : "newton" or "rmse"
-        "rmse" is the paper's procedure, the reference: Adam on the relative root mean square error of F̂ against F.
+        "rmse" is the paper's procedure, the reference: Adam on the relative root mean square error of F̂ against F
+        (on its square, whose gradient vanishes at the minimum: on the root itself Adam oscillates by its step size).
         It stops at the tolerance or after 20,000 steps, and says which in `converged`.
     ridge : float >= 0
         Penalty ridge/2 · ‖mu * scale‖² on the dual. Always has a solution: the nearest soft match.
@@ -135,9 +134,10 @@ def fit(
     """
     problem, human = _checked(features, targets, base_log_w, normalization, ridge, names)
     if method == "newton":
-        nu, iterations, converged = newton.solve(problem, tolerance=tolerance or newton.TOLERANCE)
+        nu, iterations = solvers.newton(problem, tolerance=tolerance or solvers.TOLERANCE)
+        converged = True
     elif method == "rmse":
-        nu, iterations, converged = _adam(problem, learning_rate, tolerance or 1e-3, progress)
+        nu, iterations, converged = solvers.adam(problem, learning_rate, tolerance or 1e-3, progress)
     else:
         raise InvalidInput(f"method = {method!r}: it must be 'newton' or 'rmse'")
     result = _diagnosed(problem, nu, iterations, converged, normalization, method)
@@ -186,28 +186,6 @@ def _checked(
     return problem, human
 
 
-def _adam(problem: Problem, learning_rate: float, tolerance: float, progress: bool) -> tuple[Tensor, int, bool]:
-    """The paper's fit: Adam on the relative RMSE. Its gradient is exact, from the same moments as Newton's."""
-    if (problem.targets == 0).any():
-        name = problem.names[int((problem.targets == 0).nonzero()[0])]
-        raise InvalidInput(f"target of {name} is 0: its relative error is not defined; use method='newton'")
-    problem.check_reachable()
-    nu = torch.zeros_like(problem.scale)
-    first, second = torch.zeros_like(nu), torch.zeros_like(nu)
-    for step in tqdm(range(1, MAX_ADAM_STEPS + 1), desc="fit (Adam)", disable=not progress):
-        _, mean, covariance = problem.tilted(nu)
-        residual = mean - problem.targets
-        if (residual / problem.scale).abs().max() <= tolerance:
-            return nu, step - 1, True
-        relative = residual / problem.targets
-        loss = relative.square().mean().sqrt()
-        gradient = -(covariance @ (relative / problem.targets)) / (len(nu) * loss) / problem.scale
-        first = 0.9 * first + 0.1 * gradient
-        second = 0.999 * second + 0.001 * gradient.square()
-        nu = nu - learning_rate * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
-    return nu, MAX_ADAM_STEPS, False
-
-
 def _diagnosed(
     problem: Problem, nu: Tensor, iterations: int, converged: bool, normalization: Normalization, method: Method
 ) -> FitResult:
@@ -231,7 +209,7 @@ def _diagnosed(
         ridge=problem.ridge,
         converged=converged,
         iterations=iterations,
-        condition_number=largest / smallest if smallest > newton.SMALLEST_EIGENVALUE * largest else math.inf,
+        condition_number=largest / smallest if smallest > solvers.SMALLEST_EIGENVALUE * largest else math.inf,
         ess_mean=float(ess.mean()),
         ess_min=float(ess.min()),
         kl=float(-(mu @ mean) - (log_z - log_z_0)),
@@ -256,7 +234,7 @@ def _bootstrap(
             base_log_w=None if problem.base_log_w is None else problem.base_log_w[drawn],
         )
         try:
-            fitted.append(newton.solve(replicate, start=nu)[0] / problem.scale)
+            fitted.append(solvers.newton(replicate, start=nu)[0] / problem.scale)
         except (InfeasibleTargets, FitDidNotConverge):
             continue
     quantiles = torch.tensor([0.025, 0.975], dtype=torch.float64)

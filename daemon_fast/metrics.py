@@ -34,6 +34,7 @@ __all__ = [
     "parse",
 ]
 
+Function = Callable[[Candidates], Tensor]
 KNOWN = "sr_<n>, tr_<w>, div, ent, coh"
 MAX_CACHED_PREFIXES = 4096
 
@@ -185,7 +186,7 @@ class FunctionMetric(Metric):
 
     def __init__(
         self,
-        function: Callable[[Candidates], Tensor],
+        function: Function,
         names: str | Sequence[str] | None = None,
         needs: Iterable[str] = ("tokens", "log_probs", "texts"),
     ) -> None:
@@ -205,7 +206,7 @@ class FunctionMetric(Metric):
         return self._function(candidates)
 
 
-def parse(names: Iterable[str | Metric | Callable[[Candidates], Tensor]], encoder: Encoder | str | None = None) -> list[Metric]:
+def parse(names: Iterable[str | Metric | Function], encoder: Encoder | str | None = None) -> list[Metric]:
     """Metrics from names, metric objects and plain callables.
 
     Parameters
@@ -230,7 +231,7 @@ def parse(names: Iterable[str | Metric | Callable[[Candidates], Tensor]], encode
     return metrics
 
 
-def _parse_one(name: str | Metric | Callable[[Candidates], Tensor], encoder: Encoder | str | None) -> Metric:
+def _parse_one(name: str | Metric | Function, encoder: Encoder | str | None) -> Metric:
     if isinstance(name, Metric):
         return name
     if not isinstance(name, str):

@@ -12,7 +12,15 @@ import torch
 
 from daemon_fast.errors import DeviceUnavailable, InvalidInput, ModelUnavailable
 
-__all__ = ["DEFAULT_ENCODER", "DEFAULT_MODEL", "Encoder", "load_encoder", "load_language_model", "load_tokenizer", "resolve_device"]
+__all__ = [
+    "DEFAULT_ENCODER",
+    "DEFAULT_MODEL",
+    "Encoder",
+    "load_encoder",
+    "load_language_model",
+    "load_tokenizer",
+    "resolve_device",
+]
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_ENCODER = "all-minilm-l6-v2"

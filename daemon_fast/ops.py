@@ -7,8 +7,8 @@ A bad argument is a RuntimeError, as with torch's own operators, that names the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,12 @@ __all__ = ["importance_weights", "repetition", "sir_select", "tilted_moments", "
 
 extension.load()  # registers the operators
 _ops = torch.ops.daemon_fast
+_Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
+
+
+def _fake_of(operator: str) -> Callable[[_Kernel], _Kernel]:
+    decorator: Callable[[_Kernel], _Kernel] = torch.library.register_fake(f"daemon_fast::{operator}")
+    return decorator
 
 
 class ImportanceWeights(NamedTuple):
@@ -28,7 +34,7 @@ class ImportanceWeights(NamedTuple):
 
 
 class Selection(NamedTuple):
-    index: Tensor  # [G] or [G, S] int64
+    index: Tensor  # type: ignore[assignment]  # [G] or [G, S] int64; hides tuple.index, which nobody needs here
     weights: Tensor  # [G, M]
     log_z: Tensor  # [G]
     ess: Tensor  # [G]
@@ -89,7 +95,7 @@ def repetition(
     return out
 
 
-@torch.library.register_fake("daemon_fast::repetition")
+@_fake_of("repetition")
 def _(tokens: Tensor, lengths: Tensor, ngrams: Sequence[int], windows: Sequence[int]) -> Tensor:
     return tokens.new_empty((tokens.shape[0], len(ngrams) + len(windows)), dtype=torch.float32)
 
@@ -123,7 +129,7 @@ def token_logprobs(
     return TokenLogProbs(*_ops.token_logprobs(logits, ids, temperature))
 
 
-@torch.library.register_fake("daemon_fast::token_logprobs")
+@_fake_of("token_logprobs")
 def _(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     return (
         logits.new_empty(logits.shape[:1], dtype=torch.float32),
@@ -158,7 +164,7 @@ def importance_weights(
     return ImportanceWeights(*_ops.importance_weights(log_w))
 
 
-@torch.library.register_fake("daemon_fast::importance_weights")
+@_fake_of("importance_weights")
 def _(log_w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(log_w), log_w.new_empty(log_w.shape[:1]), log_w.new_empty(log_w.shape[:1])
 
@@ -200,7 +206,7 @@ def sir_select(
     return Selection(*_ops.sir_select(features, mu, base_log_w, uniforms))
 
 
-@torch.library.register_fake("daemon_fast::sir_select")
+@_fake_of("sir_select")
 def _(
     features: Tensor, mu: Tensor, base_log_w: Tensor | None, uniforms: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -247,9 +253,7 @@ def tilted_moments(
     return Moments(*_ops.tilted_moments(features, mu, base_log_w, per_prefix))
 
 
-@torch.library.register_fake("daemon_fast::tilted_moments")
-def _(
-    features: Tensor, mu: Tensor, base_log_w: Tensor | None, per_prefix: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+@_fake_of("tilted_moments")
+def _(features: Tensor, mu: Tensor, base_log_w: Tensor | None, per_prefix: bool) -> tuple[Tensor, Tensor, Tensor]:
     k = features.shape[2]
     return tuple(features.new_empty(shape, dtype=torch.float64) for shape in ((), (k,), (k, k)))  # type: ignore[return-value]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +20,16 @@ from daemon_fast.metrics import Metric
 from daemon_fast.models import load_tokenizer
 from daemon_fast.proposals.transformers import TransformersProposal
 
-__all__ = ["fit_energy", "fit_to_pairs", "repetition_of_texts"]
+__all__ = ["Fitted", "fit_energy", "fit_to_pairs", "repetition_of_texts"]
 
 BATCH_TOKENS = 1 << 22
+
+
+class Fitted(NamedTuple):
+    result: FitResult
+    energy: Energy
+    human: Tensor  # [N, K] metrics of the human continuations
+    seconds: float  # spent on drawing candidates
 
 
 def fit_energy(
@@ -46,7 +53,7 @@ def fit_energy(
     device: str | None,
     seed: int,
     batch_size: int,
-) -> tuple[FitResult, Energy]:
+) -> Fitted:
     """`daemon-fast fit`: candidates for prefixes of human text (saved in `directory`), features, fit."""
     texts = read_texts(data, field)
     proposal = TransformersProposal.load(
@@ -60,11 +67,10 @@ def fit_energy(
         top_p=top_p,
     )
     pairs = split(texts, proposal.tokenizer, prefix_tokens, new_tokens, num_prefixes, seed)
-    result, energy, _ = fit_to_pairs(
+    return fit_to_pairs(
         proposal, pairs, metrics, directory, seed, batch_size, base,
         normalization=normalization, ridge=ridge, bootstrap=bootstrap, progress=True,
     )  # fmt: skip
-    return result, energy
 
 
 def fit_to_pairs(
@@ -76,15 +82,14 @@ def fit_to_pairs(
     batch_size: int,
     base: Base = "proposal",
     **options: Any,
-) -> tuple[FitResult, Energy, float]:
-    """Fit to human continuations; also returns the seconds spent on candidates. `options` go to `fit`."""
+) -> Fitted:
+    """Fit to human continuations. `options` go to `fit`."""
     candidates, seconds = collect(proposal, pairs.prefixes, directory, seed, batch_size, "candidates to fit")
-    human = proposal.score(pairs.prefixes, pairs.continuations)
     features = metrics_module.features(metrics, candidates)
-    targets = metrics_module.features(metrics, human)[:, 0]
+    human = metrics_module.features(metrics, proposal.score(pairs.prefixes, pairs.continuations))[:, 0]
     base_log_w = None if base == "proposal" else candidates.log_p - candidates.log_q
-    result = fit(features, targets, base_log_w, names=metrics_module.column_names(metrics), seed=seed, **options)
-    return result, Energy.from_fit(result, metrics, proposal.settings, base, seed), seconds
+    result = fit(features, human, base_log_w, names=metrics_module.column_names(metrics), seed=seed, **options)
+    return Fitted(result, Energy.from_fit(result, metrics, proposal.settings, base, seed), human, seconds)
 
 
 def repetition_of_texts(
@@ -93,7 +98,9 @@ def repetition_of_texts(
     """Column names, and [texts, columns] float32 repetition metrics. Without a tokenizer, tokens are words."""
     words: dict[str, int] = {}
     encode = None if tokenizer is None else load_tokenizer(tokenizer)
-    rows, tables, widest = [], [], 0
+    rows: list[list[int]] = []
+    tables: list[Tensor] = []
+    widest = 0
     for text in tqdm(texts, desc="texts", disable=len(texts) < 10_000):
         row = [words.setdefault(w, len(words)) for w in text.split()] if encode is None else encode(text)["input_ids"]
         # Texts of any length go in batches of bounded size: one long text must not widen all of them.

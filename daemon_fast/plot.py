@@ -39,10 +39,10 @@ def plot_alignment(report: dict[str, Any], path: str | os.PathLike[str]) -> None
     for offset, method in ((-0.13, "sampling"), (0.13, "daemon")):
         spread = report["human standard deviation"]
         shift = [(report["mean"][method][k] - report["mean"]["human"][k]) / spread[k] for k in rows]
-        error = [report["standard error"][method][k] / spread[k] for k in rows]
+        bars = [report["standard error"][method][k] / spread[k] for k in rows]
         distance = report["distance to human"][method]
         axes.errorbar(
-            shift, [k + offset for k in rows], xerr=error, fmt="o", capsize=3, color=COLOURS[method],
+            shift, [k + offset for k in rows], xerr=bars, fmt="o", capsize=3, color=COLOURS[method],
             label=f"{LABELS[method]}: distance {distance:.2f}",
         )  # fmt: skip
     axes.set_yticks(list(rows), names)

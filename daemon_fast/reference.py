@@ -53,9 +53,7 @@ def repetition(
 ) -> list[list[float]]:
     """sr_n for each n, then tr_w for each w, of the first lengths[r] tokens of each row."""
     rows = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
-    return [
-        [sequence_repetition(row, n) for n in ngrams] + [token_repetition(row, w) for w in windows] for row in rows
-    ]
+    return [[sequence_repetition(row, n) for n in ngrams] + [token_repetition(row, w) for w in windows] for row in rows]
 
 
 def log_sum_exp(values: Vector) -> float:
@@ -66,9 +64,7 @@ def log_sum_exp(values: Vector) -> float:
     return highest + math.log(math.fsum(math.exp(v - highest) for v in values))
 
 
-def token_logprobs(
-    logits: Matrix, ids: Sequence[int], temperature: float
-) -> tuple[list[float], list[float]]:
+def token_logprobs(logits: Matrix, ids: Sequence[int], temperature: float) -> tuple[list[float], list[float]]:
     """log softmax(logits)[id], and log softmax(logits / temperature)[id], of each row."""
     log_p, log_q = [], []
     for row, i in zip(logits, ids, strict=True):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from daemon_fast import reference
 
 HERE = Path(__file__).parent

@@ -157,7 +157,7 @@ def test_opcheck(device):
         (torch.zeros(3, 4), torch.zeros(3).long(), [2], [8], "tokens must be int32 or int64, got float32"),
         (torch.zeros(3, 4).long(), torch.zeros(3), [2], [8], "lengths must be int32 or int64, got float32"),
         (torch.zeros(3, 4).long(), torch.zeros(2).long(), [2], [8], r"tokens.shape\[0\] = 3 .* got shape \[2\]"),
-        (torch.zeros(3, 4).long(), torch.tensor([4, 5, 4]), [2], [8], r"lengths\[1\] = 5 exceeds tokens.shape\[1\] = 4"),
+        (torch.zeros(3, 4).long(), torch.tensor([4, 5, 4]), [2], [8], r"lengths\[1\] = 5 exceeds tokens.* = 4"),
         (torch.zeros(3, 4).long(), torch.tensor([4, 4, -1]).int(), [2], [8], r"lengths\[2\] = -1 is negative"),
         (torch.zeros(3, 4).long(), torch.zeros(3).long(), [2, 0], [8], r"ngrams\[1\] = 0 is below the minimum 1"),
         (torch.zeros(3, 4).long(), torch.zeros(3).long(), [2], [-3], r"windows\[0\] = -3 is below the minimum 1"),

@@ -41,7 +41,9 @@ DAEMON_FAST_INLINE int table_bits(int64_t slots) {
 }
 
 // Fibonacci hashing: the high bits of a product by 2^64 / golden ratio.
-DAEMON_FAST_INLINE uint64_t slot_of(uint64_t key, int bits) { return (key * 0x9E3779B97F4A7C15ull) >> (64 - bits); }
+DAEMON_FAST_INLINE uint64_t slot_of(uint64_t key, int bits) {
+    return (key * 0x9E3779B97F4A7C15ull) >> (64 - bits);
+}
 
 template <class Word, class Element>
 DAEMON_FAST_INLINE Word load(const Element* from) {
@@ -164,8 +166,7 @@ DAEMON_FAST_INLINE int64_t scan_pairs(int64_t count, int64_t found, int64_t leng
 // Positions whose last repeat lies at most `window` back. A distance of 0 means that there is none.
 template <class Index>
 DAEMON_FAST_INLINE int64_t count_within(const Index* distance, int64_t length, int64_t window) {
-    const Index limit =
-        static_cast<Index>(window < Scratch<Index>::kNone ? window : int64_t{Scratch<Index>::kNone});
+    const Index limit = static_cast<Index>(window < Scratch<Index>::kNone ? window : int64_t{Scratch<Index>::kNone});
     constexpr int64_t kBlock = 4096;  // what a 16-bit counter holds with room to spare
     int64_t hits = 0;
     for (int64_t begin = 0; begin < length; begin += kBlock) {

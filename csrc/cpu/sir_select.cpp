@@ -25,8 +25,8 @@ DAEMON_FAST_INLINE int64_t draw(const double* weights, int64_t M, double uniform
 
 template <class Real>
 void select_groups(
-    const Tensor& features, const Tensor& mu, const std::optional<Tensor>& base, const Tensor& uniforms,
-    Tensor& index, Tensor& weights, Tensor& log_z, Tensor& ess) {
+    const Tensor& features, const Tensor& mu, const std::optional<Tensor>& base, const Tensor& uniforms, Tensor& index,
+    Tensor& weights, Tensor& log_z, Tensor& ess) {
     const int64_t G = features.size(0), M = features.size(1), K = features.size(2);
     const int64_t S = uniforms.dim() == 2 ? uniforms.size(1) : 1;
     const Real* const feature_of = features.const_data_ptr<Real>();
@@ -78,11 +78,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sir_select(
     const double* const uniform = uniforms.const_data_ptr<double>();
     for (int64_t i = 0; i < uniforms.numel(); ++i)
         if (!(uniform[i] >= 0 && uniform[i] < 1))
-            fail("sir_select: uniforms of row ", i / (uniforms.numel() / G), " hold ", uniform[i],
-                 ", which is not in [0, 1)");
+            fail(
+                "sir_select: uniforms of row ", i / (uniforms.numel() / G), " hold ", uniform[i],
+                ", which is not in [0, 1)");
 
-    std::vector<int64_t> draws = uniforms.dim() == 2 ? std::vector<int64_t>{G, uniforms.size(1)}
-                                                     : std::vector<int64_t>{G};
+    std::vector<int64_t> draws =
+        uniforms.dim() == 2 ? std::vector<int64_t>{G, uniforms.size(1)} : std::vector<int64_t>{G};
     Tensor index = empty_like_with(features, draws, ScalarType::Long);
     Tensor weights = empty_like_with(features, {G, M}, type);
     Tensor log_z = empty_like_with(features, {G}, type);

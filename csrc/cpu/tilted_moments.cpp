@@ -13,7 +13,7 @@
 namespace daemon_fast::cpu {
 namespace {
 
-constexpr int64_t kTile = 256;           // samples: 2 KiB a feature
+constexpr int64_t kTile = 256;            // samples: 2 KiB a feature
 constexpr int64_t kPrefixesInBlock = 64;  // the unit of work of a thread
 
 // Of a set of samples: their summed weight exp(log w - max), mean, and summed outer products about the mean.
@@ -87,8 +87,7 @@ DAEMON_FAST_INLINE bool tile_moments(
     for (int64_t a = 0; a < K; ++a) {
         const double* const row_a = tile.feature.data() + a * kTile;
         double weighted[kTile];
-        for (int64_t j = 0; j < end; j += kLanes)
-            store_vec(weighted + j, load_vec(weight + j) * load_vec(row_a + j));
+        for (int64_t j = 0; j < end; j += kLanes) store_vec(weighted + j, load_vec(weight + j) * load_vec(row_a + j));
         for (int64_t b = a; b < K; ++b) {
             const double* const row_b = tile.feature.data() + b * kTile;
             Vec total = Vec{};
@@ -122,8 +121,7 @@ DAEMON_FAST_INLINE void sum_block(
         if (p.per_prefix) prefix.clear();
         for (int64_t j = 0; j < p.M; j += kTile) {
             const int64_t sample = i * p.M + j, count = p.M - j < kTile ? p.M - j : kTile;
-            if (tile_moments(
-                    features + sample * p.K, p.mu, p.base ? p.base + sample : nullptr, count, p.K, tile))
+            if (tile_moments(features + sample * p.K, p.mu, p.base ? p.base + sample : nullptr, count, p.K, tile))
                 merge(target, tile.moments);
             else
                 bad.report(i);
@@ -172,8 +170,7 @@ void sum_all(const Tensor& features, const Problem& p, double* log_z, double* me
         tilt(feature_of + i * p.M * p.K, p.mu, p.base ? p.base + i * p.M : nullptr, p.M, p.K, row.data());
         fail_log_weights("tilted_moments", i, row.data(), p.M);
     }
-    if (!p.per_prefix && total.moments.sum == 0)
-        fail("tilted_moments: all log-weights of all ", p.N, " rows are -inf");
+    if (!p.per_prefix && total.moments.sum == 0) fail("tilted_moments: all log-weights of all ", p.N, " rows are -inf");
 
     const double samples = static_cast<double>(p.N) * static_cast<double>(p.M);
     const double scale = p.per_prefix ? 1.0 / static_cast<double>(p.N) : 1.0 / total.moments.sum;
@@ -195,8 +192,12 @@ std::tuple<Tensor, Tensor, Tensor> tilted_moments(
     if (base_log_w) base_log_w = as_double(*base_log_w);
     const int64_t K = features.size(2);
     const Problem problem{
-        features.size(0), features.size(1), K, mu.const_data_ptr<double>(),
-        base_log_w ? base_log_w->const_data_ptr<double>() : nullptr, per_prefix};
+        features.size(0),
+        features.size(1),
+        K,
+        mu.const_data_ptr<double>(),
+        base_log_w ? base_log_w->const_data_ptr<double>() : nullptr,
+        per_prefix};
     Tensor log_z = empty_like_with(features, {}, ScalarType::Double);
     Tensor mean = empty_like_with(features, {K}, ScalarType::Double);
     Tensor covariance = empty_like_with(features, {K, K}, ScalarType::Double);

@@ -63,8 +63,7 @@ DAEMON_FAST_INLINE LogSums log_sums(const Logit* logits, int64_t V, double inver
 }
 
 template <class Logit>
-void gather_rows(
-    const Tensor& logits, const Tensor& ids, double temperature, Tensor& log_p, Tensor& log_q) {
+void gather_rows(const Tensor& logits, const Tensor& ids, double temperature, Tensor& log_p, Tensor& log_q) {
     const int64_t R = logits.size(0), V = logits.size(1), stride = logits.stride(0);
     const Logit* const first = logits.const_data_ptr<Logit>();
     const int64_t* const id_of = ids.const_data_ptr<int64_t>();
@@ -102,9 +101,7 @@ std::tuple<Tensor, Tensor> token_logprobs(Tensor logits, Tensor ids, double temp
     Tensor log_q = empty_like_with(logits, {R}, ScalarType::Float);
     if (R > 0) {
         switch (logits.scalar_type()) {
-            case ScalarType::Half:
-                gather_rows<torch::headeronly::Half>(logits, ids, temperature, log_p, log_q);
-                break;
+            case ScalarType::Half: gather_rows<torch::headeronly::Half>(logits, ids, temperature, log_p, log_q); break;
             case ScalarType::BFloat16:
                 gather_rows<torch::headeronly::BFloat16>(logits, ids, temperature, log_p, log_q);
                 break;

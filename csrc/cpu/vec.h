@@ -17,7 +17,9 @@ using VecBits = int64_t __attribute__((vector_size(kLanes * sizeof(double))));
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
-DAEMON_FAST_INLINE Vec splat(double value) { return Vec{} + value; }
+DAEMON_FAST_INLINE Vec splat(double value) {
+    return Vec{} + value;
+}
 
 DAEMON_FAST_INLINE Vec load_vec(const double* from) {
     Vec v;
@@ -25,7 +27,9 @@ DAEMON_FAST_INLINE Vec load_vec(const double* from) {
     return v;
 }
 
-DAEMON_FAST_INLINE void store_vec(double* to, Vec v) { std::memcpy(to, &v, sizeof v); }
+DAEMON_FAST_INLINE void store_vec(double* to, Vec v) {
+    std::memcpy(to, &v, sizeof v);
+}
 
 DAEMON_FAST_INLINE double sum_lanes(Vec v) {
     return (v[0] + v[2]) + (v[1] + v[3]);

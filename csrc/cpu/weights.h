@@ -10,7 +10,9 @@
 
 namespace daemon_fast::cpu {
 
-DAEMON_FAST_INLINE int64_t padded(int64_t size) { return (size + kLanes - 1) / kLanes * kLanes; }
+DAEMON_FAST_INLINE int64_t padded(int64_t size) {
+    return (size + kLanes - 1) / kLanes * kLanes;
+}
 
 struct WeightSums {
     double max;  // of the log-weights; not finite: the group has no weights
@@ -68,7 +70,7 @@ DAEMON_FAST_INLINE void tilt(
 
 // The lowest row at which any thread failed: the error must not depend on the number of threads.
 class FirstBadRow {
-   public:
+ public:
     void report(int64_t row) {
         int64_t lowest = row_.load(std::memory_order_relaxed);
         while (row < lowest && !row_.compare_exchange_weak(lowest, row)) {
@@ -77,7 +79,7 @@ class FirstBadRow {
     bool any() const { return row() != std::numeric_limits<int64_t>::max(); }
     int64_t row() const { return row_.load(); }
 
-   private:
+ private:
     std::atomic<int64_t> row_{std::numeric_limits<int64_t>::max()};
 };
 

@@ -13,8 +13,8 @@
 namespace daemon_fast::cuda {
 namespace {
 
-constexpr int kThreads = 128;       // a row of 256 tokens gives each thread two
-constexpr int kBlocksPerSm = 8;     // of the global-memory path, whose scratch is allocated per block
+constexpr int kThreads = 128;    // a row of 256 tokens gives each thread two
+constexpr int kBlocksPerSm = 8;  // of the global-memory path, whose scratch is allocated per block
 constexpr int64_t kSlotsPerToken = 2;
 
 // Rows r = blockIdx.x, blockIdx.x + gridDim.x, ...: a grid of one block a row when the scratch is in shared memory.
@@ -34,8 +34,8 @@ __global__ void __launch_bounds__(kThreads) repetition_kernel(
             continue;
         }
         repetition_row<Token, Index>(
-            tokens + r * row_stride, static_cast<int>(length), RowScratch<Token, Index>(scratch, T, slots), slots,
-            plan, row_out);
+            tokens + r * row_stride, static_cast<int>(length), RowScratch<Token, Index>(scratch, T, slots), slots, plan,
+            row_out);
     }
 }
 
@@ -59,8 +59,8 @@ void launch(const Tensor& tokens, const Tensor& lengths, const RepetitionPlan& p
         check_cuda(
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
             "repetition: shared memory", tokens);
-    kernel<<<static_cast<unsigned>(blocks), kThreads, shared ? static_cast<size_t>(bytes) : 0,
-             current_stream(device)>>>(
+    kernel<<<
+        static_cast<unsigned>(blocks), kThreads, shared ? static_cast<size_t>(bytes) : 0, current_stream(device)>>>(
         tokens.const_data_ptr<Token>(), tokens.stride(0), lengths.const_data_ptr(),
         lengths.scalar_type() == ScalarType::Long, lengths.stride(0), R, T, slots, plan,
         scratch ? static_cast<char*>(scratch->mutable_data_ptr()) : nullptr, bytes, out.mutable_data_ptr<float>());

@@ -76,9 +76,9 @@ __device__ uint32_t level(RowScratch<Token, Index>& s, uint32_t slots, int n, in
                 s.table, slots - 1, static_cast<uint64_t>(token), t, [&](uint32_t p) { return s.tokens[p] == token; });
         } else {
             const Index first = s.ids[t], second = s.ids[t + 1];
-            id = find_or_insert(
-                s.table, slots - 1, static_cast<uint64_t>(first) << 32 | second, t,
-                [&](uint32_t p) { return s.ids[p] == first && s.ids[p + 1] == second; });
+            id = find_or_insert(s.table, slots - 1, static_cast<uint64_t>(first) << 32 | second, t, [&](uint32_t p) {
+                return s.ids[p] == first && s.ids[p + 1] == second;
+            });
         }
         s.next_ids[t] = static_cast<Index>(id);
         repeats += id != static_cast<uint32_t>(t);
@@ -94,8 +94,7 @@ __device__ uint32_t level(RowScratch<Token, Index>& s, uint32_t slots, int n, in
 }
 
 template <class Token, class Index>
-__device__ void count_windows(
-    RowScratch<Token, Index>& s, const RepetitionPlan& plan, int length, float* out) {
+__device__ void count_windows(RowScratch<Token, Index>& s, const RepetitionPlan& plan, int length, float* out) {
     for (int t = threadIdx.x; t < length; t += blockDim.x) {
         const Token token = s.tokens[t];
         const int reach = t < plan.widest_window ? t : plan.widest_window;
@@ -111,8 +110,7 @@ __device__ void count_windows(
             hits += s.distance[t] != 0 && static_cast<int32_t>(s.distance[t]) <= plan.windows[i];
         if (hits) atomicAdd(&s.counter[1], hits);
         __syncthreads();
-        if (threadIdx.x == 0)
-            out[i] = length > 0 ? static_cast<float>(double(s.counter[1]) / double(length)) : 0.0f;
+        if (threadIdx.x == 0) out[i] = length > 0 ? static_cast<float>(double(s.counter[1]) / double(length)) : 0.0f;
         __syncthreads();
     }
 }

@@ -101,9 +101,9 @@ class TransformersProposal:
                     f"prefix {i} has {len(row)} tokens; with max_new_tokens = {new} it exceeds the model's context "
                     f"of {context}"
                 )
-            if min(row) < 0 or max(row) >= self.model.config.vocab_size:
-                bad = next(t for t in row if not 0 <= t < self.model.config.vocab_size)
-                raise InvalidInput(f"prefix {i} has token {bad}, outside the vocabulary of {self.model.config.vocab_size}")
+            size = self.model.config.vocab_size
+            if bad := [token for token in row if not 0 <= token < size]:
+                raise InvalidInput(f"prefix {i} has token {bad[0]}, outside the vocabulary of {size}")
         return rows
 
     @torch.inference_mode()

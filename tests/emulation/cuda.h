@@ -6,10 +6,10 @@
 // alignment rules of the GPU, or its memory model.
 #pragma once
 
+#include <algorithm>
 #include <barrier>
 #include <cstdint>
 #include <thread>
-#include <algorithm>
 #include <vector>
 
 #define __device__
@@ -22,14 +22,18 @@ struct Dim {
 inline thread_local Dim threadIdx, blockDim;
 inline thread_local std::barrier<>* block_barrier;
 
-inline void __syncthreads() { block_barrier->arrive_and_wait(); }
+inline void __syncthreads() {
+    block_barrier->arrive_and_wait();
+}
 
 inline uint32_t atomicCAS(uint32_t* at, uint32_t expected, uint32_t desired) {
     __atomic_compare_exchange_n(at, &expected, desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
     return expected;
 }
 
-inline uint32_t atomicAdd(uint32_t* at, uint32_t value) { return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }
+inline uint32_t atomicAdd(uint32_t* at, uint32_t value) {
+    return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
+}
 
 template <class Body>
 void run_block(unsigned threads, const Body& body) {

@@ -19,8 +19,8 @@ void run(
     run_block(threads, [&] {
         for (int64_t r = 0; r < R; ++r)
             repetition_row<Token, Index>(
-                tokens + r * T, static_cast<int>(lengths[r]), RowScratch<Token, Index>(scratch.data(), T, slots),
-                slots, plan, out + r * (plan.ngram_count + plan.window_count));
+                tokens + r * T, static_cast<int>(lengths[r]), RowScratch<Token, Index>(scratch.data(), T, slots), slots,
+                plan, out + r * (plan.ngram_count + plan.window_count));
     });
 }
 

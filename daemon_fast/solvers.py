@@ -1,4 +1,4 @@
-"""The convex dual of the fit, its Newton solver, and the proof that targets are out of reach.
+"""The convex dual of the fit, the methods that minimise it, and the proof that targets are out of reach.
 
 With weights w_ij ∝ exp(b_ij - mu · f_ij) and standardised coefficients nu = mu * scale, the dual is
 
@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from daemon_fast import ops
 from daemon_fast.errors import FitDidNotConverge, InfeasibleTargets, InvalidInput
@@ -23,8 +24,9 @@ from daemon_fast.errors import FitDidNotConverge, InfeasibleTargets, InvalidInpu
 TOLERANCE = 1e-10  # of the gradient, in standard deviations
 GOOD_ENOUGH = 1e-9  # where rounding stops progress before TOLERANCE
 MAX_STEPS = 200
-MAX_STEP = 8.0  # in standardised coefficients: farther away the quadratic model says nothing
+MAX_STEP = 8.0  # in standardised coefficients, at first: farther away the quadratic model says nothing
 SMALLEST_EIGENVALUE = 1e-13  # of the Hessian, relative to its largest: what rounding leaves of a collinear direction
+MAX_ADAM_STEPS = 20_000
 BOUNDARY = 1e-9  # in standard deviations: a target so near to the edge of what is reachable needs an infinite mu
 
 
@@ -119,12 +121,12 @@ class Problem:
         )
 
 
-def solve(problem: Problem, start: Tensor | None = None, tolerance: float = TOLERANCE) -> tuple[Tensor, int, bool]:
+def newton(problem: Problem, start: Tensor | None = None, tolerance: float = TOLERANCE) -> tuple[Tensor, int]:
     """Minimise the dual by damped Newton steps.
 
     Returns
     -------
-    nu : [K] float64, standardised coefficients; number of steps; True
+    nu : [K] float64, standardised coefficients; number of steps
 
     Raises
     ------
@@ -140,10 +142,10 @@ def solve(problem: Problem, start: Tensor | None = None, tolerance: float = TOLE
     for step in range(MAX_STEPS):
         error = float(gradient.abs().max())
         if error <= tolerance:
-            return nu, step, True
+            return nu, step
         if problem.ridge == 0 and step >= 3:
             problem.check_separated(nu)
-        direction = _newton_direction(gradient, hessian)
+        direction = _newton_direction(gradient, hessian, MAX_STEP + 2 * float(nu.abs().max()))
         slope = float(gradient @ direction)
         size = 1.0
         while size > 1e-9:
@@ -160,7 +162,7 @@ def solve(problem: Problem, start: Tensor | None = None, tolerance: float = TOLE
         nu, value, gradient, hessian = trial, trial_value, trial_gradient, trial_hessian
     error = float(gradient.abs().max())
     if error <= max(tolerance, GOOD_ENOUGH):
-        return nu, step, True
+        return nu, step
     raise FitDidNotConverge(
         f"the fit stopped after {step + 1} steps with a residual of {error:.2g} standard deviations, its largest "
         f"coefficient {float(nu.abs().max()):.3g} per standard deviation: the targets are at the edge of what the "
@@ -168,12 +170,44 @@ def solve(problem: Problem, start: Tensor | None = None, tolerance: float = TOLE
     )
 
 
-def _newton_direction(gradient: Tensor, hessian: Tensor) -> Tensor:
+def _newton_direction(gradient: Tensor, hessian: Tensor, longest: float) -> Tensor:
     """-H⁻¹ g, without the directions in which collinear metrics leave H no curvature and g nothing to gain."""
     eigenvalues, vectors = torch.linalg.eigh(hessian)
     along = vectors.T @ gradient
     floor = max(float(eigenvalues[-1]) * SMALLEST_EIGENVALUE, 1e-300)
     flat = (eigenvalues <= floor) & (along.abs() <= TOLERANCE)
     step = torch.where(flat, 0.0, along / eigenvalues.clamp_min(floor))
-    direction = -(vectors @ step)
-    return direction * min(1.0, MAX_STEP / float(direction.abs().max()))
+    direction: Tensor = -(vectors @ step)
+    return direction * min(1.0, longest / float(direction.abs().max()))
+
+
+def adam(problem: Problem, learning_rate: float, tolerance: float, progress: bool = False) -> tuple[Tensor, int, bool]:
+    """The paper's fit: Adam on the mean square of the relative residuals, by its exact gradient.
+
+    Returns
+    -------
+    nu : [K] float64, standardised coefficients; number of steps; whether the tolerance was reached
+
+    Raises
+    ------
+    InvalidInput
+        A target of 0, whose relative error is not defined.
+    InfeasibleTargets
+        A target outside the range of its own metric.
+    """
+    if (problem.targets == 0).any():
+        name = problem.names[int((problem.targets == 0).nonzero()[0])]
+        raise InvalidInput(f"target of {name} is 0: its relative error is not defined; use method='newton'")
+    problem.check_reachable()
+    nu = torch.zeros_like(problem.scale)
+    first, second = torch.zeros_like(nu), torch.zeros_like(nu)
+    for step in tqdm(range(1, MAX_ADAM_STEPS + 1), desc="fit (Adam)", disable=not progress):
+        _, mean, covariance = problem.tilted(nu)
+        residual = mean - problem.targets
+        if (residual / problem.scale).abs().max() <= tolerance:
+            return nu, step - 1, True
+        gradient = -2 / len(nu) * (covariance @ (residual / problem.targets.square())) / problem.scale
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.999 * second + 0.001 * gradient.square()
+        nu = nu - learning_rate * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+    return nu, MAX_ADAM_STEPS, False

@@ -1,0 +1,228 @@
+"""The command line, on a tiny model: it works, resumes, and every bad input is one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner
+
+from daemon_fast import Energy
+from daemon_fast.cli import main
+
+COMMAND = [sys.executable, "-c", "from daemon_fast.cli import main; main()"]
+NO_HUB = {**os.environ, "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny.model().save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "texts.jsonl"
+    path.write_text("\n".join(json.dumps({"text": tiny.text(30, seed)}) for seed in range(40)))
+    return str(path)
+
+
+def fit_arguments(model, texts, output, *more):
+    options = ["--metrics", "sr_1,tr_8,ent", "--num-prefixes", "24", "--prefix-tokens", "5", "--new-tokens", "20"]
+    options += ["--num-candidates", "16", "--output", str(output), *more]
+    return ["fit", "--model", model, "--data", texts, *options]
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def energy(model, texts, tmp_path_factory):
+    path = tmp_path_factory.mktemp("fit") / "energy.json"
+    result = run(*fit_arguments(model, texts, path, "--ridge", "0.01"))
+    assert result.exit_code == 0, result.output
+    return path
+
+
+def fails(result, message):
+    """One line that holds the message, exit code 2, no traceback."""
+    assert result.exit_code == 2, result.output
+    lines = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1
+    assert result.output.rstrip().splitlines()[-1] == lines[0]
+    assert message in lines[0]
+    assert "Traceback" not in result.output
+
+
+def test_fit_then_generate(energy, model):
+    loaded = Energy.load(energy)
+    assert loaded.names == ["sr_1", "tr_8", "ent"]
+    assert loaded.proposal.model == model
+    result = run("generate", "--energy", energy, "--prompt", "w1 w2", "--prompt", "w3", "--num-samples", 2, "--json")
+    assert result.exit_code == 0, result.output
+    records = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert [record["prompt"] for record in records] == ["w1 w2", "w3"]
+    for record in records:
+        assert len(record["texts"]) == len(record["metrics"]) == 2
+        assert all(len(text.split()) == 20 for text in record["texts"])
+        assert 1 <= record["ess"] <= 16
+    plain = run("generate", "--energy", energy, "--prompt", "w1 w2")
+    assert plain.stdout.startswith("w1 w2")
+    assert run("generate", "--energy", energy, "--prompt", "w1 w2").stdout == plain.stdout
+
+
+def test_fit_prints_what_it_did(model, texts, tmp_path):
+    result = run(*fit_arguments(model, texts, tmp_path / "e.json", "--ridge", "0.01", "--bootstrap", "3"))
+    assert result.exit_code == 0, result.output
+    for word in ("metric", "sr_1", "effective sample size", "of 16 on average", "KL(p_mu || p_theta)", "e.json"):
+        assert word in result.stdout
+
+
+def test_killed_and_run_again_gives_the_same_artefact(model, texts, tmp_path, energy):
+    output = tmp_path / "energy.json"
+    arguments = [*COMMAND, *fit_arguments(model, texts, output, "--ridge", "0.01")]
+    process = subprocess.Popen(arguments, env=NO_HUB, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = tmp_path / "energy.json.candidates"
+    deadline = time.monotonic() + 60
+    while not list(folder.glob("batch-*.npz")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(folder.glob("batch-*.npz"))
+    subprocess.run(arguments, env=NO_HUB, check=True, capture_output=True)
+    assert json.loads(output.read_text()) == json.loads(energy.read_text())
+
+
+def test_metrics_of_words(tmp_path):
+    (tmp_path / "a.txt").write_text("a b a b a\n" + "x " * 30 + "\n")
+    result = run("metrics", tmp_path / "a.txt", "--ngrams", "2", "--windows", "2", "--json")
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert rows[0] == pytest.approx({"sr_2": 0.5, "tr_2": 0.6})
+    assert rows[1] == pytest.approx({"sr_2": 28 / 29, "tr_2": 29 / 30})
+    table = run("metrics", tmp_path / "a.txt", "--ngrams", "2", "--windows", "2").stdout
+    assert "2 texts" in table
+    assert f"{50 * (0.5 + 28 / 29):.3f} ±" in table
+
+
+def test_metrics_of_tokens(model, texts, tmp_path):
+    result = run("metrics", texts, "--tokenizer", model)
+    assert result.exit_code == 0, result.output
+    assert "40 texts" in result.stdout
+
+
+def test_metrics_of_texts_of_any_length(tmp_path, monkeypatch):
+    monkeypatch.setattr("daemon_fast.pipeline.BATCH_TOKENS", 100)
+    lines = ["a b a " * n for n in (1, 2, 60, 1, 1, 30, 3)]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    rows = [json.loads(line) for line in run("metrics", tmp_path / "a.txt", "--json").stdout.splitlines()]
+    alone = []
+    for line in lines:
+        (tmp_path / "b.txt").write_text(line)
+        alone.append(json.loads(run("metrics", tmp_path / "b.txt", "--json").stdout))
+    assert rows == alone
+
+
+def test_doctor():
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("ok on cpu") == 5
+    assert torch.__version__ in result.stdout
+
+
+def test_help_names_every_command():
+    result = run("--help")
+    for command in ("fit", "generate", "metrics", "doctor", "demo"):
+        assert command in result.output
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+
+def test_empty_text_file(model, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    fails(run(*fit_arguments(model, tmp_path / "empty.txt", tmp_path / "e.json")), "empty.txt holds no text")
+    fails(run("metrics", tmp_path / "empty.txt"), "empty.txt holds no text")
+
+
+def test_prefix_longer_than_the_context(energy):
+    fails(run("generate", "--energy", energy, "--prompt", tiny.text(60, 0)), "exceeds the model's context of 64")
+
+
+def test_no_usable_prefixes(model, tmp_path):
+    (tmp_path / "short.txt").write_text("w1 w2\nw3 w4 w5\n")
+    fails(run(*fit_arguments(model, tmp_path / "short.txt", tmp_path / "e.json")), "no usable prefixes: 0 of 2 texts")
+
+
+def test_unknown_metric(model, texts, tmp_path):
+    arguments = [*fit_arguments(model, texts, tmp_path / "e.json"), "--metrics", "sr_2,bleu"]
+    fails(run(*arguments), "unknown metric 'bleu'; known: sr_<n>, tr_<w>, div, ent, coh")
+
+
+def test_artefact_for_another_vocabulary(energy, tmp_path):
+    tiny.model().save_pretrained(tmp_path)
+    tiny.tokenizer(words=30).save_pretrained(tmp_path)
+    result = run("generate", "--energy", energy, "--prompt", "w1", "--model", tmp_path)
+    fails(result, "token metrics don't carry over; fit again for this model")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_asked_for_and_absent(energy, model, texts, tmp_path):
+    fails(run("generate", "--energy", energy, "--prompt", "w1", "--device", "cuda"), "sees no GPU")
+    fails(run(*fit_arguments(model, texts, tmp_path / "e.json", "--device", "cuda:1")), "sees no GPU")
+
+
+def test_unknown_device(energy):
+    fails(run("generate", "--energy", energy, "--prompt", "w1", "--device", "gpu"), "device 'gpu'")
+
+
+def test_unreadable_model(energy, texts, tmp_path):
+    fails(run(*fit_arguments(tmp_path / "none", texts, tmp_path / "e.json")), "no such folder")
+    fails(run(*fit_arguments("x.gguf", texts, tmp_path / "e.json")), "x.gguf': no such file")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    fails(run("generate", "--energy", energy, "--prompt", "w1", "--model", tmp_path / "broken"), "can't be loaded")
+
+
+def test_broken_artefact(tmp_path):
+    (tmp_path / "e.json").write_text('{"schema": 1')
+    fails(run("generate", "--energy", tmp_path / "e.json", "--prompt", "w1"), "is not JSON")
+
+
+def test_nothing_to_continue(energy):
+    fails(run("generate", "--energy", energy), "nothing to continue: give --prompt or --input")
+
+
+def test_infeasible_targets(model, texts, tmp_path):
+    arguments = fit_arguments(model, texts, tmp_path / "e.json")
+    arguments[arguments.index("16")] = "2"
+    fails(run(*arguments), "out of reach of any weighting")
+
+
+def test_candidates_of_another_run(model, texts, tmp_path):
+    output = tmp_path / "e.json"
+    assert run(*fit_arguments(model, texts, output, "--ridge", "0.01")).exit_code == 0
+    again = run(*fit_arguments(model, texts, output, "--ridge", "0.01", "--seed", "1"))
+    fails(again, "holds candidates of another run")
+
+
+@pytest.mark.parametrize("ngrams", ["0", "2,x", "-1"])
+def test_bad_sizes(texts, ngrams):
+    fails(run("metrics", texts, "--ngrams", ngrams), f"--ngrams = {ngrams!r} must be whole numbers >= 1")
+
+
+def test_no_traceback_from_the_installed_command(tmp_path):
+    result = subprocess.run(
+        [*COMMAND, "metrics", str(tmp_path / "none.txt")], env=NO_HUB, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert result.stderr.strip() == f"Error: {tmp_path / 'none.txt'} can't be read: No such file or directory"

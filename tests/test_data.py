@@ -1,0 +1,64 @@
+"""Text files and their split into prefixes and continuations."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+
+from daemon_fast.data import read_texts, split
+from daemon_fast.errors import DataError
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def test_text_and_jsonl(tmp_path):
+    assert read_texts(write(tmp_path / "a.txt", "one\n\n two \nthree")) == ["one", " two ", "three"]
+    lines = "\n".join(json.dumps({"text": text, "body": text.upper()}) for text in ("a b", "", "ü"))
+    assert read_texts(write(tmp_path / "a.jsonl", lines)) == ["a b", "ü"]
+    assert read_texts(tmp_path / "a.jsonl", field="body") == ["A B", "Ü"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "", "a.txt holds no text"),
+        ("a.txt", "\n  \n", "a.txt holds no text"),
+        ("a.txt", b"ok\n\xff\xfe", "not UTF-8 text: byte 3 is 0xff"),
+        ("a.jsonl", '{"text": "x"}\n{"text": 1}', r"line 2 has no string field 'text'"),
+        ("a.jsonl", '\n{"text": "x"}\n{"text"', "line 3 is not JSON"),
+        ("a.jsonl", "[1]", r"line 1 has no string field 'text'"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, content, message):
+    with pytest.raises(DataError, match=message):
+        read_texts(write(tmp_path / name, content))
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"none.txt can't be read: No such file"):
+        read_texts(tmp_path / "none.txt")
+
+
+def test_split():
+    texts = [tiny.text(length, seed) for seed, length in enumerate([9, 10, 11, 30, 40])]
+    pairs = split(texts, tiny.tokenizer(), prefix_tokens=4, continuation_tokens=6)
+    assert len(pairs) == 4
+    whole = [tiny.tokenizer()(text)["input_ids"][:10] for text in texts[1:]]
+    assert sorted(p + c for p, c in zip(pairs.prefixes, pairs.continuations, strict=True)) == sorted(whole)
+    assert {len(p) for p in pairs.prefixes} == {4}
+    assert len(split(texts, tiny.tokenizer(), 4, 6, limit=2)) == 2
+    assert len(pairs[1:3]) == 2
+    assert split(texts, tiny.tokenizer(), 4, 6, seed=1).prefixes != pairs.prefixes
+
+
+def test_no_usable_prefixes_says_what_is_missing():
+    texts = [tiny.text(9, 0), tiny.text(5, 1)]
+    with pytest.raises(DataError, match=r"no usable prefixes: 0 of 2 texts have the 10 tokens .* longest has 9"):
+        split(texts, tiny.tokenizer(), 4, 6)
+    with pytest.raises(DataError, match=r"1 of 2 texts .* that 2 pairs need"):
+        split(texts, tiny.tokenizer(), 3, 6, limit=2)

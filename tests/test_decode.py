@@ -1,0 +1,138 @@
+"""The decoder, on a language model whose every sequence can be listed."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import toy
+from scipy import stats
+
+from daemon_fast import Energy, ProposalSettings, SIRDecoder, metrics
+from daemon_fast.errors import ArtefactError, InvalidInput, LowEffectiveSampleSize
+
+MU = torch.tensor([2.0, -1.5], dtype=torch.float64)
+METRICS = metrics.parse(["sr_2", "tr_2"])
+
+
+def energy(proposal, mu=MU, base="proposal"):
+    return Energy(METRICS, mu, torch.zeros(2), proposal.settings, base=base)
+
+
+def exact():
+    """[81] p_mu, and [81, 2] features, by enumeration."""
+    features = metrics.features(METRICS, toy.as_candidates(toy.SEQUENCES, 1))[0].double()
+    tilted = toy.PROBABILITIES * torch.exp(-(features @ MU))
+    return tilted / tilted.sum(), features
+
+
+def test_draws_agree_with_exact_enumeration():
+    proposal = toy.ToyProposal(num_candidates=200)
+    decoded = SIRDecoder(energy(proposal), proposal, batch_size=500)(["x"] * 4000, seed=1)
+    chosen = torch.tensor([rows[0] for rows in decoded.tokens])
+    which = (chosen * torch.tensor([27, 9, 3, 1])).sum(1)
+    counts = np.bincount(which.numpy(), minlength=81)
+    p_mu, _ = exact()
+    assert stats.chisquare(counts, p_mu.numpy() * 4000).pvalue > 1e-3
+    assert stats.chisquare(counts, toy.PROBABILITIES.numpy() * 4000).pvalue < 1e-9  # and not with the model
+
+
+def test_the_error_of_the_draw_shrinks_like_one_over_m():
+    p_mu, features = exact()
+    truth = p_mu @ features
+    sizes, samples, bias = [2, 4, 8, 16, 32], 2_000_000, []
+    drawn = torch.multinomial(toy.PROBABILITIES, samples, replacement=True, generator=torch.Generator().manual_seed(5))
+    for m in sizes:
+        proposal = toy.ToyProposal(m)
+        candidates = toy.as_candidates(toy.SEQUENCES[drawn], samples // m)
+        decoded = SIRDecoder(energy(proposal), proposal).choose(candidates)
+        # What the draw gives on average, exactly: no noise but that of the candidates.
+        expected = (decoded.weights.double()[..., None] * decoded.candidate_features.double()).sum(1).mean(0)
+        bias.append(float((expected - truth).norm()))
+    slope = np.polyfit(np.log(sizes), np.log(bias), 1)[0]
+    assert -1.2 < slope < -0.8
+
+
+def test_log_z_estimates_the_partition_function():
+    _, features = exact()
+    z = float((toy.PROBABILITIES * torch.exp(-(features @ MU))).sum())
+    proposal = toy.ToyProposal(num_candidates=5000)
+    decoded = SIRDecoder(energy(proposal), proposal)(["x"] * 4)
+    np.testing.assert_allclose(decoded.log_z.exp().numpy(), z, rtol=0.05)
+
+
+def test_output_is_consistent():
+    proposal = toy.ToyProposal(num_candidates=25)
+    decoded = SIRDecoder(energy(proposal), proposal, batch_size=2)(["a", "b", [1, 2]], num_samples=4, seed=3)
+    assert decoded.index.shape == (3, 4)
+    assert proposal.calls == 2
+    for i in range(3):
+        for s in range(4):
+            row = i * 25 + int(decoded.index[i, s])
+            assert decoded.tokens[i][s] == decoded.candidates.tokens[row].tolist()
+            assert decoded.texts[i][s] == decoded.candidates.texts[row]
+            assert torch.equal(decoded.features[i, s], decoded.candidate_features[i, decoded.index[i, s]])
+    torch.testing.assert_close(decoded.weights.sum(1), torch.ones(3))
+    assert set(decoded.seconds) == {"propose", "metrics", "select"}
+    assert all(value >= 0 for value in decoded.seconds.values())
+
+
+def test_a_seed_gives_the_same_again():
+    proposal = toy.ToyProposal(num_candidates=10)
+    decoder = SIRDecoder(energy(proposal), proposal, batch_size=2)
+    first, again, other = (decoder(["a"] * 20, seed=seed) for seed in (1, 1, 2))
+    assert first.tokens == again.tokens
+    assert first.tokens != other.tokens
+
+
+def test_a_single_string_is_one_prefix():
+    proposal = toy.ToyProposal(num_candidates=10)
+    assert len(SIRDecoder(energy(proposal), proposal)("abc").texts) == 1
+
+
+def test_base_model_corrects_for_the_proposal():
+    # Candidates of uniform q, tilted by mu = 0 with base log p - log q: the draw follows p.
+    proposal = toy.ToyProposal(num_candidates=2000)
+    uniform = torch.randint(81, (100 * 2000,), generator=torch.Generator().manual_seed(0))
+    candidates = toy.as_candidates(toy.SEQUENCES[uniform], 100)
+    object.__setattr__(candidates, "token_log_q", torch.full_like(candidates.token_log_p, -np.log(3)))
+    decoder = SIRDecoder(energy(proposal, torch.zeros(2, dtype=torch.float64), base="model"), proposal)
+    decoded = decoder.choose(candidates)
+    which = (candidates.tokens * torch.tensor([27, 9, 3, 1])).sum(1).reshape(100, 2000)
+    mass = torch.zeros(100, 81).scatter_add_(1, which, decoded.weights).mean(0)
+    torch.testing.assert_close(mass.double(), toy.PROBABILITIES, rtol=0, atol=0.004)
+
+
+def test_low_ess_warns_and_says_what_to_do():
+    proposal = toy.ToyProposal(num_candidates=25)
+    decoder = SIRDecoder(energy(proposal, torch.tensor([0.0, 200.0], dtype=torch.float64)), proposal)
+    candidates = toy.as_candidates(torch.tensor([[0, 1, 2, 0]] + [[0, 0, 0, 0]] * 24), 1)
+    with pytest.warns(LowEffectiveSampleSize, match=r"1 of 1 prefixes .* below 2 of 25 .*Draw more candidates"):
+        decoder.choose(candidates)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SIRDecoder(energy(proposal), proposal)(["x"] * 5)
+
+
+def test_another_vocabulary_is_an_error_and_other_settings_a_warning():
+    proposal = toy.ToyProposal(num_candidates=25)
+    fitted = energy(proposal)
+    proposal.settings = ProposalSettings(**{**proposal.settings.to_json(), "num_candidates": 5})
+    with pytest.warns(UserWarning, match="num_candidates 25 -> 5"):
+        SIRDecoder(fitted, proposal)
+    proposal.settings = ProposalSettings("other", "4-other")
+    with pytest.raises(ArtefactError, match=r"of toy \(3-toy\), the proposal's is that of other \(4-other\)"):
+        SIRDecoder(fitted, proposal)
+
+
+def test_bad_calls():
+    proposal = toy.ToyProposal(num_candidates=5)
+    decoder = SIRDecoder(energy(proposal), proposal)
+    with pytest.raises(InvalidInput, match="there are no prefixes"):
+        decoder([])
+    with pytest.raises(InvalidInput, match="num_samples = 0 must be >= 1"):
+        decoder("a", num_samples=0)
+    with pytest.raises(InvalidInput, match="batch_size = 0"):
+        SIRDecoder(energy(proposal), proposal, batch_size=0)

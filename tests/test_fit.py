@@ -1,0 +1,248 @@
+"""The fit: exact solutions, proofs of infeasibility, diagnostics."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linprog
+
+from daemon_fast import fit, ops, solvers
+from daemon_fast.errors import FitDidNotConverge, InfeasibleTargets, InvalidInput
+
+F64 = torch.float64
+
+
+def problem(n=60, m=25, k=4, seed=0, strength=0.5):
+    """Features, and targets that a known mu solves per prefix."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(n, m, k, generator=generator, dtype=F64)
+    features += torch.randn(n, 1, k, generator=generator, dtype=F64)
+    mu = torch.randn(k, generator=generator, dtype=F64) * strength
+    return features, ops.tilted_moments(features, mu).mean, mu
+
+
+def expectation(features, mu, per_prefix=True, base=None):
+    return ops.tilted_moments(features, mu, base, per_prefix).mean
+
+
+@pytest.mark.parametrize("normalization", ["per_prefix", "global"])
+def test_expected_metrics_equal_the_targets(normalization):
+    features, targets, _ = problem()
+    result = fit(features, targets, normalization=normalization)
+    per_prefix = normalization == "per_prefix"
+    assert result.converged
+    assert ((expectation(features, result.mu, per_prefix) - targets).abs() / result.scale).max() < 1e-9
+    assert result.iterations <= 12
+
+
+def test_recovers_the_mu_that_made_the_targets():
+    features, targets, mu = problem()
+    torch.testing.assert_close(fit(features, targets).mu, mu, rtol=1e-8, atol=1e-8)
+
+
+def test_base_log_weights_tilt_what_they_should():
+    features, _, mu = problem()
+    base = torch.randn(features.shape[:2], dtype=F64)
+    targets = expectation(features, mu, base=base)
+    torch.testing.assert_close(fit(features, targets, base).mu, mu, rtol=1e-8, atol=1e-8)
+
+
+def repetition_like(n=100, m=25, seed=0):
+    """All nine metrics as they really relate: div is a function of sr_2 .. sr_4."""
+    rng = np.random.default_rng(seed)
+    tokens = torch.from_numpy(rng.zipf(1.4, size=(n * m, 64)) % 200)
+    table = ops.repetition(tokens)
+    div = (1 - table[:, :3]).prod(1, keepdim=True)
+    extra = torch.from_numpy(rng.normal(size=(n * m, 2)) * [0.1, 5] + [0.5, 20]).float()
+    return torch.cat([table, div, extra], 1).reshape(n, m, 9)
+
+
+@pytest.mark.parametrize("normalization", ["per_prefix", "global"])
+def test_all_nine_metrics_at_once(normalization):
+    features = repetition_like()
+    mu = torch.tensor([5, -3, 2, 4, -2, 1, -1, -2, 0.05], dtype=F64)
+    targets = expectation(features, mu, normalization == "per_prefix")
+    result = fit(features, targets, normalization=normalization)
+    assert (result.residual.abs() / result.scale).max() < 1e-9
+
+
+def test_exactly_collinear_metrics_converge_and_are_reported():
+    features, targets, _ = problem()
+    twice = torch.cat([features, 3 * features[..., :1] + 2], dim=-1)
+    result = fit(twice, torch.cat([targets, 3 * targets[:1] + 2]))
+    assert (result.residual.abs() / result.scale).max() < 1e-9
+    assert result.condition_number == math.inf
+    with pytest.raises(InfeasibleTargets, match="jointly out of reach"):
+        fit(twice, torch.cat([targets, 3 * targets[:1] + 2.01]))
+
+
+def test_a_target_outside_the_range_of_its_metric_is_named():
+    features, targets, _ = problem()
+    targets[2] = 100.0
+    high = features[..., 2].amax(1).mean()
+    with pytest.raises(InfeasibleTargets, match=rf"c \(target 100, reachable .* to {high:.6g}\)") as caught:
+        fit(features, targets, names=["a", "b", "c", "d"])
+    assert "a (" not in str(caught.value)
+    assert "M = 25" in str(caught.value)
+
+
+def test_a_target_at_the_edge_of_the_range_is_infeasible():
+    features, targets, _ = problem()
+    targets[1] = features[..., 1].amin(1).mean()  # needs mu = +inf
+    with pytest.raises(InfeasibleTargets, match="metric 1"):
+        fit(features, targets)
+
+
+def margin_by_linear_programming(features, targets):
+    """Largest s such that target + s · (target - mean) is a per-prefix mixture: >= 0 means feasible."""
+    n, m, k = features.shape
+    centre = features.mean((0, 1)).numpy()
+    columns = features.reshape(n * m, k).numpy().T / n
+    a_eq = np.zeros((k + n, n * m + 1))
+    a_eq[:k, :-1], a_eq[:k, -1] = columns, centre - targets.numpy()
+    for i in range(n):
+        a_eq[k + i, i * m : (i + 1) * m] = 1
+    b_eq = np.concatenate([targets.numpy(), np.ones(n)])
+    solved = linprog(np.r_[np.zeros(n * m), -1], A_eq=a_eq, b_eq=b_eq, bounds=[(0, None)] * (n * m) + [(-1, 100)])
+    assert solved.status == 0
+    return -solved.fun
+
+
+@given(st.integers(0, 10**6), st.floats(0.2, 2.0), st.integers(2, 6))
+@settings(max_examples=60)
+def test_agrees_with_linear_programming_about_what_is_feasible(seed, distance, m):
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(12, m, 3, generator=generator, dtype=F64)
+    targets = features.mean((0, 1)) + distance * torch.randn(3, generator=generator, dtype=F64) * 0.5
+    margin = margin_by_linear_programming(features, targets)
+    if abs(margin) < 1e-4:
+        return  # at the edge, either answer is right
+    if margin > 0:
+        result = fit(features, targets)
+        assert (result.residual.abs() / result.scale).max() < 1e-9
+    else:
+        with pytest.raises(InfeasibleTargets):
+            fit(features, targets)
+
+
+def test_more_candidates_make_targets_feasible():
+    # As on real text: 8 metrics, human means away from the model's, M = 4 too few and M = 25 enough.
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(96, 25, 8, generator=generator, dtype=F64)
+    targets = torch.full((8,), 0.45, dtype=F64)
+    with pytest.raises(InfeasibleTargets, match="M = 4"):
+        fit(features[:, :4], targets)
+    assert fit(features, targets).converged
+
+
+def test_ridge_gives_the_nearest_soft_match_of_infeasible_targets():
+    features, targets, _ = problem()
+    targets[2] = 100.0
+    result = fit(features, targets, ridge=0.1)
+    assert result.converged
+    # At the minimum of the penalised dual, (target - expectation) / scale + ridge * mu * scale = 0.
+    balance = (targets - expectation(features, result.mu)) / result.scale + 0.1 * result.mu * result.scale
+    assert balance.abs().max() < 1e-9
+
+
+def test_rmse_approaches_the_newton_solution():
+    features, targets, _ = problem(n=200)
+    exact = fit(features, targets, normalization="global")
+    paper = fit(features, targets, normalization="global", method="rmse", tolerance=1e-6)
+    assert paper.converged
+    assert (paper.residual.abs() / paper.scale).max() < 1e-6
+    torch.testing.assert_close(paper.mu, exact.mu, rtol=0, atol=1e-5)
+
+
+def test_rmse_says_when_it_stops_short(monkeypatch):
+    features, targets, _ = problem()
+    monkeypatch.setattr(solvers, "MAX_ADAM_STEPS", 3)
+    result = fit(features, targets, method="rmse")
+    assert not result.converged
+    assert result.iterations == 3
+
+
+def test_diagnostics():
+    features, targets, mu = problem()
+    result = fit(features, targets)
+    log_w = -(features @ mu)
+    weights = torch.softmax(log_w, dim=1)
+    ess = 1 / weights.square().sum(1)
+    assert result.ess_mean == pytest.approx(float(ess.mean()))
+    assert result.ess_min == pytest.approx(float(ess.min()))
+    # KL from the empirical model (M equal weights) to the tilted one, averaged over prefixes
+    kl = (weights * (weights * 25).log()).sum(1).mean()
+    assert result.kl == pytest.approx(float(kl))
+    covariance = ops.tilted_moments(features, mu).covariance / result.scale.outer(result.scale)
+    assert result.condition_number == pytest.approx(float(torch.linalg.cond(covariance)), rel=1e-6)
+    assert (result.num_prefixes, result.num_candidates) == (60, 25)
+
+
+def test_bootstrap_intervals_cover_the_truth():
+    # Candidates and human text from one population, whose mu is known: mean of a tilted normal is -mu.
+    covered = 0
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        features = torch.randn(80, 50, 1, generator=generator, dtype=F64)
+        human = torch.randn(80, 1, generator=generator, dtype=F64) - 0.4
+        result = fit(features, human, bootstrap=60, seed=seed)
+        low, high = result.confidence_interval[:, 0].tolist()
+        assert low < result.mu.item() < high
+        covered += low < 0.4 < high
+    assert covered >= 15  # of 20 at 95%: fewer happen once in 10,000 times
+
+
+def test_bootstrap_counts_replicates_without_a_solution():
+    features, _, _ = problem(n=6, m=3, k=1)
+    low, high = features.amin(1).mean(), features.amax(1).mean()
+    result = fit(features, (low + 0.02 * (high - low)).reshape(1), bootstrap=50)
+    assert 0 < result.bootstrap_infeasible < 50
+
+
+def test_neither_solved_nor_proved_is_an_error(monkeypatch):
+    features, targets, _ = problem()
+    monkeypatch.setattr(solvers, "MAX_STEPS", 2)
+    with pytest.raises(FitDidNotConverge, match="residual of"):
+        fit(features, targets)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": torch.zeros(3, 4)}, r"\[N, M, K\] with K >= 1, got \[3, 4\]"),
+        ({"features": torch.zeros(9, 4, 0)}, r"K >= 1, got \[9, 4, 0\]"),
+        ({"targets": torch.zeros(3)}, r"targets must have shape \[K\] = \[4\] or \[N, K\] = \[60, 4\], got \[3\]"),
+        ({"targets": torch.zeros(7, 4)}, r"got \[7, 4\]"),
+        ({"targets": torch.full((4,), math.nan)}, "targets of metric 0 hold NaN"),
+        ({"base_log_w": torch.zeros(60, 3)}, r"base_log_w must have shape \[N, M\] = \[60, 25\], got \[60, 3\]"),
+        ({"names": ["a"]}, "names has 1 entries, features has K = 4"),
+        ({"normalization": "both"}, "normalization = 'both'"),
+        ({"method": "sgd"}, "method = 'sgd'"),
+        ({"ridge": -1.0}, "ridge = -1.0 must be finite and >= 0"),
+        ({"features": torch.randn(3, 25, 4)}, "3 prefixes are fewer than the 4 metrics"),
+        ({"features": torch.randn(60, 1, 4)}, "M = 1 candidate"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    features, targets, _ = problem()
+    with pytest.raises(InvalidInput, match=message):
+        fit(**{"features": features, "targets": targets, **change})
+
+
+def test_bad_features_are_named():
+    features, targets, _ = problem()
+    bad = features.clone()
+    bad[5, 7, 2] = math.nan
+    with pytest.raises(InvalidInput, match="features of c hold NaN"):
+        fit(bad, targets, names=list("abcd"))
+    constant = features.clone()
+    constant[..., 1] = constant[:, :1, 1]  # differs between prefixes, but no weighting can change it
+    with pytest.raises(InvalidInput, match="metric b is constant within every prefix"):
+        fit(constant, targets, names=list("abcd"))
+    with pytest.raises(InvalidInput, match="target of b is 0"):
+        fit(features, targets * torch.tensor([1, 0, 1, 1]), names=list("abcd"), method="rmse")

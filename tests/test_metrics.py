@@ -1,0 +1,143 @@
+"""Metrics as objects, against the definitions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from daemon_fast import Candidates, metrics, ops, reference
+from daemon_fast.errors import InvalidInput, UnknownMetric
+
+
+class HashEncoder:
+    """Deterministic embeddings; counts what it embeds."""
+
+    def __init__(self):
+        self.seen = []
+
+    def encode(self, sentences, **kwargs):
+        self.seen += sentences
+        return np.array([[len(s), s.count("1"), s.count("2") + 1.0] for s in sentences])
+
+
+def candidates(n=3, m=4, t=12, seed=0, empty=None):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, t + 1, (n * m,), generator=generator)
+    if empty is not None:
+        lengths[empty] = 0
+    return Candidates(
+        tokens=torch.randint(0, 4, (n * m, t), generator=generator),
+        lengths=lengths,
+        token_log_p=-torch.rand(n * m, t, generator=generator),
+        token_log_q=-torch.rand(n * m, t, generator=generator),
+        prefix_tokens=[[i, 1, 2] for i in range(n)],
+        detokenize=lambda rows: [" ".join(map(str, row)) for row in rows],
+    )
+
+
+def rows_of(c):
+    return [row[:n] for row, n in zip(c.tokens.tolist(), c.lengths.tolist(), strict=True)]
+
+
+def test_every_built_in_metric_equals_its_definition():
+    c, encoder = candidates(), HashEncoder()
+    got = metrics.features(metrics.parse(["sr_2", "tr_8", "div", "ent", "coh", "sr_5"], encoder), c)
+    assert got.shape == (3, 4, 6)
+    assert got.dtype == torch.float32
+    for r, row in enumerate(rows_of(c)):
+        prefix, text = encoder.encode([c.prefix_texts[r // 4], c.texts[r]])
+        expected = [
+            reference.sequence_repetition(row, 2),
+            reference.token_repetition(row, 8),
+            reference.diversity(row),
+            reference.information(c.token_log_p[r, : len(row)].double().tolist()),
+            reference.coherence(prefix.tolist(), text.tolist()),
+            reference.sequence_repetition(row, 5),
+        ]
+        np.testing.assert_allclose(got[r // 4, r % 4].double().numpy(), expected, rtol=1e-6)
+
+
+def test_repetition_metrics_share_one_kernel_call(monkeypatch):
+    calls = []
+    real = ops.repetition
+    monkeypatch.setattr(ops, "repetition", lambda *args: calls.append(args[2:]) or real(*args))
+    metrics.features(metrics.parse(["sr_2", "sr_4", "tr_16", "div", "tr_8"]), candidates())
+    assert calls == [([2, 3, 4], [8, 16])]
+
+
+def test_a_prefix_is_embedded_once():
+    encoder = HashEncoder()
+    metric = metrics.Coherence(encoder)
+    c = candidates()
+    metrics.features([metric], c)
+    metrics.features([metric], candidates(seed=1))  # other continuations of the same prefixes
+    for prefix in c.prefix_texts:
+        assert encoder.seen.count(prefix) == 1
+    assert len(encoder.seen) == 3 + 2 * 12
+
+
+def test_own_metrics_by_subclass_and_by_callable():
+    class Length(metrics.Metric):
+        name = "length"
+
+        def evaluate(self, candidates):
+            return candidates.lengths
+
+    def first_token(candidates):
+        return candidates.tokens[:, 0]
+
+    both = metrics.FunctionMetric(lambda c: torch.stack([c.lengths, -c.lengths], 1), names=("up", "down"))
+    parsed = metrics.parse([Length(), "sr_2", first_token, both])
+    c = candidates()
+    got = metrics.features(parsed, c).flatten(0, 1)
+    assert metrics.column_names(parsed) == ["length", "sr_2", "first_token", "up", "down"]
+    assert torch.equal(got[:, 0], c.lengths.float())
+    assert torch.equal(got[:, 2], c.tokens[:, 0].float())
+    assert torch.equal(got[:, 3], -got[:, 4])
+
+
+def test_the_end_of_text_token_is_not_part_of_ent():
+    # token_log_p may hold an end-of-text token behind the length.
+    c = candidates(n=1, m=1, t=3)
+    c.lengths[0] = 2
+    got = metrics.features([metrics.Information()], c).item()
+    assert got == pytest.approx(float(torch.exp(-c.token_log_p[0, :2].mean())), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sr_", "sr_2x", "SR_2", "tr_1.5", "perplexity", "", "sr_-1", "sr_9999999999"])
+def test_unknown_names(name):
+    with pytest.raises(UnknownMetric, match=r"known: sr_<n>, tr_<w>, div, ent, coh"):
+        metrics.parse([name])
+
+
+def test_bad_lists_of_metrics():
+    with pytest.raises(InvalidInput, match="n >= 1, got n = 0"):
+        metrics.parse(["sr_0"])
+    with pytest.raises(InvalidInput, match="no metrics given"):
+        metrics.parse([])
+    with pytest.raises(InvalidInput, match="given twice: sr_2"):
+        metrics.parse(["sr_2", "ent", "sr_2"])
+    with pytest.raises(InvalidInput, match="coh needs a sentence encoder"):
+        metrics.parse(["coh"])
+
+
+@pytest.mark.parametrize("name", ["ent", "coh"])
+def test_an_empty_continuation_is_named(name):
+    with pytest.raises(InvalidInput, match=f"metric {name} is not defined for the empty continuation of candidate 5"):
+        metrics.features(metrics.parse([name], HashEncoder()), candidates(empty=5))
+
+
+def test_bad_results_of_own_metrics_are_named():
+    with pytest.raises(InvalidInput, match=r"metric wide returned shape \[12, 2\] for 12 candidates and 1 column"):
+        metrics.features([metrics.FunctionMetric(lambda c: torch.zeros(12, 2), names="wide")], candidates())
+    values = torch.zeros(12)
+    values[7] = torch.nan
+    with pytest.raises(InvalidInput, match=r"metric odd is \[nan\] for candidate 7: it must be finite"):
+        metrics.features([metrics.FunctionMetric(lambda c: values, names="odd")], candidates())
+
+
+def test_specs_round_trip():
+    parsed = metrics.parse(["sr_2", "tr_8", "div", "ent", "coh"], "all-minilm-l6-v2")
+    again = metrics.from_specs([metric.spec for metric in parsed])
+    assert [metric.spec for metric in again] == [metric.spec for metric in parsed]

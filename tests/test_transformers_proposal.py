@@ -1,0 +1,170 @@
+"""Candidates from Transformers models: log-probabilities, sampling, end of text, seeds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from scipy import stats
+
+from daemon_fast import TransformersProposal
+from daemon_fast.errors import InvalidInput
+from daemon_fast.proposals.transformers import _inverse_cdf
+
+PREFIXES = [[5, 9, 30], [7], [3, 4, 5, 6, 7, 8, 9, 10, 11]]
+
+
+def proposal(family="llama", **settings):
+    settings = {"num_candidates": 6, "max_new_tokens": 12, "min_new_tokens": 0, **settings}
+    return TransformersProposal(tiny.model(family), tiny.tokenizer(), **settings)
+
+
+def teacher_forced(model, prefix, continuation):
+    """[L, V] float64 logits of one unpadded sequence, in one pass without a cache."""
+    with torch.inference_mode():
+        logits = model(torch.tensor([prefix + continuation]), use_cache=False).logits[0].double()
+    return logits[len(prefix) - 1 : -1]
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("prefixes", [PREFIXES, [[5, 9, 30], [8, 8, 2]]], ids=["padded", "equal lengths"])
+def test_log_probs_agree_with_a_teacher_forced_pass(family, prefixes):
+    p = proposal(family, temperature=0.8)
+    c = p.propose(prefixes, seed=0)
+    ends = (c.token_log_p != 0).sum(1)  # the end-of-text token's own included
+    assert c.shape == (len(prefixes), 6)
+    for r in range(len(c.tokens)):
+        drawn = c.tokens[r, : ends[r]].tolist()
+        logits = teacher_forced(p.model, prefixes[r // 6], drawn)
+        for got, scaled in ((c.token_log_p, logits), (c.token_log_q, logits / 0.8)):
+            want = torch.log_softmax(scaled, -1)[range(len(drawn)), drawn]
+            np.testing.assert_allclose(got[r, : len(drawn)].double(), want, atol=1e-4, rtol=0)
+            assert (got[r, len(drawn) :] == 0).all()
+    torch.testing.assert_close(c.log_p, c.token_log_p.double().sum(1).reshape(c.shape))
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_k": 5}, {"top_p": 0.7}, {"top_k": 20, "top_p": 0.6}, {"min_new_tokens": 12}]
+)
+def test_log_q_is_normalised_over_what_can_be_drawn(settings):
+    p = proposal(temperature=0.9, **settings)
+    c = p.propose(PREFIXES, seed=1)
+    for r in range(len(c.tokens)):
+        drawn = c.tokens[r, : int((c.token_log_p[r] != 0).sum())].tolist()
+        logits = teacher_forced(p.model, PREFIXES[r // 6], drawn) / 0.9
+        if settings.get("min_new_tokens"):
+            logits[:, 0] = -torch.inf
+        if k := settings.get("top_k"):
+            logits = logits.masked_fill(logits < logits.topk(k).values[:, -1:], -torch.inf)
+        if top_p := settings.get("top_p"):
+            ordered, order = logits.softmax(-1).sort(-1, descending=True)
+            outside = ordered.cumsum(-1) - ordered >= top_p
+            logits = logits.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), -torch.inf)
+        want = torch.log_softmax(logits, -1)[range(len(drawn)), drawn]
+        np.testing.assert_allclose(c.token_log_q[r, : len(drawn)].double(), want, atol=1e-4, rtol=0)
+
+
+def test_tokens_follow_the_models_distribution():
+    p = proposal(num_candidates=20_000, max_new_tokens=1, temperature=0.7)
+    c = p.propose([[5, 9, 30]], seed=3)
+    expected = torch.softmax(teacher_forced(p.model, [5, 9, 30], [0]) / 0.7, -1)[0].numpy() * 20_000
+    counts = np.bincount(c.tokens[:, 0].numpy(), minlength=tiny.VOCABULARY)
+    common = expected > 5
+    observed, wanted = (np.append(values[common], values[~common].sum()) for values in (counts, expected))
+    assert stats.chisquare(observed, wanted).pvalue > 1e-3
+
+
+def test_a_seed_gives_the_same_candidates_again():
+    p = proposal()
+    first, again, other = p.propose(PREFIXES, 5), p.propose(PREFIXES, 5), p.propose(PREFIXES, 6)
+    assert torch.equal(first.tokens, again.tokens)
+    assert torch.equal(first.token_log_p, again.token_log_p)
+    assert not torch.equal(first.tokens, other.tokens)
+
+
+@pytest.mark.parametrize("count_eos", [False, True])
+def test_end_of_text_ends_a_candidate(count_eos):
+    p = proposal(num_candidates=200, count_eos=count_eos, min_new_tokens=3)
+    c = p.propose([[5, 9]], seed=0)
+    ended = 0
+    for row, length in zip(c.tokens.tolist(), c.lengths.tolist(), strict=True):
+        assert 0 not in row[:3]
+        if 0 in row[:length] or length < 12:
+            ended += 1
+            end = length - 1 if count_eos else length
+            assert row[end] == 0
+            assert 0 not in row[:end]
+            assert row[end:] == [0] * (12 - end)
+    assert 0 < ended < 200
+    drawn = c.lengths if count_eos else c.lengths + (c.lengths < 12)
+    assert torch.equal((c.token_log_p != 0).sum(1), drawn)  # its log-probability is kept either way
+    assert all("<eos>" not in text for text in c.texts)
+
+
+def test_prefill_runs_once_per_prefix():
+    p, rows = proposal(num_candidates=50), []
+    forward = p.model.model.forward
+    p.model.model.forward = lambda *args, **kwargs: rows.append(kwargs["input_ids"].shape) or forward(*args, **kwargs)
+    p.propose(PREFIXES, seed=0)
+    assert rows[0] == (3, 9)
+    assert set(rows[1:]) == {(150, 1)}
+
+
+def test_score_gives_what_drawing_gave():
+    for settings in ({}, {"top_k": 10, "temperature": 0.9}, {"min_new_tokens": 12}):
+        p = proposal(**settings)
+        c = p.propose(PREFIXES, seed=2)
+        rows = [(r, int(c.lengths[r])) for r in range(len(c.tokens)) if c.lengths[r] > 0]
+        scored = p.score([PREFIXES[r // 6] for r, _ in rows], [c.tokens[r, :n].tolist() for r, n in rows])
+        for i, (r, n) in enumerate(rows):
+            torch.testing.assert_close(scored.token_log_p[i, :n], c.token_log_p[r, :n], atol=1e-4, rtol=0)
+            torch.testing.assert_close(scored.token_log_q[i, :n], c.token_log_q[r, :n], atol=1e-4, rtol=0)
+        assert scored.shape == (len(rows), 1)
+
+
+def test_strings_and_their_token_ids_are_the_same_prefix():
+    p = proposal()
+    by_text, by_ids = p.propose(["w3 w7 w28"], 0), p.propose([[5, 9, 30]], 0)
+    assert torch.equal(by_text.tokens, by_ids.tokens)
+    assert by_ids.prefix_texts == ["w3 w7 w28"]
+
+
+@pytest.mark.parametrize("vocabulary", [1, 5, 255, 256, 257, 700])
+def test_inverse_cdf(vocabulary):
+    rng = torch.Generator().manual_seed(vocabulary)
+    probabilities = torch.rand(50, vocabulary, generator=rng)
+    probabilities[:, ::3] = 0 if vocabulary > 1 else 1
+    probabilities /= probabilities.sum(-1, keepdim=True)
+    cumulative = probabilities.double().cumsum(-1)
+    edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64).expand(50, 2).unbind(1)
+    for uniforms in (torch.rand(50, dtype=torch.float64, generator=rng), *edges):
+        got = _inverse_cdf(probabilities, uniforms)
+        want = torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True)[:, 0]
+        assert (probabilities[range(50), got] > 0).all()
+        # Sums in another order may move an edge by a rounding error.
+        near = (cumulative.gather(1, want.clamp_max(vocabulary - 1)[:, None])[:, 0] - uniforms).abs() < 1e-6
+        assert ((got == want) | near).all()
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "message"),
+    [
+        ([], "there are no prefixes"),
+        ([[5], []], "prefix 1 is empty"),
+        ([""], "prefix 0 is empty"),
+        ([[5] * 53], r"prefix 0 has 53 tokens; with max_new_tokens = 12 it exceeds the model's context of 64"),
+        ([[5, 62]], "prefix 0 has token 62, outside the vocabulary of 62"),
+        ([[-1]], "prefix 0 has token -1, outside"),
+    ],
+)
+def test_bad_prefixes_are_named(prefixes, message):
+    with pytest.raises(InvalidInput, match=message):
+        proposal().propose(prefixes, seed=0)
+
+
+def test_without_a_tokenizer_prefixes_are_ids():
+    p = TransformersProposal(tiny.model(), num_candidates=2, max_new_tokens=3)
+    assert p.propose([[5]], 0).tokens.shape == (2, 3)
+    with pytest.raises(InvalidInput, match="made without a tokenizer"):
+        p.propose(["w1"], 0)
