@@ -183,6 +183,23 @@ def test_diagnostics():
     assert (result.num_prefixes, result.num_candidates) == (60, 25)
 
 
+@pytest.mark.parametrize("share", [0.1, 1e-2, 1e-3])
+def test_a_rare_event_made_common(share):
+    # The first Newton step overshoots by far; the solution is known: log odds, from `share` to 1/2.
+    features = torch.zeros(1000, 4, 1, dtype=F64)
+    features.view(-1)[: round(4000 * share)] = 1
+    result = fit(features, torch.tensor([0.5]), normalization="global")
+    assert result.mu.item() == pytest.approx(math.log(share / (1 - share)))
+
+
+def test_kl_is_that_from_the_base_weights():
+    features, targets, _ = problem()
+    base = torch.randn(60, 25, generator=torch.Generator().manual_seed(5), dtype=F64) + 3
+    result = fit(features, targets, base)
+    before, after = torch.softmax(base, dim=1), torch.softmax(base - features @ result.mu, dim=1)
+    assert result.kl == pytest.approx(float((after * (after / before).log()).sum(1).mean()))
+
+
 def test_bootstrap_intervals_cover_the_truth():
     # Candidates and human text from one population, whose mu is known: mean of a tilted normal is -mu.
     covered = 0

@@ -164,19 +164,14 @@ DAEMON_FAST_INLINE int64_t scan_pairs(int64_t count, int64_t found, int64_t leng
     return repeats;
 }
 
-// Positions whose last repeat lies at most `window` back. A distance of 0 means that there is none.
+// Positions whose last repeat lies at most `window` back. A distance of 0 means that there is none. Counting in Index,
+// which holds every length, keeps the vectors narrow.
 template <class Index>
-DAEMON_FAST_INLINE int64_t count_within(const Index* distance, int64_t length, int64_t window) {
+DAEMON_FAST_INLINE Index count_within(const Index* distance, int64_t length, int64_t window) {
     const Index limit = static_cast<Index>(window < Scratch<Index>::kNone ? window : int64_t{Scratch<Index>::kNone});
-    constexpr int64_t kBlock = 4096;  // what a 16-bit counter holds with room to spare
-    int64_t hits = 0;
-    for (int64_t begin = 0; begin < length; begin += kBlock) {
-        const int64_t end = begin + kBlock < length ? begin + kBlock : length;
-        Index block_hits = 0;
-        for (int64_t t = begin; t < end; ++t)
-            block_hits = static_cast<Index>(block_hits + (static_cast<Index>(distance[t] - 1) < limit));
-        hits += block_hits;
-    }
+    Index hits = 0;
+    for (int64_t t = 0; t < length; ++t)
+        hits = static_cast<Index>(hits + (static_cast<Index>(distance[t] - 1) < limit));
     return hits;
 }
 
@@ -207,7 +202,7 @@ void repetition_row(const Token* tokens, int64_t length, const Plan& plan, Scrat
         }
     }
     for (const int64_t window : plan.windows) {
-        int64_t hits = 0;
+        Index hits = 0;
         dispatch([&]() DAEMON_FAST_INLINE_LAMBDA { hits = count_within<Index>(s.distance.get(), length, window); });
         *out++ = length > 0 ? static_cast<float>(static_cast<double>(hits) / static_cast<double>(length)) : 0.0f;
     }
