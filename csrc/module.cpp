@@ -31,6 +31,10 @@ STABLE_TORCH_LIBRARY_IMPL(daemon_fast, CPU, m) {
 #ifdef DAEMON_FAST_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(daemon_fast, CUDA, m) {
     m.impl("repetition", TORCH_BOX(&daemon_fast::cuda::repetition));
+    m.impl("token_logprobs", TORCH_BOX(&daemon_fast::cuda::token_logprobs));
+    m.impl("importance_weights", TORCH_BOX(&daemon_fast::cuda::importance_weights));
+    m.impl("sir_select", TORCH_BOX(&daemon_fast::cuda::sir_select));
+    m.impl("tilted_moments", TORCH_BOX(&daemon_fast::cuda::tilted_moments));
 }
 #endif
 

@@ -149,6 +149,7 @@ class SIRDecoder:
         generator = torch.Generator().manual_seed(seed)
         uniforms = torch.rand(len(features), num_samples, generator=generator, dtype=torch.float64).to(device)
         selection = ops.sir_select(features, self.energy.mu.to(device), uniforms, self.energy.base_log_w(candidates))
+        _check_drawn(selection.index)
         self._warn_of_low_ess(selection.ess)
         seconds = {"metrics": measured - begin, "select": time.perf_counter() - measured}
         return Decoded(candidates, features, *selection, seconds=seconds)
@@ -164,6 +165,15 @@ class SIRDecoder:
                 LowEffectiveSampleSize,
                 stacklevel=3,
             )
+
+
+def _check_drawn(index: Tensor) -> None:
+    """On the CPU the operator itself raises; on CUDA it can only mark the row."""
+    bad = (index < 0).any(1).nonzero()
+    if len(bad):
+        raise InvalidInput(
+            f"prefix {int(bad[0])} has no candidate to draw: its log-weights hold NaN or infinity, or are all -inf"
+        )
 
 
 def check_compatible(fitted: ProposalSettings, used: ProposalSettings) -> None:

@@ -166,7 +166,7 @@ def _checked(
         raise InvalidInput(f"normalization = {normalization!r}: it must be 'per_prefix' or 'global'")
     if not (ridge >= 0 and math.isfinite(ridge)):
         raise InvalidInput(f"ridge = {ridge} must be finite and >= 0")
-    targets = torch.as_tensor(targets, dtype=torch.float64)
+    targets = torch.as_tensor(targets, dtype=torch.float64, device="cpu")
     if targets.shape not in ((k,), (n, k)):
         raise InvalidInput(f"targets must have shape [K] = [{k}] or [N, K] = [{n}, {k}], got {list(targets.shape)}")
     if n < k:
@@ -192,7 +192,7 @@ def _diagnosed(
     mu = nu / problem.scale
     log_z, mean, covariance = problem.tilted(nu)
     log_z_0 = problem.tilted(torch.zeros_like(nu)).log_z
-    log_w = -(problem.features.double() @ mu)
+    log_w = -(problem.features.double() @ mu.to(problem.features.device))
     if problem.base_log_w is not None:
         log_w = log_w + problem.base_log_w
     ess = ops.importance_weights(log_w).ess

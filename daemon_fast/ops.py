@@ -2,6 +2,8 @@
 
 All are deterministic, run on the device of their arguments, and are also reachable as `torch.ops.daemon_fast.*`.
 A bad argument is a RuntimeError, as with torch's own operators, that names the argument, its value and the limit.
+On CUDA no operator waits for the device, and all can be captured in a CUDA graph. What only a value on the device can
+tell is therefore no exception there but a marked result, as each docstring says; the decoder and the fit check for it.
 `daemon_fast.reference` holds the definitions.
 """
 
@@ -78,8 +80,8 @@ def repetition(
     Raises
     ------
     RuntimeError
-        Wrong shape or dtype; n or w below 1; on the CPU, a length below 0 or above T. CUDA can't report the last
-        without a synchronisation: there, such a row is NaN.
+        Wrong shape or dtype; n or w below 1; on CUDA, more than 32 of either. A length below 0 or above T: on CUDA, the
+        row is NaN.
 
     Examples
     --------
@@ -121,10 +123,13 @@ def token_logprobs(
     log_q : [R] float32
         log softmax(logits / temperature)[id].
 
+    Both are accumulated in float64 on the CPU (relative error 1e-6), in float32 on CUDA (1e-6, relative or absolute,
+    whichever is larger).
+
     Raises
     ------
     RuntimeError
-        Wrong shape or dtype, temperature not positive and finite, an id outside the vocabulary.
+        Wrong shape or dtype, temperature not positive and finite, an id outside the vocabulary (on CUDA: NaN).
     """
     return TokenLogProbs(*_ops.token_logprobs(logits, ids, temperature))
 
@@ -159,7 +164,7 @@ def importance_weights(
     Raises
     ------
     RuntimeError
-        Names the row whose log-weights are all -inf, or hold NaN or +inf.
+        Names the row whose log-weights are all -inf, or hold NaN or +inf. On CUDA, all results of that row are NaN.
     """
     return ImportanceWeights(*_ops.importance_weights(log_w))
 
@@ -199,7 +204,8 @@ def sir_select(
     Raises
     ------
     RuntimeError
-        Wrong shape or dtype, a uniform outside [0, 1), or a row whose log-weights are all -inf, or hold NaN or +inf.
+        Wrong shape or dtype, a uniform outside [0, 1), or a row whose log-weights are all -inf, or hold NaN or +inf. On
+        CUDA, the index is -1 in the last two cases, and in the last all else of the row is NaN.
 
     Source: Ji et al. 2024 (arXiv 2310.01041), algorithm 2.
     """
@@ -248,7 +254,8 @@ def tilted_moments(
     Raises
     ------
     RuntimeError
-        Wrong shape or dtype, no prefixes, NaN or +inf in a log-weight, or no finite one where one is needed.
+        Wrong shape or dtype, no prefixes, NaN or +inf in a log-weight, or no finite one where one is needed. On CUDA,
+        all results are NaN in the last two cases; and K above about 150 does not fit.
     """
     return Moments(*_ops.tilted_moments(features, mu, base_log_w, per_prefix))
 

@@ -64,7 +64,14 @@ class Problem:
         return replace(problem, scale=torch.where(scale > 1e-9 * (high - low), scale, high - low))
 
     def tilted(self, nu: Tensor) -> ops.Moments:
-        return ops.tilted_moments(self.features, nu / self.scale, self.base_log_w, self.per_prefix)
+        """On the device of the features; the results, a handful of numbers, on the CPU, where the solvers work."""
+        mu = (nu / self.scale).to(self.features.device)
+        moments = ops.Moments(
+            *(part.cpu() for part in ops.tilted_moments(self.features, mu, self.base_log_w, self.per_prefix))
+        )
+        if not moments.log_z.isfinite():  # on the CPU the operator itself raises, and names the row
+            raise InvalidInput("log-weights hold NaN or infinity, or are all -inf where one must be finite")
+        return moments
 
     def dual(self, nu: Tensor) -> tuple[float, Tensor, Tensor]:
         """Value, gradient [K] and Hessian [K, K] of the dual in nu, ridge included."""
@@ -82,8 +89,8 @@ class Problem:
             low, high = low.masked_fill(excluded, torch.inf), high.masked_fill(excluded, -torch.inf)
         lowest, highest = low.amin(1).double(), high.amax(1).double()
         if self.per_prefix:
-            return lowest.mean(0), highest.mean(0)
-        return lowest.amin(0), highest.amax(0)
+            return lowest.mean(0).cpu(), highest.mean(0).cpu()
+        return lowest.amin(0).cpu(), highest.amax(0).cpu()
 
     def check_reachable(self) -> None:
         """Raise InfeasibleTargets for a target outside the range of its own metric."""
@@ -96,11 +103,11 @@ class Problem:
     def check_separated(self, nu: Tensor) -> None:
         """Raise InfeasibleTargets if -nu separates the targets from all that weights can reach."""
         direction = -nu / self.scale
-        along = self.features.double() @ direction
+        along = self.features.double() @ direction.to(self.features.device)
         if self.base_log_w is not None:
             along = along.masked_fill(self.base_log_w == -torch.inf, -torch.inf)
         farthest = along.amax(1).mean() if self.per_prefix else along.max()
-        if farthest - direction @ self.targets > BOUNDARY * nu.norm():
+        if float(farthest) - direction @ self.targets > BOUNDARY * nu.norm():
             return
         low, high = self.reachable()
         involved = (nu.abs() >= 0.05 * nu.abs().max()).nonzero().flatten().tolist()

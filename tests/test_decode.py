@@ -10,7 +10,7 @@ import torch
 import toy
 from scipy import stats
 
-from daemon_fast import Energy, ProposalSettings, SIRDecoder, metrics
+from daemon_fast import Energy, ProposalSettings, SIRDecoder, metrics, ops
 from daemon_fast.errors import ArtefactError, InvalidInput, LowEffectiveSampleSize
 
 MU = torch.tensor([2.0, -1.5], dtype=torch.float64)
@@ -136,3 +136,18 @@ def test_bad_calls():
         decoder("a", num_samples=0)
     with pytest.raises(InvalidInput, match="batch_size = 0"):
         SIRDecoder(energy(proposal), proposal, batch_size=0)
+
+
+def test_a_row_that_a_gpu_marks_as_undrawable_is_an_error(monkeypatch):
+    # A CUDA operator can't raise for what it finds on the device: it answers index -1 and NaN.
+    proposal = toy.ToyProposal(num_candidates=4)
+    real = ops.sir_select
+
+    def marked(*arguments):
+        selection = real(*arguments)
+        selection.index[1] = -1
+        return selection
+
+    monkeypatch.setattr(ops, "sir_select", marked)
+    with pytest.raises(InvalidInput, match="prefix 1 has no candidate to draw"):
+        SIRDecoder(energy(proposal), proposal)(["x"] * 3)

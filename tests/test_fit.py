@@ -263,3 +263,11 @@ def test_bad_features_are_named():
         fit(constant, targets, names=list("abcd"))
     with pytest.raises(InvalidInput, match="target of b is 0"):
         fit(features, targets * torch.tensor([1, 0, 1, 1]), names=list("abcd"), method="rmse")
+
+
+def test_moments_that_a_gpu_marks_as_undefined_are_an_error(monkeypatch):
+    features, targets, _ = problem()
+    undefined = ops.Moments(torch.tensor(math.nan), torch.full((4,), math.nan), torch.full((4, 4), math.nan))
+    monkeypatch.setattr(ops, "tilted_moments", lambda *_: undefined)
+    with pytest.raises(InvalidInput, match="log-weights hold NaN or infinity"):
+        fit(features, targets)

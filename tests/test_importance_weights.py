@@ -17,8 +17,8 @@ AWKWARD_M = [1, 2, 3, 4, 5, 7, 8, 9, 25, 32, 33, 255, 256, 257, 4097]
 RTOL = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 
-def check(log_w: torch.Tensor) -> None:
-    out = daemon_fast.importance_weights(log_w)
+def check(log_w: torch.Tensor, device: str = "cpu") -> None:
+    out = [part.cpu() for part in daemon_fast.importance_weights(log_w.to(device))]
     weights, log_mean, ess = reference.importance_weights(log_w.double().tolist())
     # Weights below the smallest normal float32 lose digits, as every float32 does; a log-mean next to 0 is the log
     # of a float64 next to 1.
@@ -47,8 +47,16 @@ def test_equals_the_definition(log_w):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_extreme_log_weights(dtype):
-    check(torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4], [1e4, 1e4, -math.inf]], dtype=dtype))
+@pytest.mark.parametrize("M", [*AWKWARD_M, 65, 1024, 1025, 40_000])
+def test_every_size_on_every_device(device, M, dtype):
+    generator = torch.Generator().manual_seed(M)
+    check(torch.randn(3, M, generator=generator, dtype=torch.float64).to(dtype) * 4, device)
+    check(torch.randn(M, 3, generator=generator, dtype=torch.float64).to(dtype).t(), device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extreme_log_weights(device, dtype):
+    check(torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4], [1e4, 1e4, -math.inf]], dtype=dtype), device)
 
 
 def test_weights_sum_to_one_and_ess_is_within_bounds():
@@ -67,9 +75,10 @@ def test_same_result_for_any_number_of_threads(threads):
         assert torch.equal(a, b)
 
 
-def test_opcheck():
+def test_opcheck(device):
     for dtype in (torch.float32, torch.float64):
-        torch.library.opcheck(torch.ops.daemon_fast.importance_weights.default, (torch.randn(3, 5, dtype=dtype),))
+        log_w = torch.randn(3, 5, dtype=dtype, device=device)
+        torch.library.opcheck(torch.ops.daemon_fast.importance_weights.default, (log_w,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -106,8 +106,8 @@ def test_padding_never_counts(seed, length):
     assert torch.equal(daemon_fast.repetition(row, lengths), daemon_fast.repetition(other, lengths))
 
 
-@pytest.mark.parametrize("T", [65_534, 65_535, 65_536, 70_000])
-def test_rows_beyond_16_bit_positions(device, T):
+@pytest.mark.parametrize("T", [2048, 8192, 20_000, 65_534, 65_535, 65_536, 70_000])
+def test_long_rows(device, T):
     rng = np.random.default_rng(T)
     tokens = torch.from_numpy(rng.zipf(1.3, size=(1, T)) % 5000)
     lengths = torch.tensor([T])
@@ -115,17 +115,17 @@ def test_rows_beyond_16_bit_positions(device, T):
     np.testing.assert_array_equal(out.cpu().numpy(), expected(tokens, lengths, [2, 3, 4], [8, 32]))
 
 
-def test_windows_wider_than_16_bits():
-    tokens = torch.arange(70_000)
+def test_windows_wider_than_16_bits(device):
+    tokens = torch.arange(70_000, device=device)
     tokens[-1] = 0  # repeats the first token, 69,999 back
     out = daemon_fast.repetition(tokens[None], ngrams=[], windows=[65_535, 65_536, 69_998, 69_999])
-    np.testing.assert_array_equal(out[0].numpy(), np.float32([0, 0, 0, 1 / 70_000]))
+    np.testing.assert_array_equal(out[0].cpu().numpy(), np.float32([0, 0, 0, 1 / 70_000]))
 
 
-def test_all_tokens_of_one_hash_slot():
+def test_all_tokens_of_one_hash_slot(device):
     tokens = torch.tensor([as_int64(HASH_INVERSE * i % 2**64) for i in range(300)] * 2)[None]
-    out = daemon_fast.repetition(tokens, ngrams=[1, 2, 3], windows=[300, 299])
-    np.testing.assert_array_equal(out.numpy(), expected(tokens, torch.tensor([600]), [1, 2, 3], [300, 299]))
+    out = daemon_fast.repetition(tokens.to(device), ngrams=[1, 2, 3], windows=[300, 299])
+    np.testing.assert_array_equal(out.cpu().numpy(), expected(tokens, torch.tensor([600]), [1, 2, 3], [300, 299]))
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -166,10 +166,3 @@ def test_opcheck(device):
 def test_bad_input_is_named(tokens, lengths, ngrams, windows, message):
     with pytest.raises(RuntimeError, match=message):
         daemon_fast.repetition(tokens, lengths, ngrams, windows)
-
-
-@pytest.mark.gpu
-def test_a_bad_length_on_cuda_is_a_nan_row(cuda):
-    tokens = torch.zeros(3, 4, dtype=torch.int64, device=cuda)
-    out = daemon_fast.repetition(tokens, torch.tensor([4, 5, -1], device=cuda))
-    assert out.isnan().all(dim=1).tolist() == [False, True, True]

@@ -37,15 +37,13 @@ def calls(draw):
     return features, mu, base, uniforms
 
 
-@given(calls())
-@settings(max_examples=300)
-def test_equals_the_definition(call):
-    features, mu, base, uniforms = call
-    out = daemon_fast.sir_select(features, mu, uniforms, base)
+def check(features, mu, base, uniforms, device="cpu"):
+    there = [None if part is None else part.to(device) for part in (features, mu, uniforms, base)]
+    out = [part.cpu() for part in daemon_fast.sir_select(*there)]
     expected = reference.sir_select(
         features.double().tolist(), mu.tolist(), None if base is None else base.double().tolist(), uniforms.tolist()
     )
-    assert out.index.tolist() == expected[0]
+    assert out[0].tolist() == expected[0]
     rtol, atol = RTOL[features.dtype], 1e-37 if features.dtype == torch.float32 else 1e-300
     # mu · f is a sum of K float64 products: its rounding, up to 1e-16 of the largest, is amplified by exp.
     size = mu.abs().sum().item() * (features.abs().max().item() if features.numel() else 0)
@@ -54,17 +52,35 @@ def test_equals_the_definition(call):
         np.testing.assert_allclose(got.double().numpy(), np.array(want).reshape(got.shape), rtol=rtol, atol=atol)
 
 
-def test_uniforms_hit_the_edges_of_the_cumulative_weights():
-    features = torch.zeros(6, 4, 1, dtype=F64)
-    base = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0]], dtype=F64).expand(6, 4)
-    uniforms = torch.tensor([0.0, 0.25, 0.5 - 2**-53, 0.5, 0.75, 1 - 2**-53], dtype=F64)
-    out = daemon_fast.sir_select(features, torch.zeros(1, dtype=F64), uniforms, base)
+@given(calls())
+@settings(max_examples=300)
+def test_equals_the_definition(call):
+    check(*call)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("M", [1, 2, 31, 32, 33, 64, 65, 1024, 1025, 4097, 20_000])
+def test_every_size_on_every_device(device, M, dtype):
+    generator = torch.Generator().manual_seed(M)
+    features = torch.randn(3, M, 4, generator=generator, dtype=F64).to(dtype)
+    base = torch.randn(3, M, generator=generator).masked_fill(torch.rand(3, M, generator=generator) < 0.3, -math.inf)
+    base[:, 0] = 0
+    uniforms = torch.rand(3, generator=generator, dtype=F64)
+    for given_base in (None, base, base.double()):
+        check(features, torch.tensor([1.0, -0.5, 0.0, 2.0], dtype=F64), given_base, uniforms, device)
+
+
+def test_uniforms_hit_the_edges_of_the_cumulative_weights(device):
+    features = torch.zeros(6, 4, 1, dtype=F64, device=device)
+    base = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0]], dtype=F64, device=device).expand(6, 4)
+    uniforms = torch.tensor([0.0, 0.25, 0.5 - 2**-53, 0.5, 0.75, 1 - 2**-53], dtype=F64, device=device)
+    out = daemon_fast.sir_select(features, torch.zeros(1, dtype=F64, device=device), uniforms, base)
     assert out.index.tolist() == [1, 1, 1, 3, 3, 3]
 
 
-def test_several_draws_share_the_candidates():
-    features, mu = torch.randn(4, 25, 3, dtype=F64), torch.randn(3, dtype=F64)
-    uniforms = torch.rand(4, 7, dtype=F64)
+def test_several_draws_share_the_candidates(device):
+    features, mu = torch.randn(4, 25, 3, dtype=F64, device=device), torch.randn(3, dtype=F64, device=device)
+    uniforms = torch.rand(4, 7, dtype=F64, device=device)
     many = daemon_fast.sir_select(features, mu, uniforms)
     assert many.index.shape == (4, 7)
     for s in range(7):
@@ -91,11 +107,12 @@ def test_same_result_for_any_number_of_threads(threads):
         assert torch.equal(a, b)
 
 
-def test_opcheck():
+def test_opcheck(device):
     op = torch.ops.daemon_fast.sir_select.default
-    features, mu = torch.randn(3, 5, 2), torch.randn(2, dtype=F64)
-    torch.library.opcheck(op, (features, mu, None, torch.rand(3, dtype=F64)))
-    torch.library.opcheck(op, (features.double(), mu, torch.randn(3, 5), torch.rand(3, 4, dtype=F64)))
+    features, mu = torch.randn(3, 5, 2, device=device), torch.randn(2, dtype=F64, device=device)
+    base, uniforms = torch.randn(3, 5, device=device), torch.rand(3, 4, dtype=F64, device=device)
+    torch.library.opcheck(op, (features, mu, None, uniforms[:, 0]))
+    torch.library.opcheck(op, (features.double(), mu, base, uniforms))
 
 
 def test_bad_rows_are_named():

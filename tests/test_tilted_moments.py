@@ -16,8 +16,9 @@ from daemon_fast import reference
 F64 = torch.float64
 
 
-def check(features, mu, base, per_prefix, rtol=1e-12):
-    out = daemon_fast.tilted_moments(features, mu, base, per_prefix)
+def check(features, mu, base, per_prefix, rtol=1e-12, device="cpu"):
+    there = [None if part is None else part.to(device) for part in (features, mu, base)]
+    out = daemon_fast.ops.Moments(*(part.cpu() for part in daemon_fast.tilted_moments(*there, per_prefix)))
     log_z, mean, covariance = reference.tilted_moments(
         features.double().tolist(), mu.tolist(), None if base is None else base.double().tolist(), per_prefix
     )
@@ -64,17 +65,22 @@ def test_equals_the_definition(call):
 
 
 @pytest.mark.parametrize("per_prefix", [True, False])
-@pytest.mark.parametrize("candidates", [255, 256, 257, 1000])
-def test_more_candidates_than_a_tile(candidates, per_prefix):
+@pytest.mark.parametrize(
+    ("prefixes", "candidates", "k"), [(3, 255, 4), (3, 256, 4), (3, 257, 4), (3, 1000, 4), (700, 25, 9), (5, 40, 60)]
+)
+def test_more_than_a_tile_on_every_device(device, prefixes, candidates, k, per_prefix):
     generator = torch.Generator().manual_seed(candidates)
-    features = torch.randn(3, candidates, 4, dtype=F64, generator=generator)
-    check(features, torch.tensor([1.0, -2.0, 0.5, 0.0], dtype=F64), None, per_prefix)
+    features = torch.randn(prefixes, candidates, k, dtype=F64, generator=generator)
+    check(features, torch.linspace(-1, 1, k, dtype=F64), None, per_prefix, device=device)
+    base = torch.randn(prefixes, candidates, generator=generator).masked_fill(features[..., 0] > 1, -math.inf)
+    base[:, 0] = 0
+    check(features.float(), torch.linspace(-1, 1, k, dtype=F64), base, per_prefix, device=device)
 
 
-def test_global_weights_may_spare_a_whole_prefix():
+def test_global_weights_may_spare_a_whole_prefix(device):
     features, base = torch.randn(3, 4, 2, dtype=F64), torch.zeros(3, 4)
     base[1] = -math.inf
-    check(features, torch.ones(2, dtype=F64), base, False)
+    check(features, torch.ones(2, dtype=F64), base, False, device=device)
 
 
 def test_covariance_is_the_derivative_of_the_mean():
@@ -101,11 +107,11 @@ def test_same_result_for_any_number_of_threads(threads, per_prefix):
         assert torch.equal(a, b)
 
 
-def test_opcheck():
+def test_opcheck(device):
     op = torch.ops.daemon_fast.tilted_moments.default
-    features, mu = torch.randn(3, 5, 2), torch.randn(2, dtype=F64)
+    features, mu = torch.randn(3, 5, 2, device=device), torch.randn(2, dtype=F64, device=device)
     torch.library.opcheck(op, (features, mu, None, True))
-    torch.library.opcheck(op, (features.double(), mu, torch.randn(3, 5), False))
+    torch.library.opcheck(op, (features.double(), mu, torch.randn(3, 5, device=device), False))
 
 
 @pytest.mark.parametrize("per_prefix", [True, False])

@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 import daemon_fast
 from daemon_fast import reference
 
-TOLERANCE = {"rtol": 1e-6, "atol": 1e-30}  # relative alone, also for probabilities next to 1
+# Relative alone, also for probabilities next to 1; on CUDA, sums are float32.
+TOLERANCE = {"cpu": {"rtol": 1e-6, "atol": 1e-30}, "cuda": {"rtol": 1e-6, "atol": 1e-6}}
 
 
-def check(logits: torch.Tensor, ids: torch.Tensor, temperature: float) -> None:
-    out = daemon_fast.token_logprobs(logits, ids, temperature)
+def check(logits: torch.Tensor, ids: torch.Tensor, temperature: float, device: str = "cpu") -> None:
+    out = daemon_fast.token_logprobs(logits.to(device), ids.to(device), temperature)
     expected = reference.token_logprobs(logits.double().tolist(), ids.tolist(), temperature)
     for got, want in zip(out, expected, strict=True):
         assert got.dtype == torch.float32
-        np.testing.assert_allclose(got.double().numpy(), np.array(want).reshape(-1), **TOLERANCE)
+        np.testing.assert_allclose(got.double().cpu().numpy(), np.array(want).reshape(-1), **TOLERANCE[device])
 
 
 @st.composite
@@ -47,9 +48,12 @@ def test_equals_the_definition(call):
     check(*call)
 
 
-def test_a_vocabulary_of_real_size():
-    logits = torch.randn(3, 50_257, generator=torch.Generator().manual_seed(0)) * 4
-    check(logits, torch.tensor([0, 50_256, int(logits[2].argmax())]), 0.97)
+@pytest.mark.parametrize("temperature", [1.0, 0.97])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("V", [1, 7, 8, 9, 4095, 4097, 50_257])
+def test_every_size_on_every_device(device, V, dtype, temperature):
+    logits = (torch.randn(3, V, generator=torch.Generator().manual_seed(0)) * 4).to(dtype)
+    check(logits, torch.tensor([0, V - 1, int(logits[2].argmax())]), temperature, device)
 
 
 @pytest.mark.parametrize("gap", [1.0, 8.0, 12.0, 16.0])
@@ -60,15 +64,16 @@ def test_a_probability_next_to_one_keeps_its_digits(gap):
 
 
 @pytest.mark.parametrize("at", [0, 5, 511, 512, 700])
-def test_a_late_maximum_rescales_what_came_before(at):
+def test_a_late_maximum_rescales_what_came_before(device, at):
     logits = torch.linspace(-80, 0, 701)[None].clone()
     logits[0, at] = 30.0
-    check(logits, torch.tensor([350]), 0.97)
+    check(logits, torch.tensor([350]), 0.97, device)
 
 
-def test_rows_may_be_strided():
-    wide = torch.randn(6, 100)
-    check(wide[::2, 10:60], torch.tensor([0, 49, 7]), 0.9)
+def test_rows_may_be_strided(device):
+    wide = torch.randn(6, 100, device=device)
+    for rows in (wide[::2, 10:60], wide[1::2, 11:61], wide[:3, ::2]):
+        check(rows, torch.tensor([0, 49, 7]), 0.9, device)
 
 
 def test_ids_may_be_int32():
@@ -80,9 +85,10 @@ def test_ids_may_be_int32():
         assert torch.equal(a, b)
 
 
-def test_excluded_and_undefined_ids():
-    logits = torch.tensor([[0.0, -math.inf], [-math.inf, -math.inf], [0.0, math.nan], [math.inf, 0.0]])
-    log_p, log_q = daemon_fast.token_logprobs(logits, torch.tensor([1, 0, 0, 1]), 0.5)
+def test_excluded_and_undefined_ids(device):
+    rows = [[0.0, -math.inf], [-math.inf, -math.inf], [0.0, math.nan], [math.inf, 0.0]]
+    logits = torch.tensor(rows, device=device)
+    log_p, log_q = daemon_fast.token_logprobs(logits, torch.tensor([1, 0, 0, 1], device=device), 0.5)
     for got in (log_p, log_q):
         assert got[0] == -math.inf
         assert got[1:].isnan().all()
@@ -97,8 +103,8 @@ def test_same_result_for_any_number_of_threads(threads):
         assert torch.equal(a, b)
 
 
-def test_opcheck():
-    logits, ids = torch.randn(3, 20), torch.tensor([0, 19, 5])
+def test_opcheck(device):
+    logits, ids = torch.randn(3, 20, device=device), torch.tensor([0, 19, 5], device=device)
     torch.library.opcheck(torch.ops.daemon_fast.token_logprobs.default, (logits, ids, 0.97))
     torch.library.opcheck(torch.ops.daemon_fast.token_logprobs.default, (logits.bfloat16(), ids.int(), 1.0))
 

@@ -1,0 +1,88 @@
+// Device helpers that several kernels share. No torch in any .cuh file: the tests compile them with g++ too, and run
+// the kernels on the CPU (tests/emulation).
+#pragma once
+
+#include <cstdint>
+#include <cub/block/block_reduce.cuh>
+#include <cub/block/block_scan.cuh>
+#include <cub/warp/warp_reduce.cuh>
+
+namespace daemon_fast::cuda {
+
+constexpr int kWarp = 32;
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+// What launch passes as the size of dynamic shared memory, 16-byte aligned.
+__device__ __forceinline__ char* dynamic_shared() {
+#if defined(__CUDACC__)
+    extern __shared__ __align__(16) char memory[];
+    return memory;
+#else
+    return emulation::shared_memory.get();
+#endif
+}
+
+__host__ __device__ constexpr int64_t align16(int64_t bytes) {
+    return (bytes + 15) / 16 * 16;
+}
+
+__device__ __forceinline__ float nan_float() {
+    return __int_as_float(0x7fc00000);
+}
+
+__device__ __forceinline__ double nan_double() {
+    return static_cast<double>(nan_float());
+}
+
+__device__ __forceinline__ double minus_infinity() {
+    return static_cast<double>(__int_as_float(static_cast<int32_t>(0xff800000u)));
+}
+
+__device__ __forceinline__ bool is_finite(double x) {
+    return x - x == 0.0;
+}
+
+// fmax drops NaN; here it wins, and is seen at the end.
+struct MaxOrNan {
+    __device__ double operator()(double a, double b) const { return a > b || a != a ? a : b; }
+};
+
+struct Sum {
+    __device__ double operator()(double a, double b) const { return a + b; }
+};
+
+// A reduction over the 32 lanes of a full warp, whose result every lane gets.
+template <class Op>
+__device__ __forceinline__ double reduce_warp(double value, Op op) {
+    typename cub::WarpReduce<double>::TempStorage none;  // empty: full warps use shuffles
+    value = cub::WarpReduce<double>(none).Reduce(value, op);
+    return __shfl_sync(kAllLanes, value, 0);
+}
+
+// A block-wide reduction whose result every thread gets.
+template <int kThreads>
+class Reduction {
+ public:
+    using Block = cub::BlockReduce<double, kThreads>;
+    struct Storage {
+        typename Block::TempStorage reduce;
+        double result;
+    };
+
+    explicit __device__ Reduction(Storage& storage) : storage_(storage) {}
+
+    template <class Op>
+    __device__ double operator()(double value, Op op) {
+        value = Block(storage_.reduce).Reduce(value, op);
+        if (threadIdx.x == 0) storage_.result = value;
+        __syncthreads();
+        value = storage_.result;
+        __syncthreads();  // the next reduction overwrites the storage
+        return value;
+    }
+
+ private:
+    Storage& storage_;
+};
+
+}  // namespace daemon_fast::cuda

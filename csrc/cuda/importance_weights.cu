@@ -1,0 +1,35 @@
+// importance_weights on CUDA: launch. The kernel is in importance_weights.cuh.
+#include "cuda/importance_weights.cuh"
+
+#include "cuda/groups.h"
+#include "ops.h"
+
+namespace daemon_fast::cuda {
+
+std::tuple<Tensor, Tensor, Tensor> importance_weights(Tensor log_w) {
+    check_importance_weights(log_w);
+    const torch::stable::accelerator::DeviceGuard guard(log_w.get_device_index());
+    const int64_t G = log_w.size(0), M = log_w.size(1);
+    const ScalarType type = log_w.scalar_type();
+    log_w = torch::stable::contiguous(log_w);
+    Tensor weights = empty_like_with(log_w, {G, M}, type);
+    Tensor log_mean = empty_like_with(log_w, {G}, type);
+    Tensor ess = empty_like_with(log_w, {G}, type);
+    if (G == 0) return {weights, log_mean, ess};
+
+    GroupScratch scratch(log_w, G, M);
+    const auto run = [&](auto weight) {
+        using Weight = decltype(weight);
+        with_threads(M, [&](auto threads) {
+            launch(
+                "importance_weights", log_w, importance_weights_kernel<Weight, threads.value>, scratch.blocks,
+                threads.value, scratch.shared_bytes, log_w.const_data_ptr<Weight>(), G, M, scratch.data(),
+                weights.mutable_data_ptr<Weight>(), log_mean.mutable_data_ptr<Weight>(),
+                ess.mutable_data_ptr<Weight>());
+        });
+    };
+    type == ScalarType::Double ? run(double{}) : run(float{});
+    return {weights, log_mean, ess};
+}
+
+}  // namespace daemon_fast::cuda

@@ -1,0 +1,47 @@
+// sir_select on CUDA: launch. The kernel is in sir_select.cuh.
+#include "cuda/sir_select.cuh"
+
+#include "cuda/groups.h"
+#include "ops.h"
+
+namespace daemon_fast::cuda {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> sir_select(
+    Tensor features, Tensor mu, std::optional<Tensor> base_log_w, Tensor uniforms) {
+    check_sir_select(features, mu, base_log_w, uniforms);
+    const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
+    const bool several = uniforms.dim() == 2;
+    const SelectShape shape{
+        features.size(0), features.size(1), features.size(2), several ? uniforms.size(1) : int64_t{1}};
+    const ScalarType type = features.scalar_type();
+    features = torch::stable::contiguous(features);
+    mu = torch::stable::contiguous(mu);
+    uniforms = torch::stable::contiguous(uniforms);
+    if (base_log_w) base_log_w = torch::stable::contiguous(*base_log_w);
+    Tensor index = empty_like_with(
+        features, several ? std::vector<int64_t>{shape.G, shape.S} : std::vector<int64_t>{shape.G}, ScalarType::Long);
+    Tensor weights = empty_like_with(features, {shape.G, shape.M}, type);
+    Tensor log_z = empty_like_with(features, {shape.G}, type);
+    Tensor ess = empty_like_with(features, {shape.G}, type);
+    if (shape.G == 0) return {index, weights, log_z, ess};
+
+    GroupScratch scratch(features, shape.G, 2 * shape.M);
+    const auto run = [&](auto feature, auto base) {
+        using Feature = decltype(feature);
+        using Base = decltype(base);
+        with_threads(shape.M, [&](auto threads) {
+            launch(
+                "sir_select", features, sir_select_kernel<Feature, Base, threads.value>, scratch.blocks, threads.value,
+                scratch.shared_bytes, features.const_data_ptr<Feature>(), mu.const_data_ptr<double>(),
+                base_log_w ? base_log_w->const_data_ptr<Base>() : nullptr, uniforms.const_data_ptr<double>(), shape,
+                scratch.data(), index.mutable_data_ptr<int64_t>(), weights.mutable_data_ptr<Feature>(),
+                log_z.mutable_data_ptr<Feature>(), ess.mutable_data_ptr<Feature>());
+        });
+    };
+    const bool wide_base = base_log_w && base_log_w->scalar_type() == ScalarType::Double;
+    const auto with_base = [&](auto feature) { wide_base ? run(feature, double{}) : run(feature, float{}); };
+    type == ScalarType::Double ? with_base(double{}) : with_base(float{});
+    return {index, weights, log_z, ess};
+}
+
+}  // namespace daemon_fast::cuda

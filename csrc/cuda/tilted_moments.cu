@@ -1,0 +1,49 @@
+// tilted_moments on CUDA: launches. The kernels are in tilted_moments.cuh.
+#include "cuda/tilted_moments.cuh"
+
+#include "cuda/launch.h"
+#include "ops.h"
+
+namespace daemon_fast::cuda {
+
+std::tuple<Tensor, Tensor, Tensor> tilted_moments(
+    Tensor features, Tensor mu, std::optional<Tensor> base_log_w, bool per_prefix) {
+    check_tilted_moments(features, mu, base_log_w);
+    const int device = features.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    const int64_t K = features.size(2);
+    if (K > 1024) fail("tilted_moments: features has K = ", K, ", more than any CUDA device can hold");
+    const MomentShape shape{features.size(0), features.size(1), static_cast<int>(K), per_prefix};
+    const int warps = shape.warps();
+    const int64_t blocks = shape.blocks(), shared_bytes = shape.shared_bytes(warps);
+    if (shared_bytes > max_shared_bytes(device))
+        fail(
+            "tilted_moments: features has K = ", K, ", whose moments need ", shared_bytes,
+            " bytes of shared memory; this device has ", max_shared_bytes(device));
+    features = torch::stable::contiguous(features);
+    mu = torch::stable::contiguous(mu);
+    if (base_log_w) base_log_w = torch::stable::contiguous(*base_log_w);
+    Tensor log_z = empty_like_with(features, {}, ScalarType::Double);
+    Tensor mean = empty_like_with(features, {K}, ScalarType::Double);
+    Tensor covariance = empty_like_with(features, {K, K}, ScalarType::Double);
+    Tensor partial = empty_like_with(features, {shape.entries(), blocks}, ScalarType::Double);
+
+    const auto run = [&](auto feature, auto base) {
+        using Feature = decltype(feature);
+        using Base = decltype(base);
+        launch(
+            "tilted_moments", features, tilted_moments_kernel<Feature, Base>, blocks, warps * kWarp, shared_bytes,
+            features.const_data_ptr<Feature>(), mu.const_data_ptr<double>(),
+            base_log_w ? base_log_w->const_data_ptr<Base>() : nullptr, shape, partial.mutable_data_ptr<double>());
+    };
+    const bool wide_base = base_log_w && base_log_w->scalar_type() == ScalarType::Double;
+    const auto with_base = [&](auto feature) { wide_base ? run(feature, double{}) : run(feature, float{}); };
+    features.scalar_type() == ScalarType::Double ? with_base(double{}) : with_base(float{});
+    launch(
+        "tilted_moments", features, finish_tilted_moments_kernel, 1, 1024, shape.finish_bytes(),
+        static_cast<const double*>(partial.const_data_ptr<double>()), blocks, shape, log_z.mutable_data_ptr<double>(),
+        mean.mutable_data_ptr<double>(), covariance.mutable_data_ptr<double>());
+    return {log_z, mean, covariance};
+}
+
+}  // namespace daemon_fast::cuda

@@ -1,0 +1,39 @@
+// Importance weights of one group of candidates by one block: what importance_weights and sir_select share.
+#pragma once
+
+#include "cuda/device.cuh"
+
+namespace daemon_fast::cuda {
+
+struct WeightSums {
+    double max;  // of the log-weights; not finite: the group has no weights
+    double sum;  // of exp(log w - max)
+    double sum_of_squares;
+};
+
+// log_w[M] becomes exp(log_w - max). Each thread reads and writes only its own j = threadIdx.x + i * kThreads, so that
+// no barrier is needed before or after; all get the sums. NaN, +inf and all -inf come back in `max`.
+template <int kThreads>
+__device__ WeightSums exponentiate(double* log_w, int64_t M, typename Reduction<kThreads>::Storage& storage) {
+    Reduction<kThreads> reduce(storage);
+    WeightSums sums{minus_infinity(), 0, 0};
+    for (int64_t j = threadIdx.x; j < M; j += kThreads) sums.max = MaxOrNan()(sums.max, log_w[j]);
+    sums.max = reduce(sums.max, MaxOrNan());
+    if (!is_finite(sums.max)) return sums;
+    for (int64_t j = threadIdx.x; j < M; j += kThreads) {
+        const double w = exp(log_w[j] - sums.max);
+        log_w[j] = w;
+        sums.sum += w;
+        sums.sum_of_squares += w * w;
+    }
+    sums.sum = reduce(sums.sum, Sum());
+    sums.sum_of_squares = reduce(sums.sum_of_squares, Sum());
+    return sums;
+}
+
+// The block's scratch for log-weights: `doubles` of shared memory, or of global memory where they don't fit.
+__device__ __forceinline__ double* group_scratch(double* global, int64_t doubles) {
+    return global ? global + blockIdx.x * doubles : reinterpret_cast<double*>(dynamic_shared());
+}
+
+}  // namespace daemon_fast::cuda

@@ -1,0 +1,136 @@
+// The shipped kernels (csrc/cuda/*.cuh) behind C functions, launched as the .cu files do it. `order` is that of
+// emulation::Block::run; `global_scratch` forces the path for what doesn't fit into shared memory.
+#include "cuda.h"
+//
+#include "cuda/importance_weights.cuh"
+#include "cuda/repetition.cuh"
+#include "cuda/sir_select.cuh"
+#include "cuda/tilted_moments.cuh"
+#include "cuda/token_logprobs.cuh"
+
+using namespace daemon_fast::cuda;
+
+namespace {
+
+// Heap memory to the byte, full of garbage; freed after the launch.
+struct Scratch {
+    std::vector<char> bytes;
+    explicit Scratch(int64_t size) : bytes(static_cast<size_t>(size), static_cast<char>(0xab)) {}
+    template <class Value>
+    Value* data() {
+        return bytes.empty() ? nullptr : reinterpret_cast<Value*>(bytes.data());
+    }
+};
+
+template <class Run>
+void with_threads(int threads, const Run& run) {
+    if (threads == 32)
+        run(std::integral_constant<int, 32>());
+    else
+        run(std::integral_constant<int, 128>());
+}
+
+template <class Token, class Index>
+void run_repetition(
+    const void* tokens, int64_t row_stride, const void* lengths, int wide_lengths, int64_t R, int64_t T,
+    const RepetitionPlan& plan, unsigned threads, int global_scratch, int order, float* out) {
+    const int64_t bytes = RowScratch<Token, Index>::bytes(T);
+    const unsigned grid = global_scratch ? 2 : static_cast<unsigned>(R);
+    Scratch scratch(global_scratch ? grid * bytes : 0);
+    emulation::launch(grid, threads, global_scratch ? 0 : static_cast<size_t>(bytes), order, [&] {
+        repetition_kernel<Token, Index>(
+            static_cast<const Token*>(tokens), row_stride, lengths, wide_lengths, 1, R, T, plan,
+            scratch.template data<char>(), out);
+    });
+}
+
+template <class Logit>
+void run_token_logprobs(
+    const void* logits, int64_t row_stride, const int64_t* ids, int64_t R, int64_t V, float inverse, int tempered,
+    int order, float* log_p, float* log_q) {
+    emulation::launch(std::min<unsigned>(2, R), 64, 0, order, [&] {
+        const Logit* const row = static_cast<const Logit*>(logits);
+        if (tempered)
+            token_logprobs_kernel<Logit, int64_t, true, 64>(row, row_stride, ids, 1, R, V, inverse, log_p, log_q);
+        else
+            token_logprobs_kernel<Logit, int64_t, false, 64>(row, row_stride, ids, 1, R, V, inverse, log_p, log_q);
+    });
+}
+
+}  // namespace
+
+extern "C" {
+
+void emulate_repetition(
+    const void* tokens, int token_bytes, int index_bytes, int64_t row_stride, const void* lengths, int wide_lengths,
+    int64_t R, int64_t T, const int32_t* ngrams, int ngram_count, const int32_t* windows, int window_count,
+    unsigned threads, int global_scratch, int order, float* out) {
+    RepetitionPlan plan{};
+    plan.ngram_count = ngram_count;
+    plan.window_count = window_count;
+    std::copy(ngrams, ngrams + ngram_count, plan.ngrams);
+    std::copy(windows, windows + window_count, plan.windows);
+    plan.longest_ngram = *std::max_element(plan.ngrams, plan.ngrams + kMaxColumns);
+    const auto run = [&](auto token, auto index) {
+        run_repetition<decltype(token), decltype(index)>(
+            tokens, row_stride, lengths, wide_lengths, R, T, plan, threads ? threads : repetition_threads(T),
+            global_scratch, order, out);
+    };
+    const auto with_index = [&](auto token) { index_bytes == 2 ? run(token, uint16_t{}) : run(token, uint32_t{}); };
+    token_bytes == 8 ? with_index(int64_t{}) : with_index(int32_t{});
+}
+
+void emulate_token_logprobs(
+    const void* logits, int kind, int64_t row_stride, const int64_t* ids, int64_t R, int64_t V, double temperature,
+    int order, float* log_p, float* log_q) {
+    const float inverse = static_cast<float>(1.0 / temperature);
+    const auto run = [&](auto logit) {
+        run_token_logprobs<decltype(logit)>(
+            logits, row_stride, ids, R, V, inverse, temperature != 1.0, order, log_p, log_q);
+    };
+    kind == 0 ? run(float{}) : kind == 1 ? run(__half{}) : run(__nv_bfloat16{});
+}
+
+void emulate_importance_weights(
+    const double* log_w, int64_t G, int64_t M, int threads, int global_scratch, int order, double* weights,
+    double* log_mean, double* ess) {
+    const unsigned grid = global_scratch ? 2 : static_cast<unsigned>(G);
+    Scratch scratch(global_scratch ? grid * M * 8 : 0);
+    with_threads(threads, [&](auto count) {
+        emulation::launch(grid, count.value, global_scratch ? 0 : static_cast<size_t>(M * 8), order, [&] {
+            importance_weights_kernel<double, count.value>(log_w, G, M, scratch.data<double>(), weights, log_mean, ess);
+        });
+    });
+}
+
+void emulate_sir_select(
+    const float* features, const double* mu, const float* base, const double* uniforms, int64_t G, int64_t M, int64_t K,
+    int64_t S, int threads, int global_scratch, int order, int64_t* index, float* weights, float* log_z, float* ess) {
+    const unsigned grid = global_scratch ? 2 : static_cast<unsigned>(G);
+    Scratch scratch(global_scratch ? grid * M * 16 : 0);
+    with_threads(threads, [&](auto count) {
+        emulation::launch(grid, count.value, global_scratch ? 0 : static_cast<size_t>(M * 16), order, [&] {
+            sir_select_kernel<float, float, count.value>(
+                features, mu, base, uniforms, SelectShape{G, M, K, S}, scratch.data<double>(), index, weights, log_z,
+                ess);
+        });
+    });
+}
+
+void emulate_tilted_moments(
+    const float* features, const double* mu, const double* base, int64_t N, int64_t M, int64_t K, int per_prefix,
+    int warps, int64_t blocks, int order, double* log_z, double* mean, double* covariance) {
+    const MomentShape shape{N, M, static_cast<int>(K), per_prefix != 0};
+    if (warps == 0) warps = shape.warps();
+    if (blocks == 0) blocks = shape.blocks();
+    Scratch partial(shape.entries() * blocks * 8);
+    emulation::launch(
+        static_cast<unsigned>(blocks), static_cast<unsigned>(warps * kWarp),
+        static_cast<size_t>(shape.shared_bytes(warps)), order,
+        [&] { tilted_moments_kernel<float, double>(features, mu, base, shape, partial.data<double>()); });
+    emulation::launch(1, 128, static_cast<size_t>(shape.finish_bytes()), order, [&] {
+        finish_tilted_moments_kernel(partial.data<double>(), blocks, shape, log_z, mean, covariance);
+    });
+}
+
+}  // extern "C"
