@@ -37,6 +37,7 @@ bench: build
 	$(BIN)/python benchmarks/repetition.py --save
 	$(BIN)/python benchmarks/choosing.py --save
 	$(BIN)/python benchmarks/fit.py --save
+	$(BIN)/python benchmarks/kernels.py --save
 
 build: $(VENV)/built
 

@@ -36,7 +36,7 @@ def vectorised_torch(tokens: torch.Tensor) -> torch.Tensor:
         repeats = (ordered[:, 1:] == ordered[:, :-1]).sum(1)
         columns.append(repeats / key.shape[1])
     narrow = tokens.int()
-    hits = torch.zeros(tokens.shape, dtype=torch.bool)
+    hits = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
     for back in range(1, WINDOWS[-1] + 1):
         hits[:, back:] |= narrow[:, back:] == narrow[:, :-back]
         if back in WINDOWS:

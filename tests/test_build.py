@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -10,11 +9,14 @@ import sys
 import types
 from pathlib import Path
 
+import kernels
 import pytest
 import torch
 
 import daemon_fast
 from daemon_fast import _C, extension
+
+OPERATORS = ("repetition", "token_logprobs", "importance_weights", "sir_select", "tilted_moments")
 
 
 @pytest.fixture(scope="module")
@@ -49,17 +51,19 @@ def test_build_info():
     assert (info["cuda"] is None) == (info["cuda_architectures"] == "")
 
 
-def test_cuda_code_for_every_architecture():
+@pytest.fixture
+def cuobjdump():
     if daemon_fast.build_info()["cuda"] is None:
         pytest.skip("built without CUDA: no nvcc was found, or DAEMON_FAST_CUDA=OFF")
-    spec = importlib.util.find_spec("nvidia")  # its wheel puts it where no PATH leads
-    places = [Path(place) / "cu13/bin/cuobjdump" for place in (spec.submodule_search_locations if spec else [])]
-    tool = shutil.which("cuobjdump") or next((str(place) for place in places if place.exists()), None)
+    tool = kernels.cuobjdump()
     if tool is None:
         pytest.skip("no cuobjdump")
+    return tool
 
+
+def test_cuda_code_for_every_architecture(cuobjdump):
     def listing(kind):
-        return subprocess.run([tool, kind, _C.__file__], check=True, capture_output=True, text=True).stdout
+        return subprocess.run([cuobjdump, kind, _C.__file__], check=True, capture_output=True, text=True).stdout
 
     for architecture in daemon_fast.build_info()["cuda_architectures"].split(","):
         number, _, kind = architecture.partition("-")
@@ -69,9 +73,17 @@ def test_cuda_code_for_every_architecture():
             assert f"sm_{number}.ptx" in listing("--list-ptx")
 
 
+def test_no_kernel_spills_registers(cuobjdump):
+    found = kernels.kernels(cuobjdump)
+    names = {kernel.name.split("<")[0] for kernel in found}
+    assert names == {*(f"{name}_kernel" for name in OPERATORS), "finish_tilted_moments_kernel"}
+    assert [kernel for kernel in found if kernel.stack_bytes or kernel.local_bytes] == []
+
+
 def test_operators_are_registered_with_torch():
-    for name in ("repetition", "token_logprobs", "importance_weights", "sir_select", "tilted_moments"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"daemon_fast::{name}", "CPU")
+    for name in OPERATORS:
+        for key in ("CPU", *(["CUDA"] if daemon_fast.build_info()["cuda"] else [])):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"daemon_fast::{name}", key)
 
 
 def test_a_missing_module_says_how_to_build(monkeypatch):

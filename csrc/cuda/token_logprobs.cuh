@@ -126,7 +126,7 @@ __device__ LogSums scan_row(const Logit* row, int64_t V, float inverse) {
 
 // An id outside [0, V) gives NaN.
 template <class Logit, class Id, bool kTempered, int kThreads>
-__global__ void __launch_bounds__(kThreads, 1) token_logprobs_kernel(
+__global__ void __launch_bounds__(kThreads, 2) token_logprobs_kernel(
     const Logit* logits, int64_t row_stride, const Id* ids, int64_t id_stride, int64_t R, int64_t V, float inverse,
     float* log_p, float* log_q) {
     using Reduce = cub::BlockReduce<LogSums, kThreads>;
