@@ -161,7 +161,7 @@ def test_token_logprobs_that_are_not_defined(library):
     logits[2, 555] = np.nan
     logits[3, :] = -np.inf
     logits[3, 100] = np.nan
-    logits[3, 101] = 0
+    logits[3, 300] = 0  # far from the NaN, which its thread sees among nothing but -inf
     ids = [5, 5, 5, 5, -1, 600, 5]
     for temperature in (1.0, 0.9):
         for out in token_logprobs(library, logits, ids, temperature):
@@ -219,6 +219,19 @@ def test_sir_select(library, M, threads, scratch, base_given, order):
     np.testing.assert_allclose(weights, want[1], rtol=1e-6)
     np.testing.assert_allclose(log_z, want[2], rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(ess, want[3], rtol=1e-6)
+
+
+@pytest.mark.parametrize("threads", [32, 128])
+def test_uniforms_hit_the_edges_of_the_cumulative_weights(library, threads):
+    base = np.tile(np.float32([-np.inf, 0, -np.inf, 0]), (6, 1))
+    uniforms = np.array([0.0, 0.25, 0.5 - 2**-53, 0.5, 0.75, 1 - 2**-53])
+    index, weights = np.full(6, -9), np.zeros((6, 4), dtype=np.float32)
+    log_z, ess = np.zeros((2, 6), dtype=np.float32)
+    call(
+        library, "emulate_sir_select", np.zeros((6, 4, 1), dtype=np.float32), np.zeros(1), base, uniforms, 6, 4, 1, 1,
+        small(threads), small(0), small(0), index, weights, log_z, ess,
+    )  # fmt: skip
+    assert index.tolist() == [1, 1, 1, 3, 3, 3]
 
 
 def test_sir_select_marks_what_it_cannot_draw(library):

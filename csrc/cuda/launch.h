@@ -45,6 +45,8 @@ void launch(
         if (error != cudaSuccess)
             fail(op, " failed on CUDA for an input of shape ", shape(input), ": ", cudaGetErrorString(error));
     };
+    // This module's CUDA runtime is its own (static), and may not know which device torch's has made the current one.
+    check(cudaSetDevice(input.get_device_index()));
     if (shared_bytes > kDefaultSharedBytes)
         check(
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));

@@ -188,6 +188,7 @@ __device__ void count_windows(RowScratch<Token, Index>& s, const RepetitionPlan&
             distance = t - last[id];
         __syncwarp();                                                       // all have read
         if (inside && same >> lane == 1) last[id] = static_cast<Index>(t);  // the highest lane of those with this id
+        __syncwarp();                                                       // before the next 32 read
         for (int i = 0; i < plan.window_count; ++i) {
             const bool hit = inside && distance - 1 < static_cast<uint32_t>(plan.windows[i]);
             const uint32_t bits = __ballot_sync(kAllLanes, hit);

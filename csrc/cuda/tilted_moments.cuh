@@ -20,7 +20,7 @@ struct MomentShape {
     bool per_prefix;
 
     __host__ __device__ int pairs() const { return K * (K + 1) / 2; }
-    // Entries of a partial result. Per prefix: 0 (NaN if a prefix has no weights), and sums over prefixes of log Z_i,
+    // Entries of a partial result. Per prefix: 0 (NaN if a log-weight is bad), and sums over prefixes of log Z_i,
     // mean_i [K] and covariance_i [pairs]. Global: maximum of the log-weights (NaN if one is bad), sum of
     // exp(log w - max), mean [K] and summed outer products about it [pairs].
     __host__ __device__ int entries() const { return 2 + K + pairs(); }
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kMaxMomentWarps* kWarp, 1) tilted_moments_kern
                 else if (max != minus_infinity())
                     flag = nan_double();
             }
-            if (prefix.sum == 0) flag = nan_double();
+            // Without any weight: -inf, and so no result.
             log_z += prefix.max + log(prefix.sum / static_cast<double>(shape.M));
             for (int e = lane; e < K + shape.pairs(); e += kWarp) {
                 total[2 + e] += e < K ? prefix.mean[e] : prefix.scatter[e - K] / prefix.sum;
