@@ -7,12 +7,14 @@ namespace daemon_fast::cuda {
 
 constexpr int64_t kBlocksWithGlobalScratch = 1024;  // enough to fill any GPU; each has scratch of its own
 
-// Where a block keeps `doubles` values a group: shared memory, or global memory where they don't fit.
-struct GroupScratch {
-    int64_t blocks, shared_bytes;
+// How groups of M candidates are spread over blocks, and where a block keeps `doubles` values: in shared memory, or in
+// global memory where they don't fit.
+struct GroupLaunch {
+    int64_t M, blocks, shared_bytes;
     std::optional<Tensor> global;
 
-    GroupScratch(const Tensor& input, int64_t groups, int64_t doubles) : blocks(groups), shared_bytes(8 * doubles) {
+    GroupLaunch(const Tensor& input, int64_t groups, int64_t M, int64_t doubles)
+        : M(M), blocks(groups), shared_bytes(8 * doubles) {
         // The kernels' static shared memory needs a little of it too.
         if (shared_bytes <= max_shared_bytes(input.get_device_index()) - 8 * 1024) return;
         blocks = std::min(groups, kBlocksWithGlobalScratch);
@@ -20,18 +22,21 @@ struct GroupScratch {
         global = empty_like_with(input, {blocks * doubles}, ScalarType::Double);
     }
 
-    double* data() { return global ? global->mutable_data_ptr<double>() : nullptr; }
-};
+    double* scratch() { return global ? global->mutable_data_ptr<double>() : nullptr; }
 
-// Calls `run` with the number of threads for M candidates, as a compile-time constant.
-template <class Run>
-void with_threads(int64_t M, const Run& run) {
-    if (M <= 64)
-        run(std::integral_constant<int, 32>());
-    else if (M <= 1024)
-        run(std::integral_constant<int, 128>());
-    else
-        run(std::integral_constant<int, 512>());
-}
+    // Calls `run` with the number of threads, and whether the scratch is shared, as compile-time constants. Only many
+    // candidates don't fit.
+    template <class Run>
+    void dispatch(const Run& run) const {
+        if (global)
+            run(std::integral_constant<int, 512>(), std::false_type());
+        else if (M <= 64)
+            run(std::integral_constant<int, 32>(), std::true_type());
+        else if (M <= 1024)
+            run(std::integral_constant<int, 128>(), std::true_type());
+        else
+            run(std::integral_constant<int, 512>(), std::true_type());
+    }
+};
 
 }  // namespace daemon_fast::cuda

@@ -17,14 +17,14 @@ std::tuple<Tensor, Tensor, Tensor> importance_weights(Tensor log_w) {
     Tensor ess = empty_like_with(log_w, {G}, type);
     if (G == 0) return {weights, log_mean, ess};
 
-    GroupScratch scratch(log_w, G, M);
+    GroupLaunch groups(log_w, G, M, M);
     const auto run = [&](auto weight) {
         using Weight = decltype(weight);
-        with_threads(M, [&](auto threads) {
+        groups.dispatch([&](auto threads, auto shared) {
             launch(
-                "importance_weights", log_w, importance_weights_kernel<Weight, threads.value>, scratch.blocks,
-                threads.value, scratch.shared_bytes, log_w.const_data_ptr<Weight>(), G, M, scratch.data(),
-                weights.mutable_data_ptr<Weight>(), log_mean.mutable_data_ptr<Weight>(),
+                "importance_weights", log_w, importance_weights_kernel<Weight, threads.value, shared.value>,
+                groups.blocks, threads.value, groups.shared_bytes, log_w.const_data_ptr<Weight>(), G, M,
+                groups.scratch(), weights.mutable_data_ptr<Weight>(), log_mean.mutable_data_ptr<Weight>(),
                 ess.mutable_data_ptr<Weight>());
         });
     };

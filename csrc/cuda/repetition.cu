@@ -38,14 +38,15 @@ Tensor repetition(Tensor tokens, Tensor lengths, std::vector<int64_t> ngrams, st
         using Token = decltype(token);
         using Index = decltype(position);
         const int64_t bytes = RowScratch<Token, Index>::bytes(T);
+        const bool shared = bytes <= max_shared_bytes(device);
+        const int64_t blocks =
+            shared ? R : std::min(R, kBlocksPerSm * device_attribute(cudaDevAttrMultiProcessorCount, device));
         std::optional<Tensor> scratch;
-        int64_t blocks = R;
-        if (bytes > max_shared_bytes(device)) {
-            blocks = std::min(R, kBlocksPerSm * device_attribute(cudaDevAttrMultiProcessorCount, device));
-            scratch = empty_like_with(tokens, {blocks * bytes}, ScalarType::Byte);
-        }
+        if (!shared) scratch = empty_like_with(tokens, {blocks * bytes}, ScalarType::Byte);
+        const auto in_shared = repetition_kernel<Token, Index, true>;
+        const auto in_global = repetition_kernel<Token, Index, false>;
         launch(
-            "repetition", tokens, repetition_kernel<Token, Index>, blocks, repetition_threads(T), scratch ? 0 : bytes,
+            "repetition", tokens, shared ? in_shared : in_global, blocks, repetition_threads(T), shared ? bytes : 0,
             tokens.const_data_ptr<Token>(), tokens.stride(0), lengths.const_data_ptr(),
             lengths.scalar_type() == ScalarType::Long, lengths.stride(0), R, T, plan,
             scratch ? static_cast<char*>(scratch->mutable_data_ptr()) : nullptr, out.mutable_data_ptr<float>());

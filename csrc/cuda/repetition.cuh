@@ -229,13 +229,12 @@ __device__ void repetition_row(
 
 // Rows r = blockIdx.x, blockIdx.x + gridDim.x, ...: a grid of one block a row when the scratch is in shared memory.
 // `lengths` is int64 or int32. A length outside [0, T] can't be reported without a synchronisation: the row becomes
-// NaN.
-template <class Token, class Index>
-__global__ void __launch_bounds__(kMaxRepetitionThreads) repetition_kernel(
+// NaN. kShared is a constant so that the compiler knows the address space of every access.
+template <class Token, class Index, bool kShared>
+__global__ void __launch_bounds__(kMaxRepetitionThreads, 4) repetition_kernel(
     const Token* tokens, int64_t row_stride, const void* lengths, bool wide_lengths, int64_t length_stride, int64_t R,
     int64_t T, RepetitionPlan plan, char* global_scratch, float* out) {
-    char* const scratch =
-        global_scratch ? global_scratch + blockIdx.x * RowScratch<Token, Index>::bytes(T) : dynamic_shared();
+    char* const scratch = kShared ? dynamic_shared() : global_scratch + blockIdx.x * RowScratch<Token, Index>::bytes(T);
     const int columns = plan.ngram_count + plan.window_count;
     for (int64_t r = blockIdx.x; r < R; r += gridDim.x) {
         const int64_t length = wide_lengths ? static_cast<const int64_t*>(lengths)[r * length_stride]

@@ -25,16 +25,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sir_select(
     Tensor ess = empty_like_with(features, {shape.G}, type);
     if (shape.G == 0) return {index, weights, log_z, ess};
 
-    GroupScratch scratch(features, shape.G, 2 * shape.M);
+    GroupLaunch groups(features, shape.G, shape.M, 2 * shape.M);
     const auto run = [&](auto feature, auto base) {
         using Feature = decltype(feature);
         using Base = decltype(base);
-        with_threads(shape.M, [&](auto threads) {
+        groups.dispatch([&](auto threads, auto shared) {
             launch(
-                "sir_select", features, sir_select_kernel<Feature, Base, threads.value>, scratch.blocks, threads.value,
-                scratch.shared_bytes, features.const_data_ptr<Feature>(), mu.const_data_ptr<double>(),
+                "sir_select", features, sir_select_kernel<Feature, Base, threads.value, shared.value>, groups.blocks,
+                threads.value, groups.shared_bytes, features.const_data_ptr<Feature>(), mu.const_data_ptr<double>(),
                 base_log_w ? base_log_w->const_data_ptr<Base>() : nullptr, uniforms.const_data_ptr<double>(), shape,
-                scratch.data(), index.mutable_data_ptr<int64_t>(), weights.mutable_data_ptr<Feature>(),
+                groups.scratch(), index.mutable_data_ptr<int64_t>(), weights.mutable_data_ptr<Feature>(),
                 log_z.mutable_data_ptr<Feature>(), ess.mutable_data_ptr<Feature>());
         });
     };

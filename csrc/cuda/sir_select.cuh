@@ -42,14 +42,14 @@ __device__ __forceinline__ int64_t draw(const double* w, const double* cumulativ
 }
 
 // index is -1, and all else NaN, for a group without weights; -1 also for a uniform outside [0, 1).
-template <class Feature, class Base, int kThreads>
+template <class Feature, class Base, int kThreads, bool kShared>
 __global__ void __launch_bounds__(kThreads, 1) sir_select_kernel(
     const Feature* features, const double* mu, const Base* base, const double* uniforms, SelectShape shape,
     double* global_scratch, int64_t* index, Feature* weights, Feature* log_z, Feature* ess) {
     __shared__ typename Reduction<kThreads>::Storage reduce_storage;
     __shared__ typename cub::BlockScan<double, kThreads>::TempStorage scan_storage;
     const int64_t M = shape.M, K = shape.K, S = shape.S;
-    double* const w = group_scratch(global_scratch, 2 * M);
+    double* const w = group_scratch<kShared>(global_scratch, 2 * M);
     double* const cumulative = w + M;
     for (int64_t g = blockIdx.x; g < shape.G; g += gridDim.x) {
         for (int64_t j = threadIdx.x; j < M; j += kThreads) {

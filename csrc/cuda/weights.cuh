@@ -31,9 +31,11 @@ __device__ WeightSums exponentiate(double* log_w, int64_t M, typename Reduction<
     return sums;
 }
 
-// The block's scratch for log-weights: `doubles` of shared memory, or of global memory where they don't fit.
+// The block's scratch of `doubles`, in shared memory, or in global memory where they don't fit. kShared is a constant
+// so that the compiler knows the address space of every access.
+template <bool kShared>
 __device__ __forceinline__ double* group_scratch(double* global, int64_t doubles) {
-    return global ? global + blockIdx.x * doubles : reinterpret_cast<double*>(dynamic_shared());
+    return kShared ? reinterpret_cast<double*>(dynamic_shared()) : global + blockIdx.x * doubles;
 }
 
 }  // namespace daemon_fast::cuda

@@ -23,11 +23,9 @@ struct Scratch {
 };
 
 template <class Run>
-void with_threads(int threads, const Run& run) {
-    if (threads == 32)
-        run(std::integral_constant<int, 32>());
-    else
-        run(std::integral_constant<int, 128>());
+void with_threads(int threads, bool shared, const Run& run) {
+    const auto with_space = [&](auto count) { shared ? run(count, std::true_type()) : run(count, std::false_type()); };
+    threads == 32 ? with_space(std::integral_constant<int, 32>()) : with_space(std::integral_constant<int, 128>());
 }
 
 template <class Token, class Index>
@@ -38,7 +36,9 @@ void run_repetition(
     const unsigned grid = global_scratch ? 2 : static_cast<unsigned>(R);
     Scratch scratch(global_scratch ? grid * bytes : 0);
     emulation::launch(grid, threads, global_scratch ? 0 : static_cast<size_t>(bytes), order, [&] {
-        repetition_kernel<Token, Index>(
+        const auto kernel =
+            global_scratch ? repetition_kernel<Token, Index, false> : repetition_kernel<Token, Index, true>;
+        kernel(
             static_cast<const Token*>(tokens), row_stride, lengths, wide_lengths, 1, R, T, plan,
             scratch.template data<char>(), out);
     });
@@ -96,9 +96,10 @@ void emulate_importance_weights(
     double* log_mean, double* ess) {
     const unsigned grid = global_scratch ? 2 : static_cast<unsigned>(G);
     Scratch scratch(global_scratch ? grid * M * 8 : 0);
-    with_threads(threads, [&](auto count) {
+    with_threads(threads, !global_scratch, [&](auto count, auto shared) {
         emulation::launch(grid, count.value, global_scratch ? 0 : static_cast<size_t>(M * 8), order, [&] {
-            importance_weights_kernel<double, count.value>(log_w, G, M, scratch.data<double>(), weights, log_mean, ess);
+            importance_weights_kernel<double, count.value, shared.value>(
+                log_w, G, M, scratch.data<double>(), weights, log_mean, ess);
         });
     });
 }
@@ -108,9 +109,9 @@ void emulate_sir_select(
     int64_t S, int threads, int global_scratch, int order, int64_t* index, float* weights, float* log_z, float* ess) {
     const unsigned grid = global_scratch ? 2 : static_cast<unsigned>(G);
     Scratch scratch(global_scratch ? grid * M * 16 : 0);
-    with_threads(threads, [&](auto count) {
+    with_threads(threads, !global_scratch, [&](auto count, auto shared) {
         emulation::launch(grid, count.value, global_scratch ? 0 : static_cast<size_t>(M * 16), order, [&] {
-            sir_select_kernel<float, float, count.value>(
+            sir_select_kernel<float, float, count.value, shared.value>(
                 features, mu, base, uniforms, SelectShape{G, M, K, S}, scratch.data<double>(), index, weights, log_z,
                 ess);
         });
