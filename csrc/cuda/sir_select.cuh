@@ -59,13 +59,7 @@ __global__ void __launch_bounds__(kThreads, 1) sir_select_kernel(
             w[j] = (base ? static_cast<double>(base[g * M + j]) : 0.0) - energy;
         }
         const WeightSums sums = exponentiate<kThreads>(w, M, reduce_storage);
-        const bool valid = is_finite(sums.max);
-        for (int64_t j = threadIdx.x; j < M; j += kThreads)
-            weights[g * M + j] = static_cast<Feature>(valid ? w[j] / sums.sum : nan_double());
-        if (threadIdx.x == 0) {
-            log_z[g] = static_cast<Feature>(valid ? sums.max + log(sums.sum / static_cast<double>(M)) : nan_double());
-            ess[g] = static_cast<Feature>(valid ? sums.sum * sums.sum / sums.sum_of_squares : nan_double());
-        }
+        const bool valid = write_group<kThreads>(w, M, sums, weights + g * M, log_z + g, ess + g);
         if (valid) accumulate<kThreads>(w, M, cumulative, scan_storage);
         for (int64_t s = threadIdx.x / kWarp; s < S; s += kThreads / kWarp) {
             const double uniform = uniforms[g * S + s];

@@ -31,6 +31,20 @@ __device__ WeightSums exponentiate(double* log_w, int64_t M, typename Reduction<
     return sums;
 }
 
+// Writes the results of one group, all NaN if it has no weights; returns whether it has.
+template <int kThreads, class Real>
+__device__ bool write_group(
+    const double* w, int64_t M, const WeightSums& sums, Real* weights, Real* log_mean, Real* ess) {
+    const bool valid = is_finite(sums.max);
+    for (int64_t j = threadIdx.x; j < M; j += kThreads)
+        weights[j] = static_cast<Real>(valid ? w[j] / sums.sum : nan_double());
+    if (threadIdx.x == 0) {
+        *log_mean = static_cast<Real>(valid ? sums.max + log(sums.sum / static_cast<double>(M)) : nan_double());
+        *ess = static_cast<Real>(valid ? sums.sum * sums.sum / sums.sum_of_squares : nan_double());
+    }
+    return valid;
+}
+
 // The block's scratch of `doubles`, in shared memory, or in global memory where they don't fit. kShared is a constant
 // so that the compiler knows the address space of every access.
 template <bool kShared>
