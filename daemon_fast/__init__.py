@@ -11,8 +11,10 @@ from daemon_fast.extension import build_info
 from daemon_fast.fit import FitResult, fit
 from daemon_fast.ops import importance_weights, repetition, sir_select, tilted_moments, token_logprobs
 from daemon_fast.proposals import Proposal, ProposalSettings
+from daemon_fast.rewards import RepetitionReward
 
 if TYPE_CHECKING:
+    from daemon_fast.generation import generate
     from daemon_fast.proposals.transformers import TransformersProposal
 
 __version__ = version("daemon-fast")
@@ -24,12 +26,14 @@ __all__ = [
     "FitResult",
     "Proposal",
     "ProposalSettings",
+    "RepetitionReward",
     "SIRDecoder",
     "TransformersProposal",
     "__version__",
     "build_info",
     "errors",
     "fit",
+    "generate",
     "importance_weights",
     "metrics",
     "repetition",
@@ -45,4 +49,8 @@ def __getattr__(name: str) -> Any:
         from daemon_fast.proposals.transformers import TransformersProposal
 
         return TransformersProposal
+    if name == "generate":
+        from daemon_fast.generation import generate
+
+        return generate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -32,6 +32,10 @@ class Candidates:
         The same under the proposal that drew them.
     prefix_tokens : N lists of token ids
     detokenize : turns lists of token ids into texts
+    excluded : [R] bool, or None for none
+        Candidates of weight zero: given up before their end, or only there to make up the number.
+    num_drawn : [N] int64, or None for M each
+        How many of a prefix's candidates were drawn, and don't only make up the number.
     """
 
     tokens: Tensor
@@ -40,6 +44,8 @@ class Candidates:
     token_log_q: Tensor
     prefix_tokens: list[list[int]]
     detokenize: Detokenize
+    excluded: Tensor | None = None
+    num_drawn: Tensor | None = None
 
     def __post_init__(self) -> None:
         rows, n = self.tokens.shape[0], len(self.prefix_tokens)
@@ -80,6 +86,30 @@ class Candidates:
         """N prefix texts."""
         return self.detokenize(self.prefix_tokens)
 
+    def regrouped(self, owners: Tensor) -> Candidates:
+        """The same candidates grouped anew: row r belongs to prefix owners[r], [R] int64 from 0 to N - 1.
+
+        A prefix that has fewer than another is filled up with excluded copies of its first.
+        """
+        owners = owners.to(self.lengths.device)
+        num_drawn, order = owners.bincount(), owners.argsort(stable=True)
+        first = num_drawn.cumsum(0) - num_drawn
+        place = torch.arange(int(num_drawn.max()), device=owners.device)
+        absent = place >= num_drawn[:, None]
+        rows = order[first[:, None] + place.where(~absent, 0)]
+        excluded = absent if self.excluded is None else absent | self.excluded[rows]
+        m, rows = self.shape[1], rows.flatten()
+        return Candidates(
+            tokens=self.tokens[rows],
+            lengths=self.lengths[rows],
+            token_log_p=self.token_log_p[rows],
+            token_log_q=self.token_log_q[rows],
+            prefix_tokens=[self.prefix_tokens[row // m] for row in order[first].tolist()],
+            detokenize=self.detokenize,
+            excluded=excluded.flatten(),
+            num_drawn=num_drawn,
+        )
+
     @staticmethod
     def concatenate(parts: Sequence[Candidates]) -> Candidates:
         """Join batches of prefixes; widths T may differ."""
@@ -91,6 +121,10 @@ class Candidates:
             columns = [getattr(part, name) for part in parts]
             return torch.cat([torch.nn.functional.pad(c, (0, width - c.shape[1])) for c in columns])
 
+        excluded = None
+        if any(part.excluded is not None for part in parts):
+            none = [torch.zeros_like(part.lengths, dtype=torch.bool) for part in parts]
+            excluded = torch.cat([n if p.excluded is None else p.excluded for p, n in zip(parts, none, strict=True)])
         return Candidates(
             tokens=join("tokens"),
             lengths=torch.cat([part.lengths for part in parts]),
@@ -98,4 +132,5 @@ class Candidates:
             token_log_q=join("token_log_q"),
             prefix_tokens=[prefix for part in parts for prefix in part.prefix_tokens],
             detokenize=parts[0].detokenize,
+            excluded=excluded,
         )

@@ -106,8 +106,35 @@ class Energy:
         return metrics_module.features(self.metrics, candidates)
 
     def base_log_w(self, candidates: Candidates) -> Tensor | None:
-        """[N, M] float64 base log-weights, or None where they are 0."""
-        return None if self.base == "proposal" else candidates.log_p - candidates.log_q
+        """[N, M] float64 base log-weights, -inf of excluded candidates; None where all are 0."""
+        base = None if self.base == "proposal" else candidates.log_p - candidates.log_q
+        if candidates.excluded is None:
+            return base
+        base = torch.zeros_like(candidates.log_p) if base is None else base
+        return base.masked_fill(candidates.excluded.reshape(base.shape), -torch.inf)
+
+    def bounds(self, candidates: Candidates, running: Tensor, max_new_tokens: int) -> tuple[Tensor, Tensor]:
+        """[N, M] least and greatest energy that candidates can end with, of which `running` [R] still grow.
+
+        Raises
+        ------
+        InvalidInput
+            A metric without bounds, or base log-weights, which have none.
+        """
+        if self.base != "proposal":
+            raise InvalidInput(
+                f"base = {self.base!r}: its log-weights have no bounds; candidates can't be given up early"
+            )
+        k = len(self.names)
+        value = self.features(candidates).reshape(-1, k)
+        ends = [metric.bounds(candidates, max_new_tokens) for metric in self.metrics]
+        mu = self.mu.to(value.device)
+        terms = []
+        for end in zip(*ends, strict=True):
+            bound = torch.cat([x.reshape(len(value), -1) for x in end], dim=1)
+            terms.append(mu * bound.where(running[:, None], value).where(mu != 0, 0))
+        low, high = (pick(*terms).sum(1).reshape(candidates.shape) for pick in (torch.minimum, torch.maximum))
+        return low, high
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the artefact; the file appears whole or not at all."""

@@ -68,12 +68,29 @@ class Metric(ABC):
     def evaluate(self, candidates: Candidates) -> Tensor:
         """[R] or [R, k] float32 values of R candidates."""
 
+    def bounds(self, candidates: Candidates, max_new_tokens: int) -> tuple[Tensor, Tensor]:
+        """Least and greatest value, each [R] or [R, k], that R candidates which still grow can end with.
+
+        Parameters
+        ----------
+        candidates : of at least one token each
+        max_new_tokens : the length that none exceeds
+
+        Raises
+        ------
+        InvalidInput
+            The metric knows no bound.
+        """
+        raise InvalidInput(f"metric {self.name} has no bounds: candidates can't be given up early by it")
+
 
 class RepetitionMetric(Metric):
     """A function of n-gram and token repetition. All of one evaluation share a single kernel call."""
 
     ngrams: tuple[int, ...] = ()
     windows: tuple[int, ...] = ()
+    # Whether `combine` rises with all of its columns, or falls with all: then it has bounds, because they have.
+    monotone = False
 
     @abstractmethod
     def combine(self, sr: Mapping[int, Tensor], tr: Mapping[int, Tensor]) -> Tensor:
@@ -82,9 +99,28 @@ class RepetitionMetric(Metric):
     def evaluate(self, candidates: Candidates) -> Tensor:
         return _repetition_columns([self], candidates)[0]
 
+    def bounds(self, candidates: Candidates, max_new_tokens: int) -> tuple[Tensor, Tensor]:
+        if not self.monotone:
+            return super().bounds(candidates, max_new_tokens)
+        lengths = candidates.lengths.float()[:, None]
+        table = ops.repetition(candidates.tokens, candidates.lengths, self.ngrams, self.windows)
+        shorter = table.new_tensor([n - 1 for n in self.ngrams] + [0] * len(self.windows))
+        # At worst none of what is to come repeats, at best all of it does; either way the last length counts most.
+        repeats, most = table * (lengths - shorter).clamp_min(0), (max_new_tokens - shorter).clamp_min(1)
+        columns = repeats / most, ((repeats + max_new_tokens - lengths) / most).clamp_max(1)
+        ends = torch.stack([self.combine(*self._split(column)) for column in columns])
+        return ends.amin(0), ends.amax(0)
+
+    def _split(self, table: Tensor) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        columns = table.unbind(1)
+        n = len(self.ngrams)
+        return dict(zip(self.ngrams, columns[:n], strict=True)), dict(zip(self.windows, columns[n:], strict=True))
+
 
 class SequenceRepetition(RepetitionMetric):
     """sr_n: the share of n-grams that repeat an earlier one."""
+
+    monotone = True
 
     def __init__(self, n: int) -> None:
         if n < 1:
@@ -98,6 +134,8 @@ class SequenceRepetition(RepetitionMetric):
 class TokenRepetition(RepetitionMetric):
     """tr_w: the share of tokens that occur among the w tokens before them."""
 
+    monotone = True
+
     def __init__(self, w: int) -> None:
         if w < 1:
             raise InvalidInput(f"tr_w needs w >= 1, got w = {w}")
@@ -110,7 +148,7 @@ class TokenRepetition(RepetitionMetric):
 class Diversity(RepetitionMetric):
     """div: the product of (1 - sr_n) over n = 2, 3, 4."""
 
-    name, ngrams = "div", (2, 3, 4)
+    name, ngrams, monotone = "div", (2, 3, 4), True
 
     def combine(self, sr: Mapping[int, Tensor], tr: Mapping[int, Tensor]) -> Tensor:
         return (1 - sr[2]) * (1 - sr[3]) * (1 - sr[4])
@@ -122,11 +160,19 @@ class Information(Metric):
     name, needs = "ent", frozenset({"log_probs"})
 
     def evaluate(self, candidates: Candidates) -> Tensor:
+        _require_tokens(self.name, candidates.lengths)
+        return torch.exp(self._nats(candidates) / candidates.lengths).float()
+
+    def bounds(self, candidates: Candidates, max_new_tokens: int) -> tuple[Tensor, Tensor]:
+        least = torch.exp(self._nats(candidates) / max_new_tokens).float()  # if all that is to come is certain
+        return least, torch.full_like(least, torch.inf)
+
+    @staticmethod
+    def _nats(candidates: Candidates) -> Tensor:
+        """[R] float64: minus the log-probability of each continuation."""
         lengths = candidates.lengths
-        _require_tokens(self.name, lengths)
         counted = torch.arange(candidates.tokens.shape[1], device=lengths.device) < lengths[:, None]
-        total = (candidates.token_log_p.double() * counted).sum(-1)
-        return torch.exp(-total / lengths).float()
+        return -(candidates.token_log_p.double() * counted).sum(-1)
 
 
 class Coherence(Metric):
@@ -155,6 +201,10 @@ class Coherence(Metric):
         continuations = self._embed(candidates.texts)
         prefixes = prefixes.repeat_interleave(candidates.shape[1], dim=0)
         return torch.nn.functional.cosine_similarity(prefixes, continuations).to(candidates.tokens.device)
+
+    def bounds(self, candidates: Candidates, max_new_tokens: int) -> tuple[Tensor, Tensor]:
+        one = torch.ones(len(candidates.tokens), device=candidates.tokens.device)
+        return -one, one
 
     def _embed_prefixes(self, texts: list[str]) -> Tensor:
         """[N, d], each prefix embedded once, also across evaluations."""

@@ -45,7 +45,8 @@ def test_log_probs_agree_with_a_teacher_forced_pass(family, prefixes):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"top_k": 5}, {"top_p": 0.7}, {"top_k": 20, "top_p": 0.6}, {"min_new_tokens": 12}]
+    "settings",
+    [{}, {"top_k": 5}, {"top_p": 0.7}, {"top_k": 20, "top_p": 0.6}, {"min_p": 0.1}, {"min_new_tokens": 12}],
 )
 def test_log_q_is_normalised_over_what_can_be_drawn(settings):
     p = proposal(temperature=0.9, **settings)
@@ -61,6 +62,9 @@ def test_log_q_is_normalised_over_what_can_be_drawn(settings):
             ordered, order = logits.softmax(-1).sort(-1, descending=True)
             outside = ordered.cumsum(-1) - ordered >= top_p
             logits = logits.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), -torch.inf)
+        if min_p := settings.get("min_p"):
+            probabilities = logits.softmax(-1)
+            logits = logits.masked_fill(probabilities < min_p * probabilities.amax(-1, keepdim=True), -torch.inf)
         want = torch.log_softmax(logits, -1)[range(len(drawn)), drawn]
         np.testing.assert_allclose(c.token_log_q[r, : len(drawn)].double(), want, atol=1e-4, rtol=0)
 
@@ -103,12 +107,15 @@ def test_end_of_text_ends_a_candidate(count_eos):
 
 
 def test_prefill_runs_once_per_prefix():
-    p, rows = proposal(num_candidates=50), []
+    p, rows = proposal(num_candidates=50, min_new_tokens=12), []
+    p.propose([[1]], seed=0)  # the trial of the model's attention
     forward = p.model.model.forward
     p.model.model.forward = lambda *args, **kwargs: rows.append(kwargs["input_ids"].shape) or forward(*args, **kwargs)
     p.propose(PREFIXES, seed=0)
     assert rows[0] == (3, 9)
-    assert set(rows[1:]) == {(150, 1)}
+    assert rows[1:] == [(150, 1)] * 11
+    p.propose(PREFIXES, seed=1)
+    assert rows[12:] == [(150, 1)] * 11  # the same prefixes again: their cache is still there
 
 
 def test_score_gives_what_drawing_gave():

@@ -16,6 +16,10 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 WORDS = 60  # w0 .. w59; beside them <eos> = 0 and <unk> = 1
@@ -40,6 +44,8 @@ FAMILIES = {
     ),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**_ROPE)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_ROPE)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_ROPE, head_dim=8)),
+    "smollm3": lambda: SmolLM3ForCausalLM(SmolLM3Config(**{**_ROPE, "num_hidden_layers": 4})),
     "mistral, sliding window": lambda: MistralForCausalLM(MistralConfig(**_ROPE, sliding_window=8)),
 }  # fmt: skip
 

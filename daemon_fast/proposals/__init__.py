@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
+
+from torch import Tensor
 
 from daemon_fast.candidates import Candidates
 from daemon_fast.errors import InvalidInput
 
-__all__ = ["Prefix", "Proposal", "ProposalSettings", "vocabulary_fingerprint"]
+__all__ = ["Losing", "Prefix", "Proposal", "ProposalSettings", "vocabulary_fingerprint"]
 
 Prefix = str | Sequence[int]
+# From candidates that are half drawn, and which of them still grow [R]: those that can't win any more [R].
+Losing = Callable[[Candidates, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class ProposalSettings:
     temperature : > 0
     top_k : number of likeliest tokens kept, 0 for all
     top_p : probability mass kept, from the likeliest down, 1 for all
+    min_p : tokens kept have at least this share of the likeliest one's probability, 0 for all
     count_eos : whether the end-of-text token itself belongs to the continuation and its length
     """
 
@@ -39,6 +44,7 @@ class ProposalSettings:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     count_eos: bool = False
 
     def __post_init__(self) -> None:
@@ -49,6 +55,7 @@ class ProposalSettings:
             "temperature": 0 < self.temperature < float("inf"),
             "top_k": self.top_k >= 0,
             "top_p": 0 < self.top_p <= 1,
+            "min_p": 0 <= self.min_p <= 1,
         }
         expected = {
             "num_candidates": ">= 1",
@@ -57,6 +64,7 @@ class ProposalSettings:
             "temperature": "positive and finite",
             "top_k": ">= 0",
             "top_p": "in (0, 1]",
+            "min_p": "from 0 to 1",
         }
         for name, valid in limits.items():
             if not valid:
@@ -73,6 +81,8 @@ class Proposal(Protocol):
 
     def propose(self, prefixes: Sequence[Prefix], seed: int) -> Candidates:
         """M candidates of each prefix; the same seed gives the same ones again.
+
+        One that can stop candidates half-way takes `losing`, see `Losing`, as a third argument.
 
         Raises
         ------

@@ -1,30 +1,35 @@
 """Candidates from any Transformers causal language model.
 
-The prompt is processed once per prefix and its key-value cache expanded to M rows (Transformers' own `generate`
-repeats the prompt M times). Log-probabilities are gathered step by step, so that no [steps, M, V] logits exist.
+`daemon_fast.proposals.rollout` runs the model; here tokens are drawn from its logits. Their log-probabilities are
+gathered step by step, so that no [steps, M, V] logits exist.
 """
 
 from __future__ import annotations
 
-import inspect
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import DynamicCache, TopKLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from daemon_fast import ops
 from daemon_fast.candidates import Candidates
 from daemon_fast.errors import InvalidInput
 from daemon_fast.models import DEFAULT_MODEL, load_language_model
-from daemon_fast.proposals import Prefix, ProposalSettings, vocabulary_fingerprint
+from daemon_fast.proposals import Losing, Prefix, ProposalSettings, vocabulary_fingerprint
+from daemon_fast.proposals.rollout import Prompts, StaticRollout, process, rollout
 
 __all__ = ["TransformersProposal"]
 
 CDF_BLOCK = 256  # ids whose probabilities are summed before one of them is picked
 SCORE_TOKENS = 1024  # positions whose logits [positions, V] `score` holds at a time
+# Steps between two looks at which candidates go on: on CUDA a look waits for the device.
+LOOK_EVERY = {"cpu": 1, "cuda": 16}
+JUDGE_EVERY = 16  # steps between two looks at which candidates can't win any more, if that is asked for
+DROP_ABOVE = 0.25  # share of rows that must have ended before the others are moved together
 
 
 class TransformersProposal:
@@ -61,6 +66,10 @@ class TransformersProposal:
         self._truncate = [TopKLogitsWarper(self.settings.top_k)] if self.settings.top_k else []
         if self.settings.top_p < 1:
             self._truncate.append(TopPLogitsWarper(self.settings.top_p))
+        if self.settings.min_p > 0:
+            self._truncate.append(MinPLogitsWarper(self.settings.min_p))
+        self._prompts: Prompts | None = None
+        self._draft: _Draft | None = None
 
     @classmethod
     def load(
@@ -107,34 +116,34 @@ class TransformersProposal:
         return rows
 
     @torch.inference_mode()
-    def propose(self, prefixes: Sequence[Prefix], seed: int) -> Candidates:
+    def propose(self, prefixes: Sequence[Prefix], seed: int, losing: Losing | None = None) -> Candidates:
         """M candidates of each prefix, all prefixes in one batch; shorter prefixes are padded on the left.
+
+        The last prefixes' key-value cache is kept: more candidates of the same ones, by another seed, cost no second
+        prompt processing. On CUDA a step is captured in a graph, which serves later calls of the same shape.
+
+        Parameters
+        ----------
+        prefixes : N strings or lists of token ids
+        seed : of all random numbers; the same seed gives the same ones again
+        losing : tells, now and then, which candidates can't win any more; they are given up
 
         Raises
         ------
         InvalidInput
             No prefixes, an empty one, or one too long for the model's context.
         """
-        prefix_tokens, s, device = self.tokenize(prefixes), self.settings, self.model.device
-        generator = torch.Generator(device).manual_seed(seed)
-        rollout = _Rollout(self.model, prefix_tokens, s.num_candidates)
-
-        rows = len(prefix_tokens) * s.num_candidates
-        tokens = torch.zeros(rows, s.max_new_tokens, dtype=torch.int64, device=device)
-        log_p, log_q = torch.zeros(2, rows, s.max_new_tokens, device=device)
-        lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-        running = torch.ones(rows, dtype=torch.bool, device=device)
-        for t in range(s.max_new_tokens):
-            ids, step_p, step_q = self._draw(rollout.logits, rows if t < s.min_new_tokens else 0, generator)
-            ended = torch.isin(ids, self._eos)
-            tokens[:, t] = ids.where(running, 0)
-            log_p[:, t], log_q[:, t] = step_p.where(running, 0), step_q.where(running, 0)
-            lengths += running if s.count_eos else running & ~ended
-            running &= ~ended
-            if t + 1 == s.max_new_tokens or not running.any():
-                break
-            rollout.step(ids)
-        return Candidates(tokens, lengths, log_p, log_q, prefix_tokens, self.detokenize)
+        prefix_tokens = self.tokenize(prefixes)
+        if self._prompts is None or self._prompts.tokens != prefix_tokens:
+            self._prompts = process(self.model, prefix_tokens)
+        draft = self._draft
+        if draft is None or not draft.suits(self._prompts):
+            draft = self._draft = None  # its buffers are freed before others are made
+            draft = _Draft(self, self._prompts)
+        if self.model.device.type == "cuda":
+            self._draft = draft
+        draft.run(self._prompts, seed, losing)
+        return draft.candidates()
 
     @torch.inference_mode()
     def score(self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> Candidates:
@@ -187,57 +196,134 @@ class TransformersProposal:
             return ops.token_logprobs(logits, ids, self.settings.temperature)
         return ops.token_logprobs(logits, ids).log_p, ops.token_logprobs(scores, ids).log_p
 
-    def _draw(self, logits: Tensor, without_eos: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """[R] ids drawn from the proposal, and their log p and log q."""
+    def draw(self, logits: Tensor, without_eos: int, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[R] ids drawn from logits [R, V] by one uniform each [R] float64, and their log p and log q.
+
+        The first `without_eos` rows lie below the minimum length.
+        """
         scores = self._scores(logits, without_eos)
         probabilities = torch.softmax(logits / self.settings.temperature if scores is None else scores, dim=-1)
-        uniforms = torch.rand(len(logits), generator=generator, device=logits.device, dtype=torch.float64)
         ids = _inverse_cdf(probabilities, uniforms)
         return ids, *self._log_probs(logits, scores, ids)
 
+    def is_eos(self, ids: Tensor) -> Tensor:
+        """[R] bool"""
+        return (ids[:, None] == self._eos).any(1)
 
-class _Rollout:
-    """The model's state while M candidates of each prefix grow, one token a step."""
 
-    def __init__(self, model: Any, prefix_tokens: list[list[int]], num_candidates: int) -> None:
-        self._model = model
-        accepted = inspect.signature(model.forward).parameters
-        self._positioned = "position_ids" in accepted
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+class _Draft:
+    """M candidates of each of N prompts while they are drawn: buffers of fixed address, and the step that fills them.
 
-        device, width = model.device, max(map(len, prefix_tokens))
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prefix_tokens], device=device)
-        pads = torch.tensor([width - len(p) for p in prefix_tokens], device=device)
-        # Without padding there is no mask, which lets the attention take its fastest path.
-        self._mask = (torch.arange(width, device=device) >= pads[:, None]).long() if pads.any() else None
-        self._position = torch.arange(width, device=device) - pads[:, None]
-        self._cache = DynamicCache(config=model.config)
-        logits = self._forward(ids, self._position.clamp_min(0))
+    Nothing in a step waits for the device, and a step reads nothing that only the host knows: on CUDA it is captured
+    in a graph and replayed.
+    """
 
-        if not hasattr(self._cache, "batch_repeat_interleave"):
-            raise InvalidInput(f"the cache of {type(model).__name__} can't be expanded to several candidates")
-        self._cache.batch_repeat_interleave(num_candidates)
-        self._mask = None if self._mask is None else self._mask.repeat_interleave(num_candidates, dim=0)
-        self._position = self._position[:, -1:].repeat_interleave(num_candidates, dim=0)
-        self.logits = logits.repeat_interleave(num_candidates, dim=0)  # [R, V] float32
+    def __init__(self, proposal: TransformersProposal, prompts: Prompts) -> None:
+        s, device = proposal.settings, proposal.model.device
+        self._proposal, self._prompts = proposal, prompts
+        self._rollout = rollout(proposal.model, prompts, s.num_candidates, s.max_new_tokens)
+        self._rows = torch.arange(len(prompts.tokens) * s.num_candidates, device=device)  # that still grow
+        shape = s.max_new_tokens, len(self._rows)
+        self._uniforms = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._log_p, self._log_q = torch.zeros(2, *shape, device=device)
+        self._lengths = torch.zeros(shape[1], dtype=torch.int64, device=device)
+        self._running = torch.zeros(shape[1], dtype=torch.bool, device=device)
+        self._excluded = torch.zeros_like(self._running)
+        self._ids = torch.zeros_like(self._lengths)  # drawn last, one per row that still grows
+        self._slot = torch.zeros(1, dtype=torch.int64, device=device)
+        self._captures = device.type == "cuda" and isinstance(self._rollout, StaticRollout)
+        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
 
-    def step(self, ids: Tensor) -> None:
-        """Append one token [R] to each candidate."""
-        self._position = self._position + 1
-        if self._mask is not None:
-            self._mask = F.pad(self._mask, (0, 1), value=1)
-        self.logits = self._forward(ids[:, None], self._position)
+    def suits(self, prompts: Prompts) -> bool:
+        """Whether it can draw candidates of these, too."""
+        return isinstance(self._rollout, StaticRollout) and self._rollout.suits(prompts)
 
-    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        options: dict[str, Any] = dict(self._last_only)
-        if self._positioned:
-            options["position_ids"] = positions
-        if self._mask is not None:
-            options["attention_mask"] = self._mask
-        out = self._model(ids, past_key_values=self._cache, use_cache=True, **options)
-        self._cache = out.past_key_values
-        logits: Tensor = out.logits[:, -1].float()
-        return logits
+    def run(self, prompts: Prompts, seed: int, losing: Losing | None) -> None:
+        s, device = self._proposal.settings, self._slot.device
+        self._prompts = prompts
+        self._rollout.load(prompts)
+        # Drawn on the host, so that a seed means the same on every device.
+        generator = torch.Generator().manual_seed(seed)
+        self._uniforms.copy_(torch.rand(self._uniforms.shape, generator=generator, dtype=torch.float64))
+        for buffer in (self._tokens, self._log_p, self._log_q, self._lengths, self._excluded, self._slot):
+            buffer.zero_()
+        self._running.fill_(True)
+        self._draw(prompts.logits.repeat_interleave(s.num_candidates, dim=0), s.min_new_tokens > 0)
+        for slot in range(s.max_new_tokens - 1):
+            if losing is not None and slot and slot % JUDGE_EVERY == 0:
+                lost = losing(self.candidates(), self._running) & self._running
+                self._excluded |= lost
+                self._running &= ~lost
+            if slot % LOOK_EVERY.get(device.type, 1) == 0 and not self._go_on():
+                break
+            self._advance(self._rollout.window(slot), slot + 1 < s.min_new_tokens)
+
+    def candidates(self) -> Candidates:
+        """Those drawn so far; the length of one that still grows is what it has."""
+        tokens, log_p, log_q = (x.T.contiguous() for x in (self._tokens, self._log_p, self._log_q))
+        excluded = self._excluded.clone() if bool(self._excluded.any()) else None
+        prompts, detokenize = self._prompts.tokens, self._proposal.detokenize
+        return Candidates(tokens, self._lengths.clone(), log_p, log_q, prompts, detokenize, excluded)
+
+    def _go_on(self) -> bool:
+        """Whether any candidate still grows; on the CPU, those that don't cost time, and are dropped from the batch."""
+        grows = self._running[self._rows].view(len(self._prompts.tokens), -1)
+        most = int(grows.sum(1).max())
+        m = grows.shape[1]
+        if self._slot.device.type == "cpu" and 0 < most <= (1 - DROP_ABOVE) * m:
+            # Of each prompt as many: those that grow come first, then some that have ended.
+            order = (~grows).long().argsort(dim=1, stable=True)[:, :most]
+            kept = (torch.arange(len(grows))[:, None] * m + order).flatten()
+            self._rollout.keep(kept)
+            self._rows, self._ids = self._rows[kept], self._ids[kept]
+        return most > 0
+
+    def _step(self, window: int, below_minimum: bool) -> None:
+        logits = self._rollout.step(self._ids, self._slot, window)
+        self._slot += 1
+        self._draw(logits, below_minimum)
+
+    def _draw(self, logits: Tensor, below_minimum: bool) -> None:
+        """Draw the token at position `slot` of each row."""
+        at = (self._slot, self._rows)
+        ids, log_p, log_q = self._proposal.draw(logits, len(logits) if below_minimum else 0, self._uniforms[at])
+        running, ended = self._running[self._rows], self._proposal.is_eos(ids)
+        self._tokens[at] = ids.where(running, 0)
+        self._log_p[at], self._log_q[at] = log_p.where(running, 0), log_q.where(running, 0)
+        counted = running if self._proposal.settings.count_eos else running & ~ended
+        self._lengths[self._rows] += counted
+        self._running[self._rows] = running & ~ended
+        self._ids.copy_(ids)
+
+    def _advance(self, window: int, below_minimum: bool) -> None:
+        if (graph := self._graphs.get((window, below_minimum))) is not None:
+            graph.replay()
+        elif self._captures:
+            self._capture(window, below_minimum)
+        else:
+            self._step(window, below_minimum)
+
+    def _capture(self, window: int, below_minimum: bool) -> None:
+        """Take one step, which also warms up what must not start inside a capture, then record the next ones."""
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._step(window, below_minimum)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._step(window, below_minimum)
+        except RuntimeError as error:
+            self._captures = False
+            warnings.warn(
+                f"a step of {type(self._proposal.model).__name__} can't be captured in a CUDA graph "
+                f"({str(error).splitlines()[0]}): it runs without one, to the same result but slower",
+                stacklevel=2,
+            )
+        else:
+            self._graphs[window, below_minimum] = graph
 
 
 def _inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
