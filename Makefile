@@ -38,6 +38,7 @@ bench: build
 	$(BIN)/python benchmarks/choosing.py --save
 	$(BIN)/python benchmarks/fit.py --save
 	$(BIN)/python benchmarks/kernels.py --save
+	$(BIN)/python benchmarks/latency.py --save
 
 build: $(VENV)/built
 

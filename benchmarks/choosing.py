@@ -54,6 +54,7 @@ def main() -> None:
     logits, ids = normal(100, VOCABULARY), torch.randint(VOCABULARY, (100,), generator=generator)
     samples = normal(40_000, M, K)
     candidates = [zipf_tokens(M, T, seed) for seed in range(16)]
+    last, one = candidates[0][:, :1], torch.ones(M, dtype=torch.int64)
     lengths, mu_repetition = torch.full((M,), T), mu[:6]
 
     def tokens_to_choice(i: int) -> Any:
@@ -76,6 +77,14 @@ def main() -> None:
         f"tilted_moments [40000, {M}, {K}]": (
             lambda _: daemon_fast.tilted_moments(samples, mu),
             lambda _: torch_moments(samples, mu),
+        ),
+        f"repetition [{M}, {T}], one call at the end": (
+            lambda i: daemon_fast.repetition(candidates[i % 16], lengths),
+            None,
+        ),
+        f"repetition [{M}, 1], {T} calls: the least that updating at every step costs": (
+            lambda _: [daemon_fast.repetition(last, one) for _ in range(T)],
+            None,
         ),
         f"tokens to choice, M = {M}, T = {T}: repetition, then sir_select": (tokens_to_choice, None),
     }

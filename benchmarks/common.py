@@ -81,6 +81,12 @@ def machine() -> dict[str, str]:
     }
 
 
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    return f"{machine()['cpu']}, {torch.get_num_threads()} threads"
+
+
 def _lines(path: str) -> list[str]:
     try:
         return Path(path).read_text().splitlines()

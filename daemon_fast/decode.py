@@ -92,9 +92,10 @@ class SIRDecoder:
         Prefixes whose candidates are drawn together.
     target_ess, max_candidates : float and int, optional, together
         Draw M more candidates of each prefix whose effective sample size lies below `target_ess`, again and again, to
-        at most `max_candidates`. Stopping by the weights biases the draw a little, towards what made it stop: on a
-        model that can be listed, expected metrics are off by 3 to 9% less than with M candidates alone, and by more
-        than with `max_candidates` (tests/test_decode.py measures it).
+        at most `max_candidates`. Stopping by the weights biases the draw: on a model that can be listed, M = 4 with a
+        target of 3 takes 6.8 candidates on average, and its expected metrics are off by 0.028 and 0.015, where 4 fixed
+        ones give 0.032 and 0.013, and 8 fixed ones 0.013 and 0.007. For the mean, then, a larger M is the better use
+        of the same time; this is for the prefixes whose draw would else be next to no choice.
     give_up_below : float
         Give up a candidate while it is drawn once its weight can't reach this share of its prefix's any more, as the
         bounds of the metrics tell. The probabilities of the draw change by less than M times this share, in total

@@ -19,7 +19,7 @@ from daemon_fast.collect import collect
 from daemon_fast.data import WIKIPEDIA, read_texts, split
 from daemon_fast.decode import Decoded, SIRDecoder
 from daemon_fast.energy import Energy
-from daemon_fast.evaluate import distance_to_human, human_perplexity, noise_floor, relative_rmse, weighted_mean
+from daemon_fast.measures import distance_to_human, human_perplexity, noise_floor, relative_rmse, weighted_mean
 from daemon_fast.models import DEFAULT_ENCODER, DEFAULT_MODEL
 from daemon_fast.pipeline import fit_to_pairs
 from daemon_fast.proposals.transformers import TransformersProposal

@@ -45,7 +45,7 @@ class Energy:
         What is tilted: the proposal itself (base log-weights 0, as in the paper) or p_theta (log p - log q).
     diagnostics : dict or None
         Of the fit: residual, scale, confidence_interval, ess_mean, ess_min, kl, condition_number, iterations,
-        converged, num_prefixes, seed.
+        converged, num_prefixes, num_targets, seed.
     """
 
     metrics: Sequence[Metric]
@@ -76,8 +76,10 @@ class Energy:
         proposal: ProposalSettings,
         base: Base = "proposal",
         seed: int = 0,
+        num_targets: int | None = None,
     ) -> Energy:
-        """`seed` is the one that drew the candidates of the fit."""
+        """`seed` is the one that drew the candidates of the fit; `num_targets`, how many human texts gave the targets
+        (default: as many as prefixes)."""
         interval = result.confidence_interval
         return cls(
             metrics=list(metrics),
@@ -97,6 +99,7 @@ class Energy:
                 "iterations": result.iterations,
                 "converged": result.converged,
                 "num_prefixes": result.num_prefixes,
+                "num_targets": result.num_prefixes if num_targets is None else num_targets,
                 "seed": seed,
             },
         )
@@ -276,6 +279,7 @@ DIAGNOSTIC_FIELDS: dict[str, Check] = {
     "iterations": INTEGER,
     "converged": TRUTH,
     "num_prefixes": INTEGER,
+    "num_targets": INTEGER,
     "seed": INTEGER,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,8 @@ PROCESSORS = (
     MinNewTokensLengthLogitsProcessor,
 )  # fmt: skip
 CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
-SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+# Transformers' own defaults, which say nothing of what a user wants
+SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None}
 
 
 @dataclass
@@ -43,7 +45,6 @@ class GenerateOutput(GenerateDecoderOnlyOutput):  # type: ignore[misc]
     decoded: Decoded | None = None
 
 
-@torch.no_grad()
 def generate(
     model: Any,
     input_ids: Tensor,  # [B, P] int64
@@ -51,7 +52,7 @@ def generate(
     stopping_criteria: Any = None,
     generation_config: Any = None,
     energy: Energy | None = None,
-    tokenizer: Any = None,
+    processing_class: Any = None,
     streamer: Any = None,
     num_candidates: int | None = None,
     seed: int | None = None,
@@ -63,12 +64,13 @@ def generate(
     ----------
     model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, **model_kwargs
         As `generate` passes them on. Lengths, end-of-text ids, the padding id and num_return_sequences S are those of
-        the generation config. So are temperature, top_k, top_p and min_p with do_sample=True; otherwise they are those
-        that the artefact was fitted with.
+        the generation config. Temperature, top_k, top_p and min_p are those that the artefact was fitted with; with
+        do_sample=True, one that is not Transformers' default is taken instead, with a warning.
     energy : Energy
         The fitted artefact.
-    tokenizer : optional
-        Needed by metrics that read texts (`coh`). Also checks that the artefact was fitted for this vocabulary.
+    processing_class : tokenizer, optional
+        Needed by metrics that read texts (`coh`); also checks that the artefact was fitted for this vocabulary. Not
+        `tokenizer`: that one Transformers keeps to itself.
     num_candidates : M; default: as fitted
     seed : default: drawn from torch's global generator, which `transformers.set_seed` seeds
 
@@ -97,9 +99,12 @@ def generate(
     if mask is not None:
         kept = mask[::samples].bool().tolist()
         rows = [[i for i, real in zip(row, k, strict=True) if real] for row, k in zip(rows, kept, strict=True)]
-    decoder = SIRDecoder(energy, _proposal(model, energy, config, tokenizer, num_candidates, input_ids.shape[1]), 1)
+    decoder = SIRDecoder(
+        energy, _proposal(model, energy, config, processing_class, num_candidates, input_ids.shape[1]), 1
+    )
     if seed is None:
         seed = int(torch.randint(2**62, ()))
+    streamer = streamer or _streamer_of_caller()
     decoded = decoder(rows, samples, seed)
     sequences, lengths = _sequences(input_ids, decoded, _padding(config), energy.proposal.count_eos)
     if streamer is not None:
@@ -107,6 +112,12 @@ def generate(
             streamer.put(token[None])
         streamer.end()
     return GenerateOutput(sequences=sequences, decoded=decoded) if config.return_dict_in_generate else sequences
+
+
+def _streamer_of_caller() -> Any:
+    """Transformers 5 hands a callable everything but the streamer, which stays a local variable of its `generate`."""
+    frame = sys._getframe(2)
+    return frame.f_locals.get("streamer") if frame.f_code.co_name == "generate" else None
 
 
 def _refuse(config: Any, processors: Any, criteria: Any) -> None:
@@ -130,11 +141,10 @@ def _proposal(
 ) -> TransformersProposal:
     """The one that served the last call, if it has these settings: on CUDA it holds the captured step."""
     fitted = energy.proposal.to_json()
-    sampling = {name: fitted[name] for name in SAMPLING}
+    sampling = {name: fitted[name] for name in SAMPLING_DEFAULTS}
     if config.do_sample:
-        given = {name: getattr(config, name, None) for name in SAMPLING}
-        neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-        sampling = {name: neutral[name] if value is None else value for name, value in given.items()}
+        given = {name: getattr(config, name, None) for name in SAMPLING_DEFAULTS}
+        sampling |= {name: x for name, x in given.items() if x is not None and x != SAMPLING_DEFAULTS[name]}
     longest = config.max_length - prompt
     shortest = config.min_new_tokens or max(0, (config.min_length or 0) - prompt)
     settings = {

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from daemon_fast.errors import DataError
 
-__all__ = ["plot_alignment"]
+__all__ = ["plot_alignment", "plot_latency"]
 
 LABELS = {"sampling": "plain sampling", "daemon": "DAEMON"}
 COLOURS = {"sampling": "#c44e52", "daemon": "#2b6ca3"}
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise DataError("the figure needs matplotlib: pip install 'daemon-fast[plot]'") from error
+    return Figure(figsize=(width, height), dpi=130, layout="constrained")
 
 
 def plot_alignment(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
@@ -25,14 +34,9 @@ def plot_alignment(report: dict[str, Any], path: str | os.PathLike[str]) -> None
     DataError
         matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DataError("the figure needs matplotlib: pip install 'daemon-fast[plot]'") from error
-
     names, floor = report["metrics"], report["noise floor"]
     rows = range(len(names))
-    figure = Figure(figsize=(8, 0.5 * len(names) + 2), dpi=130, layout="constrained")
+    figure = _figure(8, 0.5 * len(names) + 2)
     axes = figure.subplots()
     axes.axvspan(-floor, floor, color="0.9", label=f"noise floor: ±1/√{report['held-out prefixes']} = ±{floor:.2f}")
     axes.axvline(0, color="0.3", linewidth=1)
@@ -55,4 +59,41 @@ def plot_alignment(report: dict[str, Any], path: str | os.PathLike[str]) -> None
         f"M = {report['candidates per prefix']} candidates"
     )
     axes.legend(loc="best", frameon=True)
+    figure.savefig(path)
+
+
+METHODS = {
+    "b": ("M sequences by generate", "#c44e52", "s-"),
+    "d": ("DAEMON: M candidates, one chosen", "#2b6ca3", "o-"),
+    "a": ("1 sequence by generate", "0.45", "--"),
+}
+
+
+def plot_latency(cells: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], device: str) -> None:
+    """Seconds of a whole call against M, a panel per model and lengths, as a PNG.
+
+    Parameters
+    ----------
+    cells : what benchmarks/latency.py measures
+    device : named in the title
+
+    Raises
+    ------
+    DataError
+        matplotlib is not installed.
+    """
+    panels = sorted({(c["model"], c["prefix"], c["new"]) for c in cells})
+    figure = _figure(3.2 * len(panels), 3.6)
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        own = sorted((c for c in cells if (c["model"], c["prefix"], c["new"]) == panel), key=lambda c: c["m"])
+        for method, (label, colour, style) in METHODS.items():
+            seconds = [c["seconds"][method] for c in own]
+            axes.plot([c["m"] for c in own], seconds, style, color=colour, label=label)
+        axes.set_title(f"prefix {panel[1]}, {panel[2]} new tokens", fontsize=10)
+        axes.set_xlabel("M")
+        axes.set_ylim(bottom=0)
+        axes.grid(color="0.9")
+    figure.axes[0].set_ylabel("seconds a call")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+    figure.suptitle(f"{', '.join(sorted({p[0] for p in panels}))} on {device}", fontsize=10)
     figure.savefig(path)

@@ -133,17 +133,24 @@ class TransformersProposal:
         InvalidInput
             No prefixes, an empty one, or one too long for the model's context.
         """
-        prefix_tokens = self.tokenize(prefixes)
-        if self._prompts is None or self._prompts.tokens != prefix_tokens:
-            self._prompts = process(self.model, prefix_tokens)
+        prompts = self.prefill(prefixes)
         draft = self._draft
-        if draft is None or not draft.suits(self._prompts):
+        if draft is None or not draft.suits(prompts):
             draft = self._draft = None  # its buffers are freed before others are made
-            draft = _Draft(self, self._prompts)
+            draft = _Draft(self, prompts)
         if self.model.device.type == "cuda":
             self._draft = draft
-        draft.run(self._prompts, seed, losing)
+        draft.run(prompts, seed, losing)
         return draft.candidates()
+
+    @torch.inference_mode()
+    def prefill(self, prefixes: Sequence[Prefix]) -> Prompts:
+        """Process prefixes ahead of time: the next `propose` of the same ones begins to draw at once."""
+        prefix_tokens = self.tokenize(prefixes)
+        if self._prompts is None or self._prompts.tokens != prefix_tokens:
+            self._prompts = None  # frees its cache before another is made
+            self._prompts = process(self.model, prefix_tokens)
+        return self._prompts
 
     @torch.inference_mode()
     def score(self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> Candidates:

@@ -10,7 +10,7 @@ import toy
 
 from daemon_fast import Energy, SIRDecoder, metrics
 from daemon_fast.errors import InvalidInput
-from daemon_fast.evaluate import distance_to_human, human_perplexity, noise_floor, relative_rmse, weighted_mean
+from daemon_fast.measures import distance_to_human, human_perplexity, noise_floor, relative_rmse, weighted_mean
 
 MU = torch.tensor([2.0, -1.5], dtype=torch.float64)
 METRICS = metrics.parse(["sr_2", "tr_2"])
