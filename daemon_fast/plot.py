@@ -14,7 +14,7 @@ LABELS = {"sampling": "plain sampling", "daemon": "DAEMON"}
 COLOURS = {"sampling": "#c44e52", "daemon": "#2b6ca3"}
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -36,7 +36,7 @@ def plot_alignment(report: dict[str, Any], path: str | os.PathLike[str]) -> None
     """
     names, floor = report["metrics"], report["noise floor"]
     rows = range(len(names))
-    figure = _figure(8, 0.5 * len(names) + 2)
+    figure = new_figure(8, 0.5 * len(names) + 2)
     axes = figure.subplots()
     axes.axvspan(-floor, floor, color="0.9", label=f"noise floor: ±1/√{report['held-out prefixes']} = ±{floor:.2f}")
     axes.axvline(0, color="0.3", linewidth=1)
@@ -83,7 +83,7 @@ def plot_latency(cells: Sequence[Mapping[str, Any]], path: str | os.PathLike[str
         matplotlib is not installed.
     """
     panels = sorted({(c["model"], c["prefix"], c["new"]) for c in cells})
-    figure = _figure(3.2 * len(panels), 3.6)
+    figure = new_figure(3.2 * len(panels), 3.6)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         own = sorted((c for c in cells if (c["model"], c["prefix"], c["new"]) == panel), key=lambda c: c["m"])
         for method, (label, colour, style) in METHODS.items():

@@ -141,7 +141,7 @@ def test_doctor():
 
 def test_help_names_every_command():
     result = run("--help")
-    for command in ("fit", "generate", "metrics", "doctor", "demo"):
+    for command in ("fit", "generate", "evaluate", "metrics", "doctor", "demo"):
         assert command in result.output
 
 
@@ -226,3 +226,27 @@ def test_no_traceback_from_the_installed_command(tmp_path):
     )
     assert result.returncode == 2
     assert result.stderr.strip() == f"Error: {tmp_path / 'none.txt'} can't be read: No such file or directory"
+
+
+def test_evaluate_writes_a_report(energy, model, texts, tmp_path):
+    pytest.importorskip("matplotlib")
+    arguments = ["evaluate", "--energy", energy, "--data", texts, "--prefix-tokens", 5, "--held-out", 10]
+    arguments += ["--study", "perplexity", "--study", "tail", "--output", tmp_path / "out"]
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    (found,) = report["domains"].values()
+    assert found["prefixes"] == {"fit": 24, "targets": 24, "held_out": 10}
+    assert found["perplexity"]["model"] > 1
+    assert "8. The tail" in (tmp_path / "out" / "report.html").read_text()
+    fails(run(*arguments, "--held-out", 11, "--study", "luck"), "unknown study 'luck'")
+    fails(run(*arguments, "--held-out", 11), "holds candidates of another run (num_prefixes is 10 there, 11 here)")
+    fails(run(*arguments, "--data", texts), "--data is given 2 times for 1 --energy")
+
+
+def test_more_human_texts_than_prefixes_give_the_targets(model, texts, tmp_path):
+    arguments = fit_arguments(model, texts, tmp_path / "energy.json", "--ridge", "0.01", "--num-targets", "40")
+    assert run(*arguments).exit_code == 0
+    fitted = Energy.load(tmp_path / "energy.json")
+    assert (fitted.diagnostics["num_prefixes"], fitted.diagnostics["num_targets"]) == (24, 40)
+    fails(run(*fit_arguments(model, texts, tmp_path / "e.json", "--num-targets", "41")), "40 of 40 texts")

