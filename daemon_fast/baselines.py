@@ -80,7 +80,8 @@ class ContrastiveDecoding(LogitsProcessor):  # type: ignore[misc]
         expert = scores.float().log_softmax(-1)
         amateur = self._amateur(context, use_cache=False).logits[:, -1].float().log_softmax(-1)
         plausible = expert >= expert.amax(-1, keepdim=True) + torch.tensor(self._alpha).log().to(expert.device)
-        return (expert - amateur).masked_fill(~plausible, -torch.inf)
+        out: Tensor = (expert - amateur).masked_fill(~plausible, -torch.inf)
+        return out
 
 
 def contrastive_search(model: Any, ids: Tensor, new_tokens: int, k: int = 5, alpha: float = 0.6) -> Tensor:

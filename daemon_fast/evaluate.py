@@ -30,7 +30,7 @@ from daemon_fast.collect import batch_seed, collect
 from daemon_fast.data import Pairs, read_texts, split
 from daemon_fast.decode import SIRDecoder
 from daemon_fast.energy import Energy
-from daemon_fast.errors import DataError, InfeasibleTargets, InvalidInput, LowEffectiveSampleSize
+from daemon_fast.errors import DaemonFastError, DataError, InvalidInput, LowEffectiveSampleSize
 from daemon_fast.fit import fit
 from daemon_fast.measures import noise_floor
 from daemon_fast.models import load_encoder
@@ -202,24 +202,24 @@ class _Run:
             out["perplexity"] = studies.perplexity(held_out, mu, sizes)
         if "convergence" in wanted:
             pool, to_fit = self._pool(), self.to_fit()
-            out["convergence"] = {"per_prefix": studies.convergence(pool, mu, POOL_SIZES)}
-            try:
+
+            def with_global_fit() -> dict[str, Any]:
                 whole = fit(to_fit.features, to_fit.human, to_fit.base_log_w, "global", names=to_fit.names)
-                out["convergence"]["global"] = studies.convergence(pool, whole.mu, POOL_SIZES)
-            except InfeasibleTargets as error:
-                out["convergence"]["global"] = {"rows": [], "slope": None, "used": [], "infeasible": str(error)}
+                return studies.convergence(pool, whole.mu, POOL_SIZES)
+
+            out["convergence"] = {
+                "per_prefix": studies.convergence(pool, mu, POOL_SIZES),
+                "global": {"rows": [], "slope": None, "used": [], **_attempt(with_global_fit)},
+            }
             out["prefixes"]["pool"] = len(pool.human)
         if "one_metric" in wanted and "sr_4" in held_out.names:
-            out["one_metric"] = studies.one_metric(self.to_fit(), held_out)
+            out["one_metric"] = _attempt(lambda: studies.one_metric(self.to_fit(), held_out))
         if "temperatures" in wanted:
             out["temperatures"] = self._temperatures()
         if "ablation" in wanted and len(held_out.names) > 1:
-            out["ablation"] = studies.ablation(self.to_fit(), held_out)
+            out["ablation"] = _attempt(lambda: studies.ablation(self.to_fit(), held_out))
         if "forward_kl" in wanted:
-            try:
-                out["forward_kl"] = studies.forward_kl(self.to_fit(), held_out, mu)
-            except InvalidInput as error:
-                out["forward_kl"] = {"rows": [], "infeasible": str(error)}
+            out["forward_kl"] = _attempt(lambda: studies.forward_kl(self.to_fit(), held_out, mu))
         if "tail" in wanted:
             out["tail"] = studies.tail_quality(held_out)
         return out
@@ -432,6 +432,14 @@ def _embed(
         hidden = proposal.model(ids, use_cache=False, output_hidden_states=True).hidden_states[-1][:, -1]
         parts.append(hidden.float().cpu().numpy())
     return np.concatenate(parts)
+
+
+def _attempt(study: Callable[[], Any]) -> Any:
+    """What a study finds; where a fit of it has no solution, why."""
+    try:
+        return study()
+    except DaemonFastError as error:
+        return {"infeasible": str(error)}
 
 
 def _rounded(value: Any) -> Any:

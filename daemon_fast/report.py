@@ -49,7 +49,7 @@ def write_report(report: Found, path: str | os.PathLike[str]) -> None:
         ess = found.get("ess", {})
         of_ess = f"; effective sample size {ess['mean']:.1f} of {ess['candidates']} on average" if ess else ""
         body.append(f"<h2>{_text(name)}</h2><p>Prefixes: {_text(counts)}{of_ess}.</p>")
-        body += [section(found) for key, section in SECTIONS.items() if key in found]
+        body += [_section(found, key) for key in SECTIONS if key in found]
     if "transfer" in report:
         body.append(_transfer(report["transfer"]))
     page = (
@@ -60,6 +60,13 @@ def write_report(report: Found, path: str | os.PathLike[str]) -> None:
     temporary = Path(f"{os.fspath(path)}.tmp")
     temporary.write_text(page, encoding="utf-8")
     temporary.replace(path)
+
+
+def _section(found: Found, key: str) -> str:
+    study = found[key]
+    if isinstance(study, Mapping) and set(study) == {"infeasible"}:
+        return f"<h3>{_text(key.replace('_', ' '))}</h3><p>Not done: {_text(study['infeasible'])}</p>"
+    return SECTIONS[key](found)
 
 
 # ---- pieces ---------------------------------------------------------------------------------------------------------
@@ -286,8 +293,6 @@ def _forward_kl(found: Found) -> str:
         "<h3>7. Reverse against forward KL</h3><p>The same expectations, reached by minimising KL(q || p) (DAEMON) or "
         "KL(p || q).</p>"
     )
-    if "infeasible" in study:
-        return intro + f"<p>{_text(study['infeasible'])}</p>"
     names = found["names"]
     rows = [
         [row["on"], row["direction"], *(_scaled(n, m) for n, m in zip(names, row["mean"], strict=True)),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from daemon_fast import ops
-from daemon_fast.errors import InfeasibleTargets, InvalidInput
+from daemon_fast.errors import FitDidNotConverge, InfeasibleTargets, InvalidInput
 from daemon_fast.fit import fit
 from daemon_fast.measures import distance_to_human, noise_floor, relative_rmse, weighted_mean
 
@@ -315,7 +315,7 @@ def temperatures(
         names, spread = held_out.names, to_fit.human.double().std(0)
         try:
             refitted = _fit(to_fit)
-        except InfeasibleTargets:
+        except (InfeasibleTargets, FitDidNotConverge):
             refitted = None
         for method, values in (
             ("human", held_out.human.double()),
