@@ -36,6 +36,7 @@ for V in (7, 5001):
     logits, ids = torch.randn(9, V, device="cuda"), torch.zeros(9, dtype=torch.int64, device="cuda")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         daemon_fast.token_logprobs(logits.to(dtype), ids, 0.97)
+        daemon_fast.sample_tokens(logits.to(dtype), torch.rand(9, dtype=f64, device="cuda"), 0.97)
 for M in (25, 300, 2000, 20000):
     features, mu = torch.randn(3, M, 9, device="cuda"), torch.randn(9, dtype=f64, device="cuda")
     daemon_fast.importance_weights(features[..., 0])

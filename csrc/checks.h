@@ -94,17 +94,30 @@ inline void check_repetition(
         if (windows[i] < 1) fail("repetition: windows[", i, "] = ", windows[i], " is below the minimum 1");
 }
 
+// logits [R, V] and a temperature: the arguments that token_logprobs and sample_tokens share.
+inline void check_logits(const std::string& op, const Tensor& logits, double temperature) {
+    const std::string name = op + ": logits";
+    check_dim(logits, 2, name.c_str(), "[R, V]");
+    check_dtype(logits, name.c_str(), ScalarType::Half, ScalarType::BFloat16, ScalarType::Float);
+    if (!(temperature > 0) || !std::isfinite(temperature))
+        fail(op, ": temperature = ", temperature, " must be positive and finite");
+    if (logits.size(1) == 0 && logits.size(0) > 0) fail(name, " has an empty vocabulary: shape ", shape(logits));
+}
+
+inline void check_sample_tokens(const Tensor& logits, const Tensor& uniforms, double temperature) {
+    check_logits("sample_tokens", logits, temperature);
+    check_dim(uniforms, 1, "sample_tokens: uniforms", "[R]");
+    check_dtype(uniforms, "sample_tokens: uniforms", ScalarType::Double);
+    check_size(uniforms, 0, logits.size(0), "sample_tokens: uniforms", "logits.shape[0]");
+    check_same_device(uniforms, logits, "sample_tokens: uniforms");
+}
+
 inline void check_token_logprobs(const Tensor& logits, const Tensor& ids, double temperature) {
-    check_dim(logits, 2, "token_logprobs: logits", "[R, V]");
-    check_dtype(logits, "token_logprobs: logits", ScalarType::Half, ScalarType::BFloat16, ScalarType::Float);
+    check_logits("token_logprobs", logits, temperature);
     check_dim(ids, 1, "token_logprobs: ids", "[R]");
     check_dtype(ids, "token_logprobs: ids", ScalarType::Int, ScalarType::Long);
     check_size(ids, 0, logits.size(0), "token_logprobs: ids", "logits.shape[0]");
     check_same_device(ids, logits, "token_logprobs: ids");
-    if (!(temperature > 0) || !std::isfinite(temperature))
-        fail("token_logprobs: temperature = ", temperature, " must be positive and finite");
-    if (logits.size(1) == 0 && logits.size(0) > 0)
-        fail("token_logprobs: logits has an empty vocabulary: shape ", shape(logits));
 }
 
 inline void check_importance_weights(const Tensor& log_w) {

@@ -11,6 +11,7 @@
 STABLE_TORCH_LIBRARY(daemon_fast, m) {
     m.def("repetition(Tensor tokens, Tensor lengths, int[] ngrams, int[] windows) -> Tensor");
     m.def("token_logprobs(Tensor logits, Tensor ids, float temperature) -> (Tensor, Tensor)");
+    m.def("sample_tokens(Tensor logits, Tensor uniforms, float temperature) -> (Tensor, Tensor, Tensor)");
     m.def("importance_weights(Tensor log_w) -> (Tensor, Tensor, Tensor)");
     m.def(
         "sir_select(Tensor features, Tensor mu, Tensor? base_log_w, Tensor uniforms) -> "
@@ -23,6 +24,7 @@ STABLE_TORCH_LIBRARY(daemon_fast, m) {
 STABLE_TORCH_LIBRARY_IMPL(daemon_fast, CPU, m) {
     m.impl("repetition", TORCH_BOX(&daemon_fast::cpu::repetition));
     m.impl("token_logprobs", TORCH_BOX(&daemon_fast::cpu::token_logprobs));
+    m.impl("sample_tokens", TORCH_BOX(&daemon_fast::cpu::sample_tokens));
     m.impl("importance_weights", TORCH_BOX(&daemon_fast::cpu::importance_weights));
     m.impl("sir_select", TORCH_BOX(&daemon_fast::cpu::sir_select));
     m.impl("tilted_moments", TORCH_BOX(&daemon_fast::cpu::tilted_moments));
@@ -32,6 +34,7 @@ STABLE_TORCH_LIBRARY_IMPL(daemon_fast, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(daemon_fast, CUDA, m) {
     m.impl("repetition", TORCH_BOX(&daemon_fast::cuda::repetition));
     m.impl("token_logprobs", TORCH_BOX(&daemon_fast::cuda::token_logprobs));
+    m.impl("sample_tokens", TORCH_BOX(&daemon_fast::cuda::sample_tokens));
     m.impl("importance_weights", TORCH_BOX(&daemon_fast::cuda::importance_weights));
     m.impl("sir_select", TORCH_BOX(&daemon_fast::cuda::sir_select));
     m.impl("tilted_moments", TORCH_BOX(&daemon_fast::cuda::tilted_moments));

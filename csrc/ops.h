@@ -15,6 +15,7 @@ using torch::stable::Tensor;
 namespace cpu {
 Tensor repetition(Tensor tokens, Tensor lengths, std::vector<int64_t> ngrams, std::vector<int64_t> windows);
 std::tuple<Tensor, Tensor> token_logprobs(Tensor logits, Tensor ids, double temperature);
+std::tuple<Tensor, Tensor, Tensor> sample_tokens(Tensor logits, Tensor uniforms, double temperature);
 std::tuple<Tensor, Tensor, Tensor> importance_weights(Tensor log_w);
 std::tuple<Tensor, Tensor, Tensor, Tensor> sir_select(
     Tensor features, Tensor mu, std::optional<Tensor> base_log_w, Tensor uniforms);
@@ -25,6 +26,7 @@ std::tuple<Tensor, Tensor, Tensor> tilted_moments(
 namespace cuda {
 Tensor repetition(Tensor tokens, Tensor lengths, std::vector<int64_t> ngrams, std::vector<int64_t> windows);
 std::tuple<Tensor, Tensor> token_logprobs(Tensor logits, Tensor ids, double temperature);
+std::tuple<Tensor, Tensor, Tensor> sample_tokens(Tensor logits, Tensor uniforms, double temperature);
 std::tuple<Tensor, Tensor, Tensor> importance_weights(Tensor log_w);
 std::tuple<Tensor, Tensor, Tensor, Tensor> sir_select(
     Tensor features, Tensor mu, std::optional<Tensor> base_log_w, Tensor uniforms);

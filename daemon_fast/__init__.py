@@ -9,7 +9,7 @@ from daemon_fast.decode import Decoded, SIRDecoder
 from daemon_fast.energy import Energy
 from daemon_fast.extension import build_info
 from daemon_fast.fit import FitResult, fit
-from daemon_fast.ops import importance_weights, repetition, sir_select, tilted_moments, token_logprobs
+from daemon_fast.ops import importance_weights, repetition, sample_tokens, sir_select, tilted_moments, token_logprobs
 from daemon_fast.proposals import Proposal, ProposalSettings
 from daemon_fast.rewards import RepetitionReward
 
@@ -37,6 +37,7 @@ __all__ = [
     "importance_weights",
     "metrics",
     "repetition",
+    "sample_tokens",
     "sir_select",
     "tilted_moments",
     "token_logprobs",

@@ -73,6 +73,13 @@ def _token_logprobs(device: str) -> str:
     return _compare(tuple(got), reference.token_logprobs(logits.tolist(), ids.tolist(), 0.97))
 
 
+def _sample_tokens(device: str) -> str:
+    logits, uniforms = torch.linspace(-3, 3, 200).reshape(2, 100), torch.tensor([0.3, 0.9], dtype=torch.float64)
+    ids = reference.sample_tokens(logits.tolist(), uniforms.tolist(), 0.97)
+    got = ops.sample_tokens(logits.to(device), uniforms.to(device), 0.97)
+    return _compare(tuple(got), (ids, *reference.token_logprobs(logits.tolist(), ids, 0.97)))
+
+
 def _importance_weights(device: str) -> str:
     log_w = torch.tensor([[0.0, 1.0, -math.inf], [1e4, -1e4, 1e4]])
     return _compare(tuple(ops.importance_weights(log_w.to(device))), reference.importance_weights(log_w.tolist()))
@@ -98,6 +105,7 @@ def _tilted_moments(device: str) -> str:
 CHECKS: dict[str, Callable[[str], str]] = {
     "repetition": _repetition,
     "token_logprobs": _token_logprobs,
+    "sample_tokens": _sample_tokens,
     "importance_weights": _importance_weights,
     "sir_select": _sir_select,
     "tilted_moments": _tilted_moments,

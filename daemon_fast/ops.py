@@ -17,7 +17,7 @@ from torch import Tensor
 
 from daemon_fast import extension
 
-__all__ = ["importance_weights", "repetition", "sir_select", "tilted_moments", "token_logprobs"]
+__all__ = ["importance_weights", "repetition", "sample_tokens", "sir_select", "tilted_moments", "token_logprobs"]
 
 extension.load()  # registers the operators
 _ops = torch.ops.daemon_fast
@@ -49,6 +49,12 @@ class Moments(NamedTuple):
 
 
 class TokenLogProbs(NamedTuple):
+    log_p: Tensor  # [R] float32
+    log_q: Tensor  # [R] float32
+
+
+class Samples(NamedTuple):
+    ids: Tensor  # [R] int64
     log_p: Tensor  # [R] float32
     log_q: Tensor  # [R] float32
 
@@ -139,6 +145,48 @@ def _(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     return (
         logits.new_empty(logits.shape[:1], dtype=torch.float32),
         logits.new_empty(logits.shape[:1], dtype=torch.float32),
+    )
+
+
+def sample_tokens(
+    logits: Tensor,  # [R, V] float16, bfloat16 or float32
+    uniforms: Tensor,  # [R] float64
+    temperature: float = 1.0,
+) -> Samples:
+    """Draw one id per row from softmax(logits / temperature), and its log-probabilities, in one pass over the logits.
+
+    Parameters
+    ----------
+    logits : [R, V] float16, bfloat16 or float32
+        Unnormalised; -inf marks an excluded id, which is never drawn.
+    uniforms : [R] float64, in [0, 1)
+        Inverse CDF, ids in their order: the first id whose cumulative probability exceeds the uniform.
+    temperature : float > 0
+
+    Returns
+    -------
+    ids : [R] int64
+    log_p : [R] float32
+        log softmax(logits)[id], as `token_logprobs` gives it.
+    log_q : [R] float32
+        log softmax(logits / temperature)[id].
+
+    Raises
+    ------
+    RuntimeError
+        Wrong shape or dtype, temperature not positive and finite, a uniform outside [0, 1), or a row whose logits are
+        all -inf, or hold NaN or +inf. On CUDA, the last two give id -1 and NaN.
+    """
+    return Samples(*_ops.sample_tokens(logits, uniforms, temperature))
+
+
+@_fake_of("sample_tokens")
+def _(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    rows = logits.shape[:1]
+    return (
+        logits.new_empty(rows, dtype=torch.int64),
+        logits.new_empty(rows, dtype=torch.float32),
+        logits.new_empty(rows, dtype=torch.float32),
     )
 
 

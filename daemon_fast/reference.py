@@ -75,6 +75,24 @@ def token_logprobs(logits: Matrix, ids: Sequence[int], temperature: float) -> tu
     return log_p, log_q
 
 
+def sample_tokens(logits: Matrix, uniforms: Sequence[float], temperature: float) -> list[int]:
+    """The first id whose cumulative probability under softmax(logits / temperature) exceeds the uniform, per row."""
+    ids = []
+    for row, uniform in zip(logits, uniforms, strict=True):
+        scaled = [x / temperature for x in row]
+        log_z = log_sum_exp(scaled)
+        cumulative = 0.0
+        for i, x in enumerate(scaled):
+            p = math.exp(x - log_z)
+            cumulative += p
+            if p > 0:
+                chosen = i
+            if p > 0 and cumulative > uniform:
+                break
+        ids.append(chosen)
+    return ids
+
+
 def importance_weights(log_w: Matrix) -> tuple[list[list[float]], list[float], list[float]]:
     """Normalised weights of each row, log((1/M) Σ w), and the effective sample size (Σ w)² / Σ w²."""
     weights, log_mean, ess = [], [], []

@@ -16,7 +16,7 @@ import torch
 import daemon_fast
 from daemon_fast import _C, extension
 
-OPERATORS = ("repetition", "token_logprobs", "importance_weights", "sir_select", "tilted_moments")
+OPERATORS = ("repetition", "token_logprobs", "sample_tokens", "importance_weights", "sir_select", "tilted_moments")
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +127,7 @@ logits, ids = torch.randn(20, 3000, generator=g) * 4, torch.randint(0, 3000, (20
 uniforms = torch.rand(70, generator=g, dtype=torch.float64)
 out = [daemon_fast.repetition(tokens), *daemon_fast.token_logprobs(logits, ids, 0.97)]
 out += [*daemon_fast.token_logprobs(logits.half(), ids, 0.97), *daemon_fast.importance_weights(features[..., 0])]
+out += [*daemon_fast.sample_tokens(logits, uniforms[:20], 0.97)]
 out += [*daemon_fast.sir_select(features, mu, uniforms), *daemon_fast.tilted_moments(features, mu)]
 torch.save(out, sys.argv[1])
 """

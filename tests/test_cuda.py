@@ -57,10 +57,12 @@ def test_tokens_to_choice_in_one_graph(inputs):
 def test_every_operator_in_a_graph(cuda):
     logits, ids = torch.randn(8, 5000, device=cuda), torch.randint(5000, (8,), device=cuda)
     features, mu = torch.randn(30, M, K, device=cuda), torch.randn(K, dtype=F64, device=cuda)
+    uniforms = torch.rand(8, dtype=F64, device=cuda)
 
     def run():
         return [
             *daemon_fast.token_logprobs(logits, ids, 0.97),
+            *daemon_fast.sample_tokens(logits, uniforms, 0.97),
             *daemon_fast.importance_weights(features[..., 0]),
             *daemon_fast.tilted_moments(features, mu),
             *daemon_fast.tilted_moments(features, mu, None, False),
@@ -82,6 +84,7 @@ def test_no_operator_waits_for_the_device(inputs, cuda):
     try:
         choose(*inputs)
         daemon_fast.token_logprobs(logits, ids, 0.97)
+        daemon_fast.sample_tokens(logits, features[:8, 0, 0].abs().double() % 1, 0.97)
         daemon_fast.importance_weights(features[..., 0])
         daemon_fast.tilted_moments(features, inputs[2])
     finally:
@@ -131,6 +134,9 @@ def test_what_the_host_cannot_see_is_marked_and_never_silent(cuda):
     logits = torch.zeros(3, 4, device=cuda)
     out = torch.stack(daemon_fast.token_logprobs(logits, torch.tensor([3, 4, -1], device=cuda), 0.9))
     assert out.isnan().all(dim=0).tolist() == [False, True, True]
+
+    uniforms = torch.tensor([0.5, 1.0, -1.0], dtype=F64, device=cuda)
+    assert (daemon_fast.sample_tokens(logits, uniforms, 0.9).ids < 0).tolist() == [False, True, True]
 
     log_w = torch.tensor([[0.0, 1.0], [-math.inf, -math.inf], [math.nan, 0.0], [math.inf, 0.0]], device=cuda)
     for part in daemon_fast.importance_weights(log_w):

@@ -168,6 +168,52 @@ def test_token_logprobs_that_are_not_defined(library):
             assert np.isnan(out).tolist() == [False, True, True, True, True, True, False]
 
 
+def sample_tokens(library, logits, uniforms, temperature, *, order=0):
+    kind = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.uint16): 2}[logits.dtype]
+    ids = np.full(len(logits), 7, dtype=np.int64)
+    log_p, log_q = np.full((2, len(logits)), 7, dtype=np.float32)
+    call(
+        library, "emulate_sample_tokens", logits, small(kind), logits.strides[0] // logits.itemsize,
+        np.asarray(uniforms, dtype=np.float64), *logits.shape, float(temperature), small(order), ids, log_p, log_q,
+    )  # fmt: skip
+    return ids, log_p, log_q
+
+
+@pytest.mark.parametrize("order", ORDERS[:3])
+@pytest.mark.parametrize("temperature", [1.0, 0.9])
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
+def test_sample_tokens(library, kind, temperature, order):
+    rng = np.random.default_rng(order)
+    for V in (1, 2, 7, 63, 255, 256, 257, 700):
+        wide = (rng.standard_normal((6, V + 3)) * 3).astype(np.float32)
+        wide[1, : V // 2] = -np.inf
+        wide[2, V // 2 + 1 :] = -np.inf
+        stored = bfloat16(wide) if kind == "bfloat16" else wide.astype(kind)
+        exact = (widened(stored) if kind == "bfloat16" else stored)[:, :V].astype(np.float64)
+        uniforms = np.array([0.0, 0.0, 1 - 2**-53, *rng.random(3)])
+        ids, log_p, log_q = sample_tokens(library, stored[:, :V], uniforms, temperature, order=order)
+        want = np.array(reference.sample_tokens(exact.tolist(), uniforms.tolist(), temperature))
+        cold = exact / temperature
+        p = np.exp(cold - cold.max(1, keepdims=True))
+        p /= p.sum(1, keepdims=True)
+        edge = np.take_along_axis(p.cumsum(1), np.minimum(ids, want)[:, None], 1)[:, 0]
+        assert ((ids == want) | (np.abs(edge - uniforms) < 1e-6)).all()
+        assert (exact[range(6), ids] > -np.inf).all()
+        got = token_logprobs(library, stored[:, :V], ids, temperature)
+        np.testing.assert_allclose((log_p, log_q), got, rtol=1e-6, atol=1e-6)
+
+
+def test_sample_tokens_that_are_not_defined(library):
+    logits = np.random.default_rng(0).standard_normal((6, 300)).astype(np.float32)
+    logits[1] = -np.inf
+    logits[2, 255] = np.nan
+    logits[3, 7] = np.inf
+    ids, log_p, log_q = sample_tokens(library, logits, [0.5, 0.5, 0.5, 0.5, 1.0, -0.1], 0.9)
+    assert (ids[1:] == -1).all()
+    assert ids[0] >= 0
+    assert np.isnan(log_p).tolist() == np.isnan(log_q).tolist() == [False, *[True] * 5]
+
+
 # ---- weights and draws ------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from daemon_fast import ops
@@ -24,7 +23,6 @@ from daemon_fast.proposals.rollout import Prompts, StaticRollout, process, rollo
 
 __all__ = ["TransformersProposal"]
 
-CDF_BLOCK = 256  # ids whose probabilities are summed before one of them is picked
 SCORE_TOKENS = 1024  # positions whose logits [positions, V] `score` holds at a time
 # Steps between two looks at which candidates go on: on CUDA a look waits for the device.
 LOOK_EVERY = {"cpu": 1, "cuda": 16}
@@ -209,9 +207,10 @@ class TransformersProposal:
         The first `without_eos` rows lie below the minimum length.
         """
         scores = self._scores(logits, without_eos)
-        probabilities = torch.softmax(logits / self.settings.temperature if scores is None else scores, dim=-1)
-        ids = _inverse_cdf(probabilities, uniforms)
-        return ids, *self._log_probs(logits, scores, ids)
+        if scores is None:
+            return ops.sample_tokens(logits, uniforms, self.settings.temperature)
+        ids, log_q, _ = ops.sample_tokens(scores, uniforms)
+        return ids, ops.token_logprobs(logits, ids).log_p, log_q
 
     def is_eos(self, ids: Tensor) -> Tensor:
         """[R] bool"""
@@ -331,32 +330,6 @@ class _Draft:
             )
         else:
             self._graphs[window, below_minimum] = graph
-
-
-def _inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """[R] indices drawn from rows of probabilities [R, V] by one uniform [R] each.
-
-    In two levels, blocks and then ids of one block: a running sum over all of V costs ten times as much.
-    """
-    rows, v = probabilities.shape
-    if v % CDF_BLOCK:
-        probabilities = F.pad(probabilities, (0, -v % CDF_BLOCK))
-    blocks = probabilities.view(rows, -1, CDF_BLOCK)
-    mass = blocks.sum(-1).double()
-    cumulative = mass.cumsum(-1)
-    target = uniforms[:, None] * cumulative[:, -1:]
-    block = _first_above(cumulative, target, mass)
-    inside = blocks[torch.arange(rows, device=blocks.device), block].double()
-    target = target - (cumulative - mass).gather(1, block[:, None])
-    return block * CDF_BLOCK + _first_above(inside.cumsum(-1), target, inside)
-
-
-def _first_above(cumulative: Tensor, target: Tensor, mass: Tensor) -> Tensor:
-    """[R] first index whose cumulative mass exceeds the target; rounding can't lead to one without mass."""
-    index = torch.searchsorted(cumulative, target, right=True)
-    positions = torch.arange(mass.shape[1], device=mass.device)
-    last = positions.where(mass > 0, 0).amax(1, keepdim=True)
-    return index.minimum(last)[:, 0]
 
 
 def _eos_token_ids(model: Any, tokenizer: Any) -> list[int]:

@@ -4,6 +4,7 @@
 //
 #include "cuda/importance_weights.cuh"
 #include "cuda/repetition.cuh"
+#include "cuda/sample_tokens.cuh"
 #include "cuda/sir_select.cuh"
 #include "cuda/tilted_moments.cuh"
 #include "cuda/token_logprobs.cuh"
@@ -89,6 +90,23 @@ void emulate_token_logprobs(
             logits, row_stride, ids, R, V, inverse, temperature != 1.0, order, log_p, log_q);
     };
     kind == 0 ? run(float{}) : kind == 1 ? run(__half{}) : run(__nv_bfloat16{});
+}
+
+void emulate_sample_tokens(
+    const void* logits, int kind, int64_t row_stride, const double* uniforms, int64_t R, int64_t V, double temperature,
+    int order, int64_t* ids, float* log_p, float* log_q) {
+    const float inverse = static_cast<float>(1.0 / temperature);
+    const auto run = [&](auto logit, auto tempered) {
+        using Logit = decltype(logit);
+        emulation::launch(std::min<unsigned>(2, R), 64, 0, order, [&] {
+            sample_tokens_kernel<Logit, tempered.value, 64>(
+                static_cast<const Logit*>(logits), row_stride, uniforms, 1, R, V, inverse, ids, log_p, log_q);
+        });
+    };
+    const auto with_temperature = [&](auto logit) {
+        temperature == 1.0 ? run(logit, std::false_type()) : run(logit, std::true_type());
+    };
+    kind == 0 ? with_temperature(float{}) : kind == 1 ? with_temperature(__half{}) : with_temperature(__nv_bfloat16{});
 }
 
 void emulate_importance_weights(
