@@ -25,7 +25,7 @@ BASELINES: dict[str, dict[str, Any]] = {
     "contrastive decoding": {},
     "contrastive search": {},
 }
-AMATEUR_WINDOW = 16
+AMATEUR_WINDOW = 8
 
 
 @torch.inference_mode()
@@ -40,7 +40,7 @@ def decode(
     prefixes : N lists of token ids of equal length
     new_tokens : of every continuation; end-of-text is not drawn
     seed : of torch's global generator, which `generate` draws from
-    amateur : the weaker model of contrastive decoding; default: the model itself, of the last 16 tokens alone
+    amateur : the weaker model of contrastive decoding; default: the model itself, of the last 8 tokens alone
 
     Returns
     -------
@@ -78,7 +78,7 @@ class ContrastiveDecoding(LogitsProcessor):  # type: ignore[misc]
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         context = input_ids if self._window is None else input_ids[:, -self._window :]
         expert = scores.float().log_softmax(-1)
-        amateur = self._amateur(context, use_cache=False).logits[:, -1].float().log_softmax(-1)
+        amateur = self._amateur(context, use_cache=False, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
         plausible = expert >= expert.amax(-1, keepdim=True) + torch.tensor(self._alpha).log().to(expert.device)
         out: Tensor = (expert - amateur).masked_fill(~plausible, -torch.inf)
         return out

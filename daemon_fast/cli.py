@@ -198,7 +198,7 @@ def _sizes(text: str, option: str) -> list[int]:
 @click.option("--pool-candidates", type=click.IntRange(20), default=1000, help="For the convergence study.")
 @click.option("--sweep-prefixes", type=click.IntRange(2), default=50, help="At each temperature, to fit and held out.")
 @click.option("--prefix-tokens", type=click.IntRange(1), default=32, help="As given to fit.")
-@click.option("--amateur", help="Model for contrastive decoding.  [default: the model itself, of its last 16 tokens]")
+@click.option("--amateur", help="Model for contrastive decoding.  [default: the model itself, of its last 8 tokens]")
 @click.option("--featurizer", type=click.Choice(["encoder", "model"]), default="encoder", help="For MAUVE.")
 @click.option("--output", type=click.Path(path_type=Path), default="evaluation", help="Folder.")
 @model_options

@@ -23,14 +23,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from daemon_fast import baselines, studies
+from daemon_fast import baselines, ops, studies
 from daemon_fast import metrics as metrics_module
 from daemon_fast.candidates import Candidates
 from daemon_fast.collect import batch_seed, collect
 from daemon_fast.data import Pairs, read_texts, split
-from daemon_fast.decode import SIRDecoder
 from daemon_fast.energy import Energy
-from daemon_fast.errors import DaemonFastError, DataError, InvalidInput, LowEffectiveSampleSize
+from daemon_fast.errors import DaemonFastError, DataError, InvalidInput
 from daemon_fast.fit import fit
 from daemon_fast.measures import noise_floor
 from daemon_fast.models import load_encoder
@@ -334,9 +333,9 @@ class _Run:
         candidates, _ = collect(
             self.proposal, pairs.prefixes, self.folder / "held-out", self.seed + 1, self.batch_size, "read"
         )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", LowEffectiveSampleSize)
-            index = SIRDecoder(self.domain.energy, self.proposal).choose(candidates, seed=self.seed).index[:, 0]
+        # As `SIRDecoder.choose` draws, from features that are there already.
+        uniforms = torch.rand(len(pairs), generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
+        index = ops.sir_select(collected.features, mu, uniforms, collected.base_log_w).index
         rows, m = torch.arange(len(index)), candidates.shape[1]
         chosen = candidates.tokens[rows * m + index]
         weights = collected.weights(mu)
