@@ -19,7 +19,8 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
 h2 { margin-top: 3rem; border-bottom: 1px solid var(--line); } h3 { margin-top: 2rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-caption { caption-side: bottom; text-align: left; font-size: 0.9em; opacity: 0.8; padding-top: 0.4rem; }
+caption { caption-side: bottom; text-align: left; font-size: 0.9em; opacity: 0.8; padding-top: 0.4rem;
+  max-width: min(48rem, 100vw - 2rem); position: sticky; left: 0; }
 th, td { padding: 0.2rem 0.6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } td.mark { background: var(--mark); font-weight: 600; }
 figure { margin: 1rem 0; overflow-x: auto; } svg { background: white; max-width: 100%; height: auto; }
@@ -65,7 +66,8 @@ def write_report(report: Found, path: str | os.PathLike[str]) -> None:
 def _section(found: Found, key: str) -> str:
     study = found[key]
     if isinstance(study, Mapping) and set(study) == {"infeasible"}:
-        return f"<h3>{_text(key.replace('_', ' '))}</h3><p>Not done: {_text(study['infeasible'])}</p>"
+        heading = f"{1 + list(SECTIONS).index(key)}. {key.replace('_', ' ')}"
+        return f"<h3>{_text(heading)}</h3><p>Not done: {_text(study['infeasible'])}</p>"
     return SECTIONS[key](found)
 
 
@@ -112,7 +114,7 @@ def _figure(width: float, height: float, draw: Callable[[Any], None], label: str
     with matplotlib.rc_context({"svg.hashsalt": label, "svg.fonttype": "path"}):
         draw(figure)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = buffer.getvalue()
     return f'<figure role="img" aria-label="{_text(label)}">{svg[svg.index("<svg") :]}</figure>'
 
@@ -148,7 +150,8 @@ def _alignment(found: Found) -> str:
             axes.plot([low, high], [y, y], color=colour)
             axes.plot(row["distance"], y, "o", color=colour)
         axes.set_yticks(range(len(shown)), [row["method"] for row in shown])
-        axes.invert_yaxis()
+        axes.set_ylim(len(shown) - 0.4, -0.6)
+        axes.set_xlim(left=0)
         axes.set_xlabel("distance to human text, in standard deviations (line: 95% of the bootstrap over prefixes)")
         axes.legend(loc="lower right")
 
@@ -160,7 +163,8 @@ def _alignment(found: Found) -> str:
             ["method", *names, "MAUVE", "length", "distance", "relative RMSE"], table,
             "Means x100 (ent: perplexity) ± standard error over prefixes. Marked: the nearest to human. Distance: root "
             "mean square over the fitted metrics of (mean - human mean) / standard deviation of human text, with the "
-            f"95% interval of a bootstrap over prefixes; its noise floor is {floor:.3f}.", marked,
+            f"95% interval of a bootstrap over prefixes; its noise floor is {floor:.3f}, and "
+            f"{floor * 2**0.5:.3f} for single texts.", marked,
         )
     )  # fmt: skip
 
@@ -244,13 +248,13 @@ def _one_metric(found: Found) -> str:
 
 
 def _temperatures(found: Found) -> str:
-    rows = [row for row in found["temperatures"] if "mean" in row]
+    points = [row for row in found["temperatures"] if None not in map(row.get, ("diversity", "coherence"))]
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
         for method in ("human", "sampling", "refitted", "reused"):
-            own = [row for row in rows if row["method"] == method and row.get("diversity") is not None]
-            x, y = [100 * row["diversity"] for row in own], [100 * row.get("coherence", 0.0) for row in own]
+            own = [row for row in points if row["method"] == method]
+            x, y = ([100 * row[what] for row in own] for what in ("diversity", "coherence"))
             axes.plot(x, y, "*" if method == "human" else "o-", color=COLOURS[method], label=method)
             for row, a, b in zip(own, x, y, strict=True):
                 axes.annotate(f"{row['temperature']:g}", (a, b), fontsize=8, xytext=(3, 3), textcoords="offset points")
@@ -268,7 +272,7 @@ def _temperatures(found: Found) -> str:
     return (
         "<h3>5. Temperature of the proposal</h3><p>Diversity against coherence, with mu refitted at each temperature "
         "and with the artefact's own reused.</p>"
-        + _figure(7, 4.5, draw, "diversity against coherence")
+        + (_figure(7, 4.5, draw, "diversity against coherence") if points else "")
         + _table(["temperature", "method", "distance", "diversity", "coherence"], table, "Held-out prefixes.")
     )
 
@@ -305,14 +309,17 @@ def _forward_kl(found: Found) -> str:
 
 def _tail(found: Found) -> str:
     names, rows = found["names"], found["tail"]
+    wide = min(len(names), 5)
+    high = -(-len(names) // wide)
 
     def draw(figure: Any) -> None:
-        for axes, k in zip(figure.subplots(1, len(names), squeeze=False)[0], range(len(names)), strict=True):
+        for k in range(len(names)):
+            axes = figure.add_subplot(high, wide, k + 1)
             scale = 1 if names[k] == "ent" else 100
             x = [(row["from"] + row["to"]) / 2 for row in rows]
             mean, error = ([scale * row[what][k] for row in rows] for what in ("mean", "standard_error"))
             axes.errorbar(x, mean, yerr=error, fmt="o-", color="#2b6ca3", markersize=3)
-            axes.set_title(names[k], fontsize=9)
+            axes.set_title(names[k].replace("$", r"\$"), fontsize=9)  # a name is not mathematics
             axes.tick_params(labelsize=7)
 
     table = [
@@ -323,7 +330,7 @@ def _tail(found: Found) -> str:
     return (
         "<h3>8. The tail</h3><p>Is the region of low probability the poor one? Candidates in bins of equal number by "
         "log p_theta a token.</p>"
-        + _figure(1.6 * len(names), 2.4, draw, "metrics by probability")
+        + _figure(2.2 * wide, 1.9 * high, draw, "metrics by probability")
         + _table(["log p a token", "candidates", *names], table, "Means x100 (ent: perplexity) ± standard error.")
     )
 
