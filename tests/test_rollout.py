@@ -166,7 +166,8 @@ def test_a_step_waits_for_nothing_and_moves_nothing(settings, share, monkeypatch
     draft._running.fill_(True)
 
     def buffers():
-        tensors = [x for x in vars(draft).values() if isinstance(x, torch.Tensor)]
+        owners = (draft, draft._rollout)
+        tensors = [x for owner in owners for x in vars(owner).values() if isinstance(x, torch.Tensor)]
         tensors += [x for layer in draft._rollout._layers for x in (layer.keys, layer.values, *layer.prompt)]
         return [x.data_ptr() for x in tensors]
 
@@ -177,6 +178,8 @@ def test_a_step_waits_for_nothing_and_moves_nothing(settings, share, monkeypatch
     assert watch.waiting == []
     assert buffers() == before
     assert int(draft._slot) == 3
+    draft._rollout.load(process(p.model, [[8, 8], [3, 4, 5]]))  # a graph must find other prompts where these were
+    assert buffers() == before
     with Watch() as watch:  # the watch sees such an operator
         bool(draft._running.any())
     assert watch.waiting

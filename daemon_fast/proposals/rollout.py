@@ -201,6 +201,8 @@ class StaticRollout:
         self._cache = Cache(layers=self._layers)
         self._start = torch.zeros(self._num_prompts * num_candidates, 1, dtype=torch.int64, device=device)
         self._is_prompt = torch.zeros(self._num_prompts, self._width, dtype=torch.bool, device=device)
+        # A captured step reads these by address: `load` fills them, and never replaces them.
+        self._expanded = self._is_prompt.repeat_interleave(num_candidates, dim=0) if not self.share else None
 
     def suits(self, prompts: Prompts) -> bool:
         """Whether `load` can take them."""
@@ -216,7 +218,8 @@ class StaticRollout:
         self._start.copy_(prompts.lengths.repeat_interleave(self._num_candidates)[:, None])
         self._is_prompt.copy_(_not_padding(prompts.lengths, self._width))
         self._padded = not self._exact or any(len(row) < self._width for row in prompts.tokens)
-        self._expanded = self._is_prompt.repeat_interleave(self._num_candidates, dim=0) if not self.share else None
+        if self._expanded is not None:
+            self._expanded.copy_(self._is_prompt.repeat_interleave(self._num_candidates, dim=0))
 
     def window(self, slot: int) -> int:
         """How many slots the attention of a step looks at."""
