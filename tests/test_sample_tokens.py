@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from strategies import logit_rows
 
 import daemon_fast
 from daemon_fast import reference
@@ -33,21 +34,10 @@ def check(logits, uniforms, temperature, device="cpu"):
 
 @st.composite
 def calls(draw):
-    rows = draw(st.integers(0, 4))
-    vocabulary = draw(st.sampled_from([1, 2, 3, 4, 5, 8, 511, 512, 513, 1024, 1500]))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    scale = draw(st.sampled_from([0.01, 1.0, 5.0, 50.0]))
-    logits = torch.from_numpy(rng.normal(size=(rows, vocabulary)) * scale + draw(st.sampled_from([0.0, 300.0, -300.0])))
-    logits = logits.to(draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16])))
-    if draw(st.booleans()) and vocabulary > 1:  # what top-k and top-p leave behind
-        keep = torch.from_numpy(rng.random((rows, vocabulary)) < 0.1)
-        keep[:, int(rng.integers(vocabulary))] = True
-        logits = logits.masked_fill(~keep, -math.inf)
-    if draw(st.booleans()):
-        logits = logits.t().contiguous().t()
+    logits, _, rng = draw(logit_rows())
     edge = draw(st.sampled_from([None, 0.0, ALMOST_ONE]))
-    uniforms = torch.from_numpy(rng.random(rows)) if edge is None else torch.full((rows,), edge, dtype=torch.float64)
-    return logits, uniforms, draw(st.sampled_from([1.0, 0.97, 0.5, 2.0, 0.05]))
+    uniforms = rng.random(len(logits)) if edge is None else np.full(len(logits), edge)
+    return logits, torch.from_numpy(uniforms), draw(st.sampled_from([1.0, 0.97, 0.5, 2.0, 0.05]))
 
 
 @given(calls())

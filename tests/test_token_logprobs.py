@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import logit_rows
 
 import daemon_fast
 from daemon_fast import reference
@@ -27,18 +28,7 @@ def check(logits: torch.Tensor, ids: torch.Tensor, temperature: float, device: s
 
 @st.composite
 def calls(draw):
-    rows = draw(st.integers(0, 4))
-    vocabulary = draw(st.sampled_from([1, 2, 3, 4, 5, 8, 511, 512, 513, 1024, 1500]))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    scale = draw(st.sampled_from([0.01, 1.0, 5.0, 50.0]))
-    logits = torch.from_numpy(rng.normal(size=(rows, vocabulary)) * scale + draw(st.sampled_from([0.0, 300.0, -300.0])))
-    logits = logits.to(draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16])))
-    ids = torch.from_numpy(rng.integers(0, vocabulary, size=rows))
-    if draw(st.booleans()) and vocabulary > 1:  # what top-k and top-p leave behind
-        keep = torch.nn.functional.one_hot(ids, vocabulary).bool() | (torch.rand(rows, vocabulary) < 0.1)
-        logits = logits.masked_fill(~keep, -math.inf)
-    if draw(st.booleans()):
-        logits = logits.t().contiguous().t()
+    logits, ids, _ = draw(logit_rows())
     return logits, ids, draw(st.sampled_from([1.0, 0.97, 0.5, 2.0, 0.01]))
 
 
