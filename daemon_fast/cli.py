@@ -91,7 +91,7 @@ def fit(names: str, data: str, field: str, output: Path, work_dir: Path | None, 
     _quiet_transformers()
     metrics = parse([name.strip() for name in names.split(",") if name.strip()], options.pop("encoder"))
     fitted = fit_energy(
-        metrics=metrics, data=data, field=field, directory=work_dir or Path(f"{output}.candidates"), **options
+        metrics=metrics, data=data, field=field, directory=work_dir or _candidates_of(output), **options
     )
     result = fitted.result
     fitted.energy.save(output)
@@ -102,6 +102,10 @@ def fit(names: str, data: str, field: str, output: Path, work_dir: Path | None, 
         f"{result.iterations} steps; effective sample size {result.ess_mean:.1f} of {result.num_candidates} on "
         f"average, {result.ess_min:.1f} at least; KL(p_mu || p_theta) {result.kl:.3f} nats; written to {output}"
     )
+
+
+def _candidates_of(artefact: Path) -> Path:
+    return Path(f"{artefact}.candidates")
 
 
 @main.command()
@@ -207,7 +211,10 @@ def evaluate(
     held_out: int, pool_prefixes: int, pool_candidates: int, sweep_prefixes: int, prefix_tokens: int,
     amateur: str | None, featurizer: str, output: Path, device: str | None, seed: int, batch_size: int, dtype: str,
 ) -> None:  # fmt: skip
-    """The paper's experiments for fitted artefacts: tables, figures, report.html. Interrupted, it resumes."""
+    """The paper's experiments for fitted artefacts: tables, figures, report.html. Interrupted, it resumes.
+
+    Candidates that fit left in ENERGY.candidates are read, not drawn again.
+    """
     import torch
 
     from daemon_fast import evaluate as evaluation
@@ -221,7 +228,7 @@ def evaluate(
     reference = model or loaded[0].proposal.model
     language_model, tokenizer = load_language_model(reference, device, getattr(torch, dtype))
     domains = [
-        evaluation.Domain(Path(path).stem, source, energy, field)
+        evaluation.Domain(path.stem, source, energy, field, kept if (kept := _candidates_of(path)).exists() else None)
         for path, source, energy in zip(energies, data, loaded, strict=True)
     ]
     report = evaluation.evaluate(

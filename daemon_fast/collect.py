@@ -20,7 +20,7 @@ from daemon_fast.candidates import Candidates
 from daemon_fast.errors import InvalidInput
 from daemon_fast.proposals import Prefix, Proposal
 
-__all__ = ["batch_seed", "collect"]
+__all__ = ["batch_seed", "collect", "saved_batch_size"]
 
 
 def batch_seed(seed: int, batch: int) -> int:
@@ -80,6 +80,13 @@ def collect(
     return Candidates.concatenate(parts), seconds
 
 
+def saved_batch_size(directory: str | os.PathLike[str]) -> int | None:
+    """Prefixes per batch of the candidates that `directory` holds; None where it holds none."""
+    found = _read_manifest(Path(directory, "manifest.json"))
+    size = found.get("batch_size") if found else None
+    return size if isinstance(size, int) else None
+
+
 def _manifest(proposal: Proposal, prefixes: Sequence[Prefix], seed: int, batch_size: int) -> dict[str, Any]:
     listed = json.dumps([prefix if isinstance(prefix, str) else list(map(int, prefix)) for prefix in prefixes])
     return {
@@ -91,11 +98,16 @@ def _manifest(proposal: Proposal, prefixes: Sequence[Prefix], seed: int, batch_s
     }
 
 
-def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
+def _read_manifest(path: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        found = None
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    found = _read_manifest(path)
     if found is None and any(path.parent.glob("batch-*.npz")):
         raise InvalidInput(f"{path.parent} holds batches but no readable {path.name}: delete it or choose another")
     if found is None:

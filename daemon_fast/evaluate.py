@@ -26,7 +26,7 @@ from tqdm import tqdm
 from daemon_fast import baselines, ops, studies
 from daemon_fast import metrics as metrics_module
 from daemon_fast.candidates import Candidates
-from daemon_fast.collect import batch_seed, collect
+from daemon_fast.collect import batch_seed, collect, saved_batch_size
 from daemon_fast.data import Pairs, read_texts, split
 from daemon_fast.energy import Energy
 from daemon_fast.errors import DaemonFastError, DataError, InvalidInput
@@ -45,7 +45,7 @@ STUDIES = (
 TEMPERATURES = (0.8, 0.85, 0.9, 0.95, 1.0)
 POOL_SIZES = (5, 10, 25, 50, 100, 200, 1000)
 BASELINE_BATCH = 25
-MAUVE_SEEDS = 5
+DRAWS = 5  # of MAUVE's clustering, and of the methods that it is cheap to draw again
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,13 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Domain:
-    """A collection of human text and the artefact that was fitted to it."""
+    """A collection of human text, the artefact that was fitted to it, and the candidates that the fit left, if any."""
 
     name: str
     data: str
     energy: Energy
     field: str = "text"
+    candidates: Path | None = None
 
 
 def evaluate(
@@ -199,16 +200,19 @@ class _Run:
         if "perplexity" in wanted:
             sizes = [m for m in (5, 10, 25, 50, 100) if m < held_out.features.shape[1]]
             out["perplexity"] = studies.perplexity(held_out, mu, sizes)
+            if self.domain.energy.base == "proposal":
+                out["perplexity"]["tilting_model"] = _attempt(self._tilting_model)
         if "convergence" in wanted:
             pool, to_fit = self._pool(), self.to_fit()
 
             def with_global_fit() -> dict[str, Any]:
+                # Its mu; a draw's weights are normalised within its prefix, whatever the fit did.
                 whole = fit(to_fit.features, to_fit.human, to_fit.base_log_w, "global", names=to_fit.names)
                 return studies.convergence(pool, whole.mu, POOL_SIZES)
 
             out["convergence"] = {
                 "per_prefix": studies.convergence(pool, mu, POOL_SIZES),
-                "global": {"rows": [], "slope": None, "used": [], **_attempt(with_global_fit)},
+                "global": {"rows": [], **_attempt(with_global_fit)},
             }
             out["prefixes"]["pool"] = len(pool.human)
         if "one_metric" in wanted and "sr_4" in held_out.names:
@@ -231,6 +235,11 @@ class _Run:
     def to_fit(self) -> Collected:
         return self._collected("fit", self.proposal, self.to_fit_pairs, self.target_pairs)[0]
 
+    def _tilting_model(self) -> dict[str, Any]:
+        to_fit = self.to_fit().tilting_model()
+        refitted = fit(to_fit.features, to_fit.human, to_fit.base_log_w, names=to_fit.names)
+        return studies.perplexity(self.held_out().tilting_model(), refitted.mu)
+
     def spread(self) -> Tensor:
         """[K] standard deviation of all human text that was measured: of the targets and the held-out."""
         return torch.cat([self.to_fit().human, self.held_out().human]).double().std(0)
@@ -242,26 +251,28 @@ class _Run:
 
     def _temperatures(self) -> list[dict[str, Any]]:
         n, collected = self.sizes.sweep_prefixes, {}
+        to_fit_pairs, held_out_pairs = self.to_fit_pairs[:n], self.held_out_pairs[:n]
         for tau in TEMPERATURES:
-            proposal = self._proposal(temperature=tau)
-            collected[tau] = tuple(
-                self._collected(f"temperature-{tau}-{part}", proposal, pairs[:n], targets)[0]
-                for part, pairs, targets in (
-                    ("fit", self.to_fit_pairs, self.target_pairs),
-                    ("held-out", self.held_out_pairs, self.held_out_pairs),
-                )
-            )
-        return studies.temperatures(collected, self.domain.energy.mu)  # type: ignore[arg-type]
+            proposal, name = self._proposal(temperature=tau), f"temperature-{tau}"
+            to_fit, *_ = self._collected(f"{name}-fit", proposal, to_fit_pairs, self.target_pairs)
+            held_out, *_ = self._collected(f"{name}-held-out", proposal, held_out_pairs, held_out_pairs)
+            if self.domain.energy.base == "proposal":  # which is another one here
+                scored, _ = self._scored(f"{name}-human", held_out_pairs, proposal)
+                held_out = replace(held_out, human_log_base=scored["log_q"])
+            collected[tau] = to_fit, held_out
+        return studies.temperatures(collected, self.domain.energy.mu)
 
     def _collected(
         self, name: str, proposal: TransformersProposal, pairs: Pairs, human: Pairs, batch_size: int | None = None
     ) -> tuple[Collected, Tensor, Tensor]:
         """Candidates and human continuations, measured; and [N, M, K'] and [N', K'] of all metrics, div too."""
-        drawn = Path(self.folder, name)
+        drawn, batch_size = self.folder / name, batch_size or self.batch_size
+        if name == "fit" and self.domain.candidates is not None:
+            drawn = self.domain.candidates
+            batch_size = saved_batch_size(drawn) or batch_size
         candidates, _ = collect(
-            proposal, pairs.prefixes, drawn, self.seed + (name != "fit"), batch_size or self.batch_size,
-            f"{self.domain.name}: {name}",
-        )  # fmt: skip
+            proposal, pairs.prefixes, drawn, self.seed + (name != "fit"), batch_size, f"{self.domain.name}: {name}"
+        )
         features = self._features(name, candidates)
         scored, of_human = self._scored("human-" + _digest(human.prefixes, human.continuations), human)
         energy, names = self.domain.energy, self.domain.energy.names
@@ -275,6 +286,7 @@ class _Run:
                 human_log_base=log_base,
                 features=features[:, :, self.fitted],
                 log_p=candidates.log_p,
+                log_q=candidates.log_q,
                 lengths=candidates.lengths.reshape(candidates.shape),
                 base_log_w=energy.base_log_w(candidates),
             ),
@@ -291,11 +303,13 @@ class _Run:
         )
         return torch.from_numpy(made["features"])
 
-    def _scored(self, name: str, pairs: Pairs) -> tuple[dict[str, Tensor], Tensor]:
+    def _scored(
+        self, name: str, pairs: Pairs, proposal: TransformersProposal | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Log-probabilities and lengths, each [N], and [N, K'] metrics, of given continuations."""
 
         def make() -> dict[str, Any]:
-            scored = self.proposal.score(pairs.prefixes, pairs.continuations)
+            scored = (proposal or self.proposal).score(pairs.prefixes, pairs.continuations)
             return {
                 "log_p": scored.log_p[:, 0].numpy(),
                 "log_q": scored.log_q[:, 0].numpy(),
@@ -335,15 +349,20 @@ class _Run:
         )
         # As `SIRDecoder.choose` draws, from features that are there already.
         uniforms = torch.rand(len(pairs), generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
-        index = ops.sir_select(collected.features, mu, uniforms, collected.base_log_w).index
+        drawn = ops.sir_select(collected.features, mu, uniforms, collected.base_log_w)
+        index, weights = drawn.index, drawn.weights.double()
         rows, m = torch.arange(len(index)), candidates.shape[1]
-        chosen = candidates.tokens[rows * m + index]
-        weights = collected.weights(mu)
-        texts = {"sampling": candidates.tokens[rows * m], "daemon": chosen}
         values = {"sampling": features[:, 0], "daemon": features[rows, index]}
+        # MAUVE needs more than one draw to know its own noise, and these two have more.
+        more = torch.multinomial(weights, DRAWS, replacement=True, generator=torch.Generator().manual_seed(self.seed))
+        texts = {
+            "sampling": [candidates.tokens[rows * m + j] for j in range(min(DRAWS, m))],
+            "daemon": [candidates.tokens[rows * m + j] for j in (index, *more.T[1:])],
+        }
         for method in tqdm(baselines.BASELINES, desc=f"{self.domain.name}: baselines"):
-            texts[method] = self._baseline(method, amateur)
-            _, values[method] = self._scored(f"baseline-{method}-scored", Pairs(pairs.prefixes, texts[method].tolist()))
+            texts[method] = [self._baseline(method, amateur)]
+            decoded = Pairs(pairs.prefixes, texts[method][0].tolist())
+            _, values[method] = self._scored(f"baseline-{method}-scored", decoded)
         values["sampling, expected"] = features.double().mean(1)
         values["daemon, expected"] = (features.double() * weights[..., None]).sum(1)
         everything = torch.cat(
@@ -351,12 +370,12 @@ class _Run:
         )
         wide = replace(collected, names=metrics_module.column_names(self.metrics), human=of_human)
         table = studies.alignment(wide, values, everything.double().std(0), self.fitted)
-        continuations = {"human": torch.tensor(pairs.continuations), **texts}
+        continuations = {"human": [torch.tensor(pairs.continuations)], **texts}
         scores = self._mauve(continuations, featurizer, encoder)
         for row in table:
             row["names"] = wide.names
             if row["method"] in continuations:
-                row["length"] = float(continuations[row["method"]].shape[1])
+                row["length"] = float(continuations[row["method"]][0].shape[1])
             if row["method"] in scores:
                 row["mauve"] = scores[row["method"]]
         return table
@@ -379,49 +398,56 @@ class _Run:
         return torch.cat(parts)
 
     def _mauve(
-        self, continuations: Mapping[str, Tensor], featurizer: str, encoder: str | None
+        self, continuations: Mapping[str, Sequence[Tensor]], featurizer: str, encoder: str | None
     ) -> dict[str, dict[str, float]]:
-        """Of each method against human text: mean over seeds of MAUVE's clustering, and its standard error."""
+        """Of each method against human text: mean over seeds of MAUVE's clustering, and its standard error.
+
+        Methods with several draws take another one for each seed, so that their error holds that noise, too.
+        Continuations are compared alone: prefixes are the same for all, and would make all alike.
+        """
         if importlib.util.find_spec("mauve") is None:
             warnings.warn("MAUVE is left out: pip install mauve-text", stacklevel=2)
             return {}
-        prefixes, out = self.held_out_pairs.prefixes, {}
+        out = {}
 
         def embedded(method: str) -> np.ndarray[Any, Any]:
-            rows = [p + c for p, c in zip(prefixes, continuations[method].tolist(), strict=True)]
+            rows = torch.cat(list(continuations[method])).tolist()
 
             def make() -> dict[str, Any]:
                 return {"x": _embed(rows, self.proposal, featurizer, encoder)}
 
-            return self._saved(f"mauve-{method}", _digest(rows, featurizer, str(encoder)), make)["x"]  # type: ignore[no-any-return]
+            x = self._saved(f"mauve-{method}", _digest(rows, featurizer, str(encoder)), make)["x"]
+            return x.reshape(len(continuations[method]), -1, x.shape[1])  # type: ignore[no-any-return]
 
-        human = embedded("human")
+        human = embedded("human")[0]
         for method in continuations:
             if method == "human":
                 continue
-
-            other = embedded(method)
-            key = _digest(human.tolist(), other.tolist(), MAUVE_SEEDS)
-            scores = self._saved(f"mauve-{method}-scores", key, functools.partial(_mauve_scores, human, other))["x"]
-            out[method] = {
-                "value": float(np.mean(scores)),
-                "error": float(np.std(scores, ddof=1) / np.sqrt(MAUVE_SEEDS)),
-            }
+            others = embedded(method)
+            key = _digest(human.tolist(), others.tolist(), DRAWS)
+            scores = self._saved(f"mauve-{method}-scores", key, functools.partial(_mauve_scores, human, others))["x"]
+            out[method] = {"value": float(np.mean(scores)), "error": float(np.std(scores, ddof=1) / np.sqrt(DRAWS))}
         return out
 
 
-def _mauve_scores(human: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> dict[str, Any]:
+def _mauve_scores(human: np.ndarray[Any, Any], others: np.ndarray[Any, Any]) -> dict[str, Any]:
+    """One score for each of `DRAWS` seeds; `others` is [draws, N, d], taken in turn."""
     import mauve
 
-    options = {"p_features": human, "q_features": other, "verbose": False}
-    return {"x": [mauve.compute_mauve(seed=seed, **options).mauve for seed in range(MAUVE_SEEDS)]}
+    options = {"p_features": human, "verbose": False}
+    return {
+        "x": [
+            mauve.compute_mauve(q_features=others[seed % len(others)], seed=seed, **options).mauve
+            for seed in range(DRAWS)
+        ]
+    }
 
 
 @torch.inference_mode()
 def _embed(
     rows: list[list[int]], proposal: TransformersProposal, featurizer: str, encoder: str | None
 ) -> np.ndarray[Any, Any]:
-    """[N, d] of prefix and continuation together."""
+    """[N, d] of rows of token ids: sentence embeddings, or the language model's last hidden state."""
     if featurizer == "encoder":
         loaded = load_encoder(encoder) if encoder else load_encoder()
         return np.asarray(loaded.encode(proposal.detokenize(rows), show_progress_bar=False), dtype=np.float32)
@@ -442,12 +468,14 @@ def _attempt(study: Callable[[], Any]) -> Any:
 
 
 def _rounded(value: Any) -> Any:
-    """Floats to nine digits: sums that threads share differ in the last, and a resumed run must not show it."""
+    """Floats to eight digits, and 0 below 1e-12: sums differ by rounding between runs, and a report must not."""
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_rounded(item) for item in value]
-    return float(f"{value:.9g}") if isinstance(value, float) else value
+    if isinstance(value, float):
+        return float(f"{value:.8g}") if abs(value) > 1e-12 else 0.0
+    return value
 
 
 def _digest(*what: Any) -> str:

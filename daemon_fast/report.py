@@ -179,6 +179,12 @@ def _perplexity(found: Found) -> str:
         ["standard error of log Z, one prefix", p["log_z_error"]],
         ["standard error of log Z, mean over prefixes", p["log_z_error_of_mean"]],
     ]  # fmt: skip
+    if "perplexity" in (other := p.get("tilting_model", {})):
+        gain = f"{other['gain_per_token']:.5f} ± {other['gain_per_token_error']:.5f}"
+        summary += [
+            ["p_mu refitted to tilt p_theta itself", other["perplexity"]],
+            ["its gain over p_theta, nats a token", gain],
+        ]
     by_m = [
         [str(x["m"]), x["perplexity"], f"{x['gain']:.4f} ± {x['gain_error']:.4f}", x["kl"], x["log_z_error"]]
         for x in [*p["by_m"], p]
@@ -207,15 +213,14 @@ def _convergence(found: Found) -> str:
             axes.loglog(m, [row["noise"] for row in study["rows"]], ":", color="0.5", label="its noise")
             variance = [sum(row["variance"]) / len(row["variance"]) for row in study["rows"]]
             axes.loglog(m, variance, "s-", color="#c44e52", label="variance")
-            slope = "not resolved" if study["slope"] is None else f"{study['slope']:.2f}"
-            axes.set_title(f"{kind.replace('_', ' ')} fit: slope of the bias {slope}", fontsize=10)
+            axes.set_title(f"{kind.replace('_', ' ')} fit: slope of the bias {_slope(study)}", fontsize=10)
             axes.set_xlabel("M")
             axes.legend()
 
     rows = [
         [kind, str(row["m"]), f"{row['bias_norm']:.5f}", f"{row['noise']:.5f}",
          f"{sum(row['variance']) / len(row['variance']):.4f}", row["ess"],
-         "-" if study["slope"] is None else f"{study['slope']:.2f}"]
+         "used" if row["m"] in study["used"] else ""]
         for kind, study in studies.items() for row in study["rows"]
     ]  # fmt: skip
     infeasible = "".join(
@@ -230,9 +235,15 @@ def _convergence(found: Found) -> str:
         + _table(
             ["fit", "M", "bias", "noise of it", "variance", "ESS", "slope"],
             rows,
-            "Root mean square over metrics. The slope is fitted to the sizes whose bias exceeds twice its noise.",
+            "Root mean square over metrics. Slope of the bias: "
+            + "; ".join(f"{kind.replace('_', ' ')} fit {_slope(study)}" for kind, study in studies.items())
+            + ". It is fitted to the sizes of healthy ESS whose bias exceeds twice its noise.",
         )
     )
+
+
+def _slope(study: Found) -> str:
+    return "not resolved" if study["slope"] is None else f"{study['slope']:.2f} ± {study['slope_error']:.2f}"
 
 
 def _one_metric(found: Found) -> str:
@@ -257,23 +268,30 @@ def _temperatures(found: Found) -> str:
             x, y = ([100 * row[what] for row in own] for what in ("diversity", "coherence"))
             axes.plot(x, y, "*" if method == "human" else "o-", color=COLOURS[method], label=method)
             for row, a, b in zip(own, x, y, strict=True):
-                axes.annotate(f"{row['temperature']:g}", (a, b), fontsize=8, xytext=(3, 3), textcoords="offset points")
+                label = "" if row["temperature"] is None else f"{row['temperature']:g}"
+                axes.annotate(label, (a, b), fontsize=8, xytext=(3, 3), textcoords="offset points")
         axes.set_xlabel("diversity x100")
         axes.set_ylabel("coherence x100")
         axes.legend()
 
     table = []
     for row in found["temperatures"]:
-        cells = ["out of reach", "", ""]
+        cells = ["out of reach", "", "", ""]
         if "mean" in row:
             shares = (row.get(name) for name in ("diversity", "coherence"))
             cells = [_number(row["distance"]), *("-" if x is None else f"{100 * x:.2f}" for x in shares)]
-        table.append([f"{row['temperature']:g}", row["method"], *cells])
+            cells.append("-" if "perplexity" not in row else f"{row['perplexity']:.3f}")
+        temperature = "-" if row["temperature"] is None else f"{row['temperature']:g}"
+        table.append([temperature, row["method"], *cells])
     return (
         "<h3>5. Temperature of the proposal</h3><p>Diversity against coherence, with mu refitted at each temperature "
         "and with the artefact's own reused.</p>"
         + (_figure(7, 4.5, draw, "diversity against coherence") if points else "")
-        + _table(["temperature", "method", "distance", "diversity", "coherence"], table, "Held-out prefixes.")
+        + _table(
+            ["temperature", "method", "distance", "diversity", "coherence", "perplexity of human text"],
+            table,
+            "Held-out prefixes. Perplexity under the proposal (sampling) or under p_mu.",
+        )
     )
 
 

@@ -35,6 +35,8 @@ __all__ = [
 
 Row = dict[str, Any]
 BOOTSTRAP = 1000
+ORDERS, JACKKNIFE = 8, 10
+HEALTHY_ESS = 4.0  # below it, bias is far from its leading term in 1 / M
 EXPECTED = ", expected"
 
 
@@ -50,7 +52,7 @@ class Collected:
     human_log_p : [N] their log-probability under p_theta at temperature 1, in nats
     human_log_base : [N] the same under what is tilted: the proposal, or p_theta again
     features : [N, M, K] metrics of the candidates
-    log_p : [N, M] their log-probability under p_theta at temperature 1
+    log_p, log_q : [N, M] their log-probability under p_theta at temperature 1, and under what they were drawn from
     lengths : [N, M]
     base_log_w : [N, M] base log-weights, or None where they are 0
     """
@@ -62,6 +64,7 @@ class Collected:
     human_log_base: Tensor
     features: Tensor
     log_p: Tensor
+    log_q: Tensor
     lengths: Tensor
     base_log_w: Tensor | None = None
 
@@ -71,6 +74,10 @@ class Collected:
         return replace(
             self, names=[self.names[k] for k in at], human=self.human[:, at], features=self.features[:, :, at]
         )
+
+    def tilting_model(self) -> Collected:
+        """The same where p_theta itself is tilted, not the proposal."""
+        return replace(self, human_log_base=self.human_log_p, base_log_w=self.log_p - self.log_q)
 
     def weights(self, mu: Tensor) -> Tensor:
         """[N, M] float64 of each prefix's candidates."""
@@ -201,53 +208,76 @@ def perplexity(held_out: Collected, mu: Tensor, sizes: Sequence[int] = ()) -> Ro
 # ---- 3. convergence -------------------------------------------------------------------------------------------------
 
 
-def convergence(pool: Collected, mu: Tensor, sizes: Sequence[int]) -> Row:
+def convergence(pool: Collected, mu: Tensor, sizes: Sequence[int], seed: int = 0) -> Row:
     """Bias and variance of the draw's expected metrics against M, from one large pool of candidates a prefix.
 
-    The pool's own weighted mean stands for the truth; groups of M are disjoint parts of it. Its own bias, of order
-    1 / pool, is removed from the truth by Richardson's extrapolation of pool and half pool.
+    Groups of M are disjoint parts of the pool, in several random orders. The pool's own weighted mean stands for the
+    truth; its bias, of order 1 / pool, is removed by Richardson's extrapolation of pool and half pool. Errors are
+    of the candidates, by a jackknife that leaves out a tenth of them at a time (up to twice too large, as biases are
+    quadratic in the noise of weights); prefixes are given.
 
     Returns
     -------
-    rows : per M, bias [K] and variance [K] in units of the candidates' standard deviation, bias_norm (root mean square
-        over metrics), its noise (standard error over groups), mean ESS
-    slope : of log bias_norm on log M, over the sizes whose bias exceeds twice its noise; None with fewer than three
+    rows : per M, up to half the pool: bias [K] and variance [K] in units of the candidates' standard deviation,
+        bias_norm (root mean square of the bias over metrics), its noise, mean ESS
+    slope, slope_error : of log bias_norm on log M, over the sizes that were used; None with fewer than three
+    used : sizes whose mean ESS is at least `HEALTHY_ESS` and whose bias exceeds twice its noise
     """
     features, log_w = pool.features.double(), pool.log_w(mu)
     n, m, k = features.shape
+    sizes = [size for size in sizes if size <= m // 2]
     spread = features.reshape(-1, k).std(0).clamp_min(1e-12)
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(m, generator=generator) for _ in range(ORDERS)]
 
-    def means(size: int) -> tuple[Tensor, float]:
-        groups = m // size
-        weighed = ops.importance_weights(log_w[:, : groups * size].reshape(n * groups, size))
-        part = features[:, : groups * size].reshape(n * groups, size, k)
-        return weighted_mean(part, weighed.weights).reshape(n, groups, k), float(weighed.ess.mean())
+    def groups(size: int, order: Tensor) -> tuple[Tensor, float]:
+        """[N, groups, K] weighted means, and their mean ESS."""
+        count = len(order) // size
+        some = order[: count * size]
+        weighed = ops.importance_weights(log_w[:, some].reshape(n * count, size))
+        part = features[:, some].reshape(n * count, size, k)
+        return weighted_mean(part, weighed.weights).reshape(n, count, k) / spread, float(weighed.ess.mean())
 
-    truth = (2 * means(m)[0] - means(m // 2)[0].mean(1, keepdim=True)).mean(1)  # [N, K]
+    def biases(orders: list[Tensor]) -> Tensor:
+        """[sizes, K]"""
+        half = torch.stack([groups(len(order) // 2, order)[0].mean(1) for order in orders]).mean(0)
+        truth = 2 * groups(len(orders[0]), orders[0])[0][:, 0] - half
+        return torch.stack(
+            [torch.stack([(groups(s, order)[0].mean(1) - truth).mean(0) for order in orders]).mean(0) for s in sizes]
+        )
+
+    def norms(bias: Tensor) -> Tensor:
+        return bias.square().mean(-1).sqrt()
+
+    bias = biases(orders)
+    tenth = torch.arange(m) % JACKKNIFE
+    left_out = torch.stack([biases([order[tenth[order] != i] for order in orders]) for i in range(JACKKNIFE)])
+
+    def error(replicates: Tensor) -> Tensor:
+        return ((JACKKNIFE - 1) * replicates.var(0, correction=0)).sqrt()
+
+    noise = norms(error(left_out))
     rows: list[Row] = []
-    for size in sizes:
-        if size > m // 2:
-            continue
-        values, ess = means(size)
-        bias = (values.mean(1) - truth) / spread
-        # Prefixes are given: the noise is that of the candidates, within each prefix.
-        noise = (values.var(1) / values.shape[1] / spread**2).mean(0).sqrt() / math.sqrt(n)
+    for i, size in enumerate(sizes):
+        found = [groups(size, order) for order in orders]
         rows.append(
             {
                 "m": size,
-                "bias": bias.mean(0).tolist(),
-                "variance": (values.var(1).mean(0) / spread**2).tolist(),
-                "bias_norm": float(bias.mean(0).square().mean().sqrt()),
-                "noise": float(noise.square().mean().sqrt()),
-                "ess": ess,
+                "bias": bias[i].tolist(),
+                "variance": torch.stack([values.var(1).mean(0) for values, _ in found]).mean(0).tolist(),
+                "bias_norm": float(norms(bias)[i]),
+                "noise": float(noise[i]),
+                "ess": sum(ess for _, ess in found) / len(found),
             }
         )
-    usable = [row for row in rows if row["bias_norm"] > 2 * row["noise"]]
-    slope = None
-    if len(usable) >= 3:
-        x, y = (np.log([row[name] for row in usable]) for name in ("m", "bias_norm"))
-        slope = float(np.polyfit(x, y, 1)[0])
-    return {"rows": rows, "slope": slope, "used": [row["m"] for row in usable]}
+    used = [i for i, row in enumerate(rows) if row["ess"] >= HEALTHY_ESS and row["bias_norm"] > 2 * row["noise"]]
+    slope = slope_error = None
+    if len(used) >= 3:
+        x = np.log([sizes[i] for i in used])
+        slope = float(np.polyfit(x, norms(bias)[used].log().numpy(), 1)[0])
+        replicates = [float(np.polyfit(x, norms(one)[used].log().numpy(), 1)[0]) for one in left_out]
+        slope_error = float(error(torch.tensor(replicates, dtype=torch.float64)))
+    return {"rows": rows, "slope": slope, "slope_error": slope_error, "used": [sizes[i] for i in used]}
 
 
 # ---- 4. one metric, 6. ablation -------------------------------------------------------------------------------------
@@ -308,35 +338,42 @@ def temperatures(
 ) -> list[Row]:
     """Diversity against coherence at several proposal temperatures: plain, refitted at each, and with a mu given.
 
+    Perplexity is that of human text: under the proposal, or under p_mu.
+
     Parameters
     ----------
     collected : temperature -> (to fit, held out)
     mu : [K] fitted at another temperature
     """
-    rows = []
+
+    def described(held_out: Collected, spread: Tensor, values: Tensor) -> Row:
+        row = {**_mean_and_error(values), "distance": distance_to_human(values, held_out.human, spread)}
+        mean = dict(zip(held_out.names, row["mean"], strict=True))
+        row["coherence"], row["diversity"] = mean.get(coherence), mean.get(diversity)
+        if diversity not in mean:  # from its parts, where it was not a metric of the fit
+            parts = [1 - mean[name] for name in ("sr_2", "sr_3", "sr_4") if name in mean]
+            row["diversity"] = math.prod(parts) if len(parts) == 3 else None
+        return row
+
+    rows: list[Row] = []
     for tau, (to_fit, held_out) in sorted(collected.items()):
-        names, spread = held_out.names, to_fit.human.double().std(0)
+        spread = to_fit.human.double().std(0)
+        if not rows:
+            rows.append(
+                {"temperature": None, "method": "human", **described(held_out, spread, held_out.human.double())}
+            )
         try:
             refitted = _fit(to_fit)
         except (InfeasibleTargets, FitDidNotConverge):
             refitted = None
-        for method, values in (
-            ("human", held_out.human.double()),
-            ("sampling", held_out.expected()),
-            ("refitted", None if refitted is None else held_out.expected(refitted)),
-            ("reused", held_out.expected(mu)),
-        ):
-            if values is None:
-                rows.append({"temperature": tau, "method": method, "infeasible": True})
-                continue
-            row: Row = {"temperature": tau, "method": method, **_mean_and_error(values)}
-            row["distance"] = distance_to_human(values, held_out.human, spread)
-            for name, label in ((diversity, "diversity"), (coherence, "coherence")):
-                if name in names:
-                    row[label] = row["mean"][names.index(name)]
-            if "diversity" not in row:  # from its parts, where it was not a metric of the fit
-                parts = [names.index(f"sr_{n}") for n in (2, 3, 4) if f"sr_{n}" in names]
-                row["diversity"] = float(math.prod(1 - row["mean"][k] for k in parts)) if len(parts) == 3 else None
+        for method, tilt in (("sampling", torch.zeros_like(mu)), ("refitted", refitted), ("reused", mu)):
+            row: Row = {"temperature": tau, "method": method}
+            if tilt is None:
+                row["infeasible"] = True
+            else:
+                found = perplexity(held_out, tilt)
+                row |= {name: found[name] for name in ("perplexity", "gain_per_token", "gain_per_token_error")}
+                row |= described(held_out, spread, held_out.expected(tilt))
             rows.append(row)
     return rows
 
@@ -365,43 +402,45 @@ def transfer(held_out: Mapping[str, Collected], mu: Mapping[str, Tensor], spread
 
 
 def forward_kl(to_fit: Collected, held_out: Collected, mu: Tensor) -> Row:
-    """The other projection onto human expectations, on the same candidates.
+    """The other projection onto human expectations F, on the same candidates.
 
-    DAEMON's p_mu is the q that minimises KL(q || p) under E_q f = F: q ∝ p exp(-mu · f). The forward counterpart
-    minimises KL(p || q) = const - E_p log q under the same constraints. With multipliers ν and λ, stationarity of
-    Σ_x -p(x) log q(x) + λ·(Σ_x q(x) f(x) - F) + ν (Σ_x q(x) - 1) gives -p/q + λ·f + ν = 0, and multiplying by q and
-    summing, ν = 1 - λ·F:
+    DAEMON minimises the mean over prefixes of KL(q_i || p_i) under mean_i E_{q_i} f = F, which gives
+    q_ij ∝ p_ij exp(-mu · f_ij). The forward counterpart minimises the mean of KL(p_i || q_i) under the same
+    constraint, and Σ_j q_ij = 1 in each prefix. With multipliers λ and ν_i, stationarity in q_ij reads
+    p_ij / q_ij = ν_i + λ·(f_ij - F):
 
-        q(x) = p(x) / (1 + λ·(f(x) - F)),        λ maximises the concave  E_p log(1 + λ·(f - F))
+        q_ij = p_ij / (ν_i + λ·(f_ij - F)),    ν_i such that Σ_j q_ij = 1,
+        λ maximises the concave  mean_i [Σ_j p_ij log(ν_i + λ·(f_ij - F)) - ν_i]
 
-    which on a sample is the empirical likelihood of Owen (1988). This is the right counterpart: it moves the same
-    distribution to the same expectations, and only the direction of the divergence differs. Maximum likelihood of an
-    exponential tilt on human text would not do: its solution *is* p_mu, since its gradient is F - E_mu f.
+    the empirical likelihood of Owen (1988), here of N samples that share a mean. This is the right counterpart: it
+    moves the same distribution to the same expectations, and only the direction of the divergence differs. Maximum
+    likelihood of an exponential tilt on human text would not do: its solution *is* p_mu, as its gradient is
+    F - E_mu f. Weights are normalised within each prefix, as the decoder's are and as mu is fitted.
 
     Forward KL must keep mass wherever p has some, and its weights fall only like 1/f where exp(-mu·f) falls
-    exponentially: bad candidates keep more weight, and single ones can get a lot, as the denominator nears zero.
+    exponentially: bad candidates keep more weight, and single ones can get a lot, as a denominator nears zero.
 
-    Weights of a prefix's candidates are normalised within it. λ is fitted over all samples, as the derivation has it.
+    Raises
+    ------
+    InvalidInput
+        The candidates of the fit cannot reach the human means.
     """
-    features = to_fit.features.double().reshape(-1, len(to_fit.names))
-    base = None if to_fit.base_log_w is None else to_fit.base_log_w.double().flatten()
-    centre, scale = to_fit.human.double().mean(0), features.std(0).clamp_min(1e-12)
-    prior = torch.softmax(torch.zeros(len(features), dtype=torch.float64) if base is None else base, 0)
-    multiplier = _empirical_likelihood((features - centre) / scale, prior)
+    features = to_fit.features.double()
+    centre, scale = to_fit.human.double().mean(0), features.flatten(0, 1).std(0).clamp_min(1e-12)
 
-    def log_w(collected: Collected) -> Tensor:
-        denominator = 1 + ((collected.features.double() - centre) / scale) @ multiplier
-        # A held-out sample may lie where no sample of the fit did, beyond the pole: it gets the largest weight fitted.
-        floor = float((1 + ((features - centre) / scale) @ multiplier).min())
-        out = -denominator.clamp_min(floor).log()
-        return out if collected.base_log_w is None else out + collected.base_log_w.double()
+    def standardized(collected: Collected) -> tuple[Tensor, Tensor]:
+        prior = torch.full(collected.log_p.shape, 1 / collected.log_p.shape[1], dtype=torch.float64)
+        if collected.base_log_w is not None:
+            prior = collected.base_log_w.double().softmax(1)
+        return (collected.features.double() - centre) / scale, prior
 
+    multiplier = _forward_multiplier(*standardized(to_fit))
     spread = to_fit.human.double().std(0)
     rows = []
     for name, collected in (("fit", to_fit), ("held out", held_out)):
         for direction, weights in (
             ("reverse", collected.weights(mu)),
-            ("forward", ops.importance_weights(log_w(collected)).weights),
+            ("forward", _forward_weights(*standardized(collected), multiplier)),
         ):
             values = weighted_mean(collected.features, weights)
             rows.append(
@@ -417,33 +456,51 @@ def forward_kl(to_fit: Collected, held_out: Collected, mu: Tensor) -> Row:
     return {"rows": rows, "multiplier": (multiplier / scale).tolist()}
 
 
-def _empirical_likelihood(g: Tensor, prior: Tensor) -> Tensor:
-    """[K] λ that maximises Σ_i prior_i log(1 + λ·g_i), by damped Newton steps that stay inside every 1 + λ·g_i > 0.
+def _forward_weights(g: Tensor, prior: Tensor, multiplier: Tensor) -> Tensor:
+    """[N, M] prior / (ν + λ·g), each row's ν such that it sums to 1; g [N, M, K] is f - F, prior [N, M]."""
+    slack = g @ multiplier
+    slack = slack - slack.amin(1, keepdim=True)  # so that ν is above 0, and at most 1
+    low, high = torch.zeros(len(g), 1, dtype=torch.float64), torch.ones(len(g), 1, dtype=torch.float64)
+    for _ in range(64):  # the sum falls as ν grows
+        middle = (low + high) / 2
+        too_large = (prior / (middle + slack)).sum(1, keepdim=True) > 1
+        low, high = torch.where(too_large, middle, low), torch.where(too_large, high, middle)
+    weights = prior / (high + slack)
+    return weights / weights.sum(1, keepdim=True)
+
+
+def _forward_multiplier(g: Tensor, prior: Tensor) -> Tensor:
+    """[K] λ at which the rows' mean expectation of g is 0, by damped Newton steps on the concave dual.
 
     Raises
     ------
     InvalidInput
-        0 lies outside the convex hull of g: no weights have these expectations.
+        0 lies outside the mean of the rows' convex hulls: no weights have these expectations.
     """
-    multiplier = torch.zeros(g.shape[1], dtype=torch.float64)
+    k = g.shape[2]
+    multiplier, weights = torch.zeros(k, dtype=torch.float64), prior
 
-    def value(at: Tensor) -> float:
-        inside = 1 + g @ at
-        return float((prior * inside.log()).sum()) if bool((inside > 0).all()) else -math.inf
+    def value(weights: Tensor, multiplier: Tensor) -> float:
+        inside = prior / weights  # ν + λ·g
+        nu = inside[:, 0] - g[:, 0] @ multiplier
+        return float(((prior * inside.log()).sum(1) - nu).mean())
 
-    for _ in range(200):
-        scaled = g / (1 + g @ multiplier)[:, None]
-        gradient = prior @ scaled
-        if float(gradient.abs().max()) < 1e-9:
-            if abs(float((prior / (1 + g @ multiplier)).sum()) - 1) > 1e-6:  # λ runs off to infinity
+    for _ in range(100):
+        gradient = (weights[..., None] * g).sum(1).mean(0)
+        curve = weights.square() / prior  # prior / (ν + λ·g)²; profiling ν out subtracts the mean under it
+        centred = g - (curve[..., None] * g).sum(1, keepdim=True) / curve.sum(1)[:, None, None]
+        hessian = torch.einsum("nm,nmk,nml->kl", curve, centred, centred) / len(g)
+        step = torch.linalg.lstsq(hessian, gradient[:, None]).solution[:, 0]
+        if float(gradient.abs().max()) < 1e-9:  # the last step squares it
+            return multiplier + step
+        length, here, slope = 1.0, value(weights, multiplier), float(gradient @ step)
+        while length > 1e-10:
+            weights = _forward_weights(g, prior, multiplier + length * step)
+            if value(weights, multiplier + length * step) >= here + 1e-4 * length * slope:
                 break
-            return multiplier
-        step = torch.linalg.lstsq((scaled * prior[:, None]).T @ scaled, gradient[:, None]).solution[:, 0]
-        length, here = 1.0, value(multiplier)
-        while value(multiplier + length * step) < here + 1e-4 * length * float(gradient @ step) and length > 1e-10:
             length /= 2
         multiplier = multiplier + length * step
-    raise InvalidInput("the human means lie outside the convex hull of the candidates' metrics: no forward-KL solution")
+    raise InvalidInput("the human means lie outside what the candidates can reach: no forward-KL solution")
 
 
 # ---- 8. tail --------------------------------------------------------------------------------------------------------

@@ -24,19 +24,20 @@ SIZES = Sizes(held_out=12, pool_prefixes=2, pool_candidates=40, sweep_prefixes=6
 def no_clustering():
     """MAUVE's clusterings take most of the time; they have a test of their own."""
     before = evaluate._mauve_scores
-    evaluate._mauve_scores = lambda human, other: {"x": [float(np.abs(human.mean(0) - other.mean(0)).mean())] * 2}
+    evaluate._mauve_scores = lambda human, others: {"x": [float(np.abs(human.mean(0) - others.mean()).mean())] * 2}
     yield before
     evaluate._mauve_scores = before
 
 
 def test_mauve_tells_clouds_apart(no_clustering, monkeypatch):
     pytest.importorskip("mauve")
-    monkeypatch.setattr(evaluate, "MAUVE_SEEDS", 2)
+    monkeypatch.setattr(evaluate, "DRAWS", 2)
     rng = np.random.default_rng(0)
     cloud, same = rng.normal(size=(2, 100, 8)).astype(np.float32)
-    near, far = (no_clustering(cloud, other)["x"] for other in (same, same + 5))
+    near, far, mixed = (no_clustering(cloud, x)["x"] for x in (same[None], same[None] + 5, np.stack([same, same + 5])))
     assert len(near) == 2
     assert min(near) > 0.8 > 0.1 > max(far)
+    assert mixed == [near[0], far[1]]  # each seed takes the next draw
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ def report():
         "perplexity": studies.perplexity(held_out, MU, [5, 10]),
         "convergence": {
             "per_prefix": studies.convergence(pool, MU, [5, 10, 25, 50]),
-            "global": {"rows": [], "slope": None, "used": [], "infeasible": "metric sr_2 is out of reach"},
+            "global": {"rows": [], "infeasible": "metric sr_2 is out of reach"},
         },
         "one_metric": studies.one_metric(to_fit, held_out, "sr_2"),
         "temperatures": [

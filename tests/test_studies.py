@@ -42,6 +42,7 @@ def collected(n=400, m=50, seed=0, human=None):
         human_log_base=log_p[of_human],
         features=LISTED[drawn].reshape(n, m, 2),
         log_p=log_p[drawn].reshape(n, m),
+        log_q=log_p[drawn].reshape(n, m),
         lengths=torch.full((n, m), toy.LENGTH),
     )
 
@@ -88,6 +89,23 @@ def test_perplexity_gain_is_the_divergence():
     assert few["gain"] - row["gain"] == pytest.approx(variance / 2, rel=0.5)
 
 
+def test_candidates_of_a_proposal_serve_to_tilt_the_model():
+    p_mu, _ = tilted()
+    hot = P**0.8 / (P**0.8).sum()
+    drawn, model = draw(hot, 20_000 * 100, 3), collected(n=20_000, m=100)
+    held_out = studies.replace(
+        model,
+        features=LISTED[drawn].reshape(20_000, 100, 2),
+        log_p=P.log()[drawn].reshape(20_000, 100),
+        log_q=hot.log()[drawn].reshape(20_000, 100),
+        human_log_base=model.human_log_p + 1,
+    ).tilting_model()
+    row = studies.perplexity(held_out, MU)
+    assert row["base"] == row["model"]
+    assert row["perplexity"] == pytest.approx(math.exp(-float(p_mu @ p_mu.log()) / toy.LENGTH), rel=0.01)
+    np.testing.assert_allclose(held_out.expected(MU).mean(0), p_mu @ LISTED, atol=0.01)
+
+
 def test_the_error_of_log_z_is_that_of_repeated_estimates():
     held_out = collected(n=5000, m=40)
     log_z = studies.ops.importance_weights(held_out.log_w(MU)).log_mean
@@ -97,10 +115,12 @@ def test_the_error_of_log_z_is_that_of_repeated_estimates():
 
 
 def test_bias_falls_like_one_over_m():
-    pool = collected(n=60, m=20_000)
-    out = studies.convergence(pool, MU, [2, 4, 8, 16, 32, 20_000])
+    pool = collected(n=60, m=8000)
+    out = studies.convergence(pool, MU, [2, 4, 8, 16, 32, 8000])
     assert [row["m"] for row in out["rows"]] == [2, 4, 8, 16, 32]
-    assert -1.2 < out["slope"] < -0.8
+    assert out["slope"] == pytest.approx(-1, abs=0.1)
+    assert 0 < out["slope_error"] < 0.05
+    assert out["used"] == [row["m"] for row in out["rows"] if row["ess"] >= studies.HEALTHY_ESS]
     assert len(out["used"]) >= 3
     # The bias itself, against that of a great many draws of 4 candidates.
     groups = LISTED[draw(P, 4 * 400_000, 77)].reshape(-1, 4, 2)
@@ -110,6 +130,14 @@ def test_bias_falls_like_one_over_m():
     np.testing.assert_allclose(out["rows"][1]["bias"], exact / spread, atol=0.01)
     variance = [sum(row["variance"]) for row in out["rows"]]
     assert np.polyfit(np.log([2, 4, 8, 16, 32]), np.log(variance), 1)[0] == pytest.approx(-1, abs=0.15)
+
+
+def test_the_noise_of_a_bias_covers_that_of_repeated_pools():
+    """The jackknife is too large, by up to 2, for what is quadratic in the weights' noise."""
+    found = [studies.convergence(collected(n=10, m=200, seed=10 * i), MU, [5, 20])["rows"] for i in range(40)]
+    for rows in zip(*found, strict=True):
+        spread = torch.tensor([row["bias"] for row in rows]).std(0).square().mean().sqrt()
+        assert float(spread) < np.median([row["noise"] for row in rows]) < 2.2 * float(spread)
 
 
 def test_no_slope_is_claimed_from_noise():
@@ -147,11 +175,11 @@ def test_temperatures_refit_reaches_human_and_reuse_only_where_it_was_fitted():
 
     rows = studies.temperatures({1.0: (at(P, 0), at(P, 1)), 2.0: (at(hot, 2), at(hot, 3))}, MU)
     got = {(row["temperature"], row["method"]): row for row in rows}
-    assert len(got) == 8
+    assert len(got) == 7
     assert got[1.0, "reused"]["distance"] < 0.06
     assert got[2.0, "refitted"]["distance"] < 0.06
     assert got[2.0, "reused"]["distance"] > 0.2
-    assert got[1.0, "human"]["diversity"] is None  # it takes sr_2, sr_3 and sr_4
+    assert got[None, "human"]["diversity"] is None  # it takes sr_2, sr_3 and sr_4
 
 
 def test_transfer_knows_its_own_domain():
@@ -171,12 +199,12 @@ def test_forward_kl_is_the_other_projection():
     rows = {(row["on"], row["direction"]): row for row in out["rows"]}
     assert rows["fit", "forward"]["distance"] < 0.06
     assert rows["held out", "forward"]["distance"] < 0.08
+    np.testing.assert_allclose(rows["fit", "forward"]["mean"], to_fit.human.double().mean(0), atol=1e-8)
     # The exact solution on the listed model: the same expectations, and no q with them lies nearer in forward KL.
     target = to_fit.human.double().mean(0)
-    g = LISTED - target
-    multiplier = studies._empirical_likelihood(g, P)
-    q = P / (1 + g @ multiplier)
-    assert float(q.sum()) == pytest.approx(1, abs=1e-8)
+    g = (LISTED - target)[None]
+    q = studies._forward_weights(g, P[None], studies._forward_multiplier(g, P[None]))[0]
+    assert float(q.sum()) == pytest.approx(1, abs=1e-12)
     np.testing.assert_allclose(q @ LISTED, target, atol=1e-8)
     everything = LISTED.expand(2, -1, -1)  # each sequence once, weighted by its probability: the exact reverse solution
     reverse = studies.fit(everything, target, P.log().expand(2, -1)).mu
@@ -187,9 +215,24 @@ def test_forward_kl_is_the_other_projection():
 
 
 def test_forward_kl_out_of_reach_is_an_error():
-    g = torch.rand(50, 2, dtype=torch.float64) + 0.1
-    with pytest.raises(InvalidInput, match="outside the convex hull"):
-        studies._empirical_likelihood(g, torch.full((50,), 0.02, dtype=torch.float64))
+    g = torch.rand(3, 50, 2, dtype=torch.float64) + 0.1
+    with pytest.raises(InvalidInput, match="no forward-KL solution"):
+        studies._forward_multiplier(g, torch.full((3, 50), 0.02, dtype=torch.float64))
+
+
+def test_forward_weights_are_the_stationary_point():
+    """ν_i + λ·g is prior over weight, and rows that differ each have their own ν."""
+    generator = torch.Generator().manual_seed(3)
+    g = torch.randn(6, 30, 2, generator=generator, dtype=torch.float64)
+    prior = torch.randn(6, 30, generator=generator, dtype=torch.float64).softmax(1)
+    multiplier = torch.tensor([0.8, -5.0], dtype=torch.float64)
+    weights = studies._forward_weights(g, prior, multiplier)
+    np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-12)
+    nu = prior / weights - g @ multiplier
+    np.testing.assert_allclose(nu, nu[:, :1].expand_as(nu), rtol=1e-6)
+    solved = studies._forward_multiplier(g, prior)
+    mean = (studies._forward_weights(g, prior, solved)[..., None] * g).sum(1).mean(0)
+    np.testing.assert_allclose(mean, 0, atol=1e-9)
 
 
 def test_tail_bins_are_ordered_and_exact():
