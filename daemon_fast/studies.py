@@ -490,7 +490,7 @@ def _forward_multiplier(g: Tensor, prior: Tensor) -> Tensor:
         curve = weights.square() / prior  # prior / (ν + λ·g)²; profiling ν out subtracts the mean under it
         centred = g - (curve[..., None] * g).sum(1, keepdim=True) / curve.sum(1)[:, None, None]
         hessian = torch.einsum("nm,nmk,nml->kl", curve, centred, centred) / len(g)
-        step = torch.linalg.lstsq(hessian, gradient[:, None]).solution[:, 0]
+        step: Tensor = torch.linalg.lstsq(hessian, gradient[:, None]).solution[:, 0]
         if float(gradient.abs().max()) < 1e-9:  # the last step squares it
             return multiplier + step
         length, here, slope = 1.0, value(weights, multiplier), float(gradient @ step)
