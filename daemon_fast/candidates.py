@@ -29,7 +29,7 @@ class Candidates:
         log p_theta of each token at temperature 1, in nats. An end-of-text token is included also where it doesn't
         count towards the length; 0 behind the last token drawn.
     token_log_q : [R, T] float32
-        The same under the proposal that drew them.
+        The same under the proposal that drew them; NaN where its engine doesn't tell.
     prefix_tokens : N lists of token ids
     detokenize : turns lists of token ids into texts
     excluded : [R] bool, or None for none
@@ -72,8 +72,20 @@ class Candidates:
 
     @property
     def log_q(self) -> Tensor:
-        """[N, M] float64: log q(continuation | prefix) under the proposal."""
-        return self.token_log_q.double().sum(-1).reshape(self.shape)
+        """[N, M] float64: log q(continuation | prefix) under the proposal.
+
+        Raises
+        ------
+        InvalidInput
+            The engine that drew them doesn't tell.
+        """
+        log_q = self.token_log_q.double().sum(-1).reshape(self.shape)
+        if log_q.isnan().any():
+            raise InvalidInput(
+                "the engine gives no log-probabilities under the proposal, only those at temperature 1: tilt the "
+                "proposal (base = 'proposal'), or draw at temperature 1 without top-k, top-p and min-p"
+            )
+        return log_q
 
     @cached_property
     def texts(self) -> list[str]:
@@ -108,6 +120,34 @@ class Candidates:
             detokenize=self.detokenize,
             excluded=excluded.flatten(),
             num_drawn=num_drawn,
+        )
+
+    @staticmethod
+    def from_rows(
+        rows: Sequence[Sequence[int]],
+        log_p: Sequence[Sequence[float]],
+        log_q: Sequence[Sequence[float]] | None,
+        lengths: Sequence[int],
+        prefix_tokens: list[list[int]],
+        detokenize: Detokenize,
+    ) -> Candidates:
+        """From R lists of what each candidate drew, an end-of-text token that doesn't count included.
+
+        log_q : None where the engine doesn't tell
+        """
+        width = max(map(len, rows))
+
+        def padded(lists: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
+            return torch.tensor([[*row, *[0] * (width - len(row))] for row in lists], dtype=dtype)
+
+        token_log_p = padded(log_p, torch.float32)
+        return Candidates(
+            tokens=padded(rows, torch.int64),
+            lengths=torch.tensor(lengths, dtype=torch.int64),
+            token_log_p=token_log_p,
+            token_log_q=torch.full_like(token_log_p, torch.nan) if log_q is None else padded(log_q, torch.float32),
+            prefix_tokens=prefix_tokens,
+            detokenize=detokenize,
         )
 
     @staticmethod

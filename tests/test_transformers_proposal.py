@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contract
 import numpy as np
 import pytest
 import tiny
 import torch
 from scipy import stats
 
-from daemon_fast import TransformersProposal
+from daemon_fast import Candidates, TransformersProposal
 from daemon_fast.errors import InvalidInput
 
 PREFIXES = [[5, 9, 30], [7], [3, 4, 5, 6, 7, 8, 9, 10, 11]]
@@ -78,12 +79,26 @@ def test_tokens_follow_the_models_distribution():
     assert stats.chisquare(observed, wanted).pvalue > 1e-3
 
 
-def test_a_seed_gives_the_same_candidates_again():
-    p = proposal()
-    first, again, other = p.propose(PREFIXES, 5), p.propose(PREFIXES, 5), p.propose(PREFIXES, 6)
-    assert torch.equal(first.tokens, again.tokens)
-    assert torch.equal(first.token_log_p, again.token_log_p)
-    assert not torch.equal(first.tokens, other.tokens)
+def test_it_meets_the_contract():
+    p, teacher = proposal(**contract.SETTINGS), lambda *rows: teacher_forced(p.model, *rows)
+    many = proposal(**{**contract.SETTINGS, "num_candidates": 5000, "max_new_tokens": 1})
+    contract.shapes_and_lengths_are_right(p)
+    contract.log_probs_are_the_models(p, teacher)
+    contract.a_seed_gives_the_same_candidates_again(p)
+    contract.score_gives_what_drawing_gave(p)
+    contract.tokens_follow_the_distribution(many, teacher)
+    contract.bad_prefixes_are_named(p, tiny.CONTEXT, tiny.VOCABULARY)
+
+
+def test_log_q_unknown_is_an_error_where_it_is_needed():
+    c = proposal().propose(PREFIXES, 0)
+    unknown = Candidates.from_rows(
+        c.tokens.tolist(), c.token_log_p.tolist(), None, c.lengths.tolist(), c.prefix_tokens, c.detokenize
+    )
+    assert torch.equal(unknown.tokens, c.tokens)
+    assert torch.equal(unknown.log_p, c.log_p)
+    with pytest.raises(InvalidInput, match="gives no log-probabilities under the proposal"):
+        _ = unknown.log_q
 
 
 @pytest.mark.parametrize("count_eos", [False, True])

@@ -12,7 +12,7 @@ from torch import Tensor
 from daemon_fast.candidates import Candidates
 from daemon_fast.errors import InvalidInput
 
-__all__ = ["Losing", "Prefix", "Proposal", "ProposalSettings", "vocabulary_fingerprint"]
+__all__ = ["Losing", "Prefix", "Proposal", "ProposalSettings", "tokenize", "vocabulary_fingerprint"]
 
 Prefix = str | Sequence[int]
 # From candidates that are half drawn, and which of them still grow [R]: those that can't win any more [R].
@@ -98,6 +98,43 @@ class Proposal(Protocol):
     def detokenize(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Texts of token ids."""
         ...
+
+    def score(self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> Candidates:
+        """Given continuations, one of each prefix, with the log-probabilities that the model gives them (M = 1)."""
+        ...
+
+
+def tokenize(
+    prefixes: Sequence[Prefix], tokenizer: Any, vocab_size: int, context: int | None, max_new_tokens: int
+) -> list[list[int]]:
+    """Token ids of prefixes, each of which can be continued by a model of this vocabulary and context.
+
+    Parameters
+    ----------
+    tokenizer : a Transformers tokenizer, or None if all prefixes are token ids
+    context : tokens that the model can hold; None: any number
+
+    Raises
+    ------
+    InvalidInput
+        No prefixes, an empty one, one too long, or a token outside the vocabulary.
+    """
+    if len(prefixes) == 0:
+        raise InvalidInput("there are no prefixes")
+    if any(isinstance(prefix, str) for prefix in prefixes) and tokenizer is None:
+        raise InvalidInput("a prefix is a string, and this proposal was made without a tokenizer: give token ids")
+    rows = [tokenizer(p)["input_ids"] if isinstance(p, str) else [int(i) for i in p] for p in prefixes]
+    for i, row in enumerate(rows):
+        if not row:
+            raise InvalidInput(f"prefix {i} is empty: a language model needs at least one token to continue")
+        if context is not None and len(row) + max_new_tokens > context:
+            raise InvalidInput(
+                f"prefix {i} has {len(row)} tokens; with max_new_tokens = {max_new_tokens} it exceeds the model's "
+                f"context of {context}"
+            )
+        if bad := [token for token in row if not 0 <= token < vocab_size]:
+            raise InvalidInput(f"prefix {i} has token {bad[0]}, outside the vocabulary of {vocab_size}")
+    return rows
 
 
 def vocabulary_fingerprint(tokenizer: Any) -> str:

@@ -18,7 +18,7 @@ from daemon_fast import ops
 from daemon_fast.candidates import Candidates
 from daemon_fast.errors import InvalidInput
 from daemon_fast.models import DEFAULT_MODEL, load_language_model
-from daemon_fast.proposals import Losing, Prefix, ProposalSettings, vocabulary_fingerprint
+from daemon_fast.proposals import Losing, Prefix, ProposalSettings, tokenize, vocabulary_fingerprint
 from daemon_fast.proposals.rollout import Prompts, StaticRollout, process, rollout
 
 __all__ = ["TransformersProposal"]
@@ -94,24 +94,9 @@ class TransformersProposal:
         ------
         InvalidInput
         """
-        if len(prefixes) == 0:
-            raise InvalidInput("there are no prefixes")
-        if any(isinstance(prefix, str) for prefix in prefixes) and self.tokenizer is None:
-            raise InvalidInput("a prefix is a string, and this proposal was made without a tokenizer: give token ids")
-        rows = [self.tokenizer(p)["input_ids"] if isinstance(p, str) else [int(i) for i in p] for p in prefixes]
-        context, new = getattr(self.model.config, "max_position_embeddings", None), self.settings.max_new_tokens
-        for i, row in enumerate(rows):
-            if not row:
-                raise InvalidInput(f"prefix {i} is empty: a language model needs at least one token to continue")
-            if context is not None and len(row) + new > context:
-                raise InvalidInput(
-                    f"prefix {i} has {len(row)} tokens; with max_new_tokens = {new} it exceeds the model's context "
-                    f"of {context}"
-                )
-            size = self.model.config.vocab_size
-            if bad := [token for token in row if not 0 <= token < size]:
-                raise InvalidInput(f"prefix {i} has token {bad[0]}, outside the vocabulary of {size}")
-        return rows
+        config = self.model.config
+        context = getattr(config, "max_position_embeddings", None)
+        return tokenize(prefixes, self.tokenizer, config.vocab_size, context, self.settings.max_new_tokens)
 
     @torch.inference_mode()
     def propose(self, prefixes: Sequence[Prefix], seed: int, losing: Losing | None = None) -> Candidates:

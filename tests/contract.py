@@ -1,0 +1,87 @@
+"""What every proposal must hold, whatever engine it draws from: called by the tests of each one.
+
+Each check takes a proposal with temperature 0.8, M = 6, and 12 new tokens at most. `teacher` gives the [L, V] logits
+that its model has for a prefix and a continuation.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from daemon_fast import ops
+from daemon_fast.errors import InvalidInput
+
+PREFIXES = [[5, 9, 30], [7], [3, 4, 5, 6, 7, 8, 9, 10, 11]]
+SETTINGS = {"num_candidates": 6, "max_new_tokens": 12, "min_new_tokens": 0, "temperature": 0.8}
+
+
+def shapes_and_lengths_are_right(proposal):
+    c = proposal.propose(PREFIXES, seed=0)
+    assert c.shape == (3, 6)
+    assert c.prefix_tokens == PREFIXES
+    assert (c.tokens.dtype, c.lengths.dtype) == (torch.int64, torch.int64)
+    assert (c.token_log_p.dtype, c.token_log_q.dtype) == (torch.float32, torch.float32)
+    assert ((c.lengths >= 0) & (c.lengths <= 12)).all()
+    assert c.tokens.shape[1] <= 12
+    assert len(c.texts) == 18
+    assert len(set(c.texts)) > 6  # candidates of a prefix differ
+
+
+def log_probs_are_the_models(proposal, teacher, atol=1e-3):
+    c = proposal.propose(PREFIXES, seed=0)
+    for r, length in enumerate(c.lengths.tolist()):
+        drawn = c.tokens[r, :length].tolist()
+        logits = teacher(PREFIXES[r // 6], drawn)
+        want = torch.log_softmax(logits.double(), -1)[range(length), drawn]
+        np.testing.assert_allclose(c.token_log_p[r, :length].double(), want, atol=atol, rtol=0)
+
+
+def a_seed_gives_the_same_candidates_again(proposal):
+    first, again, other = (proposal.propose(PREFIXES, seed) for seed in (5, 5, 6))
+    assert torch.equal(first.tokens, again.tokens)
+    assert torch.equal(first.lengths, again.lengths)
+    torch.testing.assert_close(first.token_log_p, again.token_log_p, atol=1e-4, rtol=0)
+    assert first.tokens.shape != other.tokens.shape or not torch.equal(first.tokens, other.tokens)
+
+
+def score_gives_what_drawing_gave(proposal, atol=1e-3):
+    c = proposal.propose(PREFIXES, seed=2)
+    rows = [(r, int(c.lengths[r])) for r in range(len(c.tokens)) if c.lengths[r] > 0]
+    scored = proposal.score([PREFIXES[r // 6] for r, _ in rows], [c.tokens[r, :n].tolist() for r, n in rows])
+    assert scored.shape == (len(rows), 1)
+    for i, (r, n) in enumerate(rows):
+        torch.testing.assert_close(scored.token_log_p[i, :n], c.token_log_p[r, :n], atol=atol, rtol=0)
+
+
+def tokens_follow_the_distribution(many, teacher):
+    """many : a proposal of the same model with some thousand candidates of one token"""
+    m = many.settings.num_candidates
+    c = many.propose([PREFIXES[0]], seed=3)
+    p = torch.softmax(teacher(PREFIXES[0], [0])[0].double() / many.settings.temperature, -1)
+    counts = torch.bincount(c.tokens[:, 0], minlength=len(p)) / m
+    assert float((counts - p).abs().max()) < 5 * float((p * (1 - p) / m).sqrt().max())
+
+
+def expected_metrics_agree(many, reference):
+    """Mean repetition of two proposals' candidates, within four standard errors."""
+    means, errors = [], []
+    for proposal in (many, reference):
+        c = proposal.propose([PREFIXES[0]], seed=1)
+        values = ops.repetition(c.tokens, c.lengths, [2], [8]).double()
+        means.append(values.mean(0))
+        errors.append(values.var(0) / len(values))
+    assert ((means[0] - means[1]).abs() < 4 * (errors[0] + errors[1]).sqrt()).all()
+
+
+def bad_prefixes_are_named(proposal, context, vocab_size):
+    for prefixes, message in (
+        ([], "there are no prefixes"),
+        ([[5], []], "prefix 1 is empty"),
+        ([[5] * (context - 11)], f"it exceeds the model's context of {context}"),
+        ([[5, vocab_size]], f"token {vocab_size}, outside the vocabulary of {vocab_size}"),
+        ([[-1]], "token -1, outside"),
+    ):
+        with pytest.raises(InvalidInput, match=message):
+            proposal.propose(prefixes, 0)
