@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from daemon_fast import ops, solvers
 from daemon_fast.errors import FitDidNotConverge, InfeasibleTargets, InvalidInput
+from daemon_fast.samples import Block, InMemory, Samples
 from daemon_fast.solvers import Problem
 
 __all__ = ["FitResult", "Normalization", "fit"]
@@ -74,7 +75,7 @@ class FitResult:
 
 
 def fit(
-    features: Tensor,  # [N, M, K] float32 or float64
+    features: Tensor | Samples,  # [N, M, K] float32 or float64
     targets: Tensor,  # [K] means, or [N', K] human values
     base_log_w: Tensor | None = None,  # [N, M]
     normalization: Normalization = "per_prefix",
@@ -96,7 +97,7 @@ def fit(
     Parameters
     ----------
     features : [N, M, K] float32 or float64
-        K metrics of M candidates of each of N prefixes.
+        K metrics of M candidates of each of N prefixes; or `Samples`, in blocks that needn't share one memory.
     targets : [K], or [N', K]
         Human means; or human values per prefix, whose mean is taken and which the bootstrap resamples too.
     base_log_w : [N, M], optional
@@ -117,7 +118,7 @@ def fit(
         Largest residual to stop at, in standard deviations. Default: 1e-10 for Newton, 1e-3 for Adam.
     learning_rate : of Adam, in standardised coefficients
     bootstrap : int
-        Replicates, over prefixes, for `confidence_interval`; 0: none.
+        Replicates, over prefixes, for `confidence_interval`; 0: none. Of a tensor only.
     seed : of the bootstrap
     progress : show a progress bar for the bootstrap and for Adam
 
@@ -148,7 +149,7 @@ def fit(
 
 
 def _checked(
-    features: Tensor,
+    features: Tensor | Samples,
     targets: Tensor,
     base_log_w: Tensor | None,
     normalization: str,
@@ -156,9 +157,13 @@ def _checked(
     names: Sequence[str] | None,
 ) -> tuple[Problem, Tensor | None]:
     """The problem to solve, and the human values per prefix if they were given."""
-    if features.ndim != 3 or features.shape[2] == 0:
-        raise InvalidInput(f"features must have shape [N, M, K] with K >= 1, got {list(features.shape)}")
-    n, m, k = features.shape
+    if isinstance(features, Tensor):
+        samples: Samples = InMemory(Block(features, base_log_w))
+    elif base_log_w is not None:
+        raise InvalidInput("base_log_w is given beside samples in blocks, which hold their own")
+    else:
+        samples = features
+    n, m, k = samples.shape
     names = tuple(names) if names is not None else tuple(f"metric {i}" for i in range(k))
     if len(names) != k:
         raise InvalidInput(f"names has {len(names)} entries, features has K = {k} metrics")
@@ -173,16 +178,14 @@ def _checked(
         raise InvalidInput(f"{n} prefixes are fewer than the {k} metrics to fit: give at least as many prefixes")
     if m == 1 and normalization == "per_prefix":
         raise InvalidInput("M = 1 candidate leaves per-prefix weights nothing to choose: use M >= 2, or 'global'")
-    for what, values in (("features", features.flatten(0, 1)), ("targets", targets.reshape(-1, k))):
-        bad = ~values.isfinite().all(0)
-        if bad.any():
-            raise InvalidInput(f"{what} of {names[int(bad.nonzero()[0])]} hold NaN or infinite values")
-    if base_log_w is not None and base_log_w.shape != (n, m):
-        raise InvalidInput(f"base_log_w must have shape [N, M] = [{n}, {m}], got {list(base_log_w.shape)}")
+    finite = torch.stack(list(samples.map(lambda block: block.features.isfinite().flatten(0, 1).all(0).cpu()))).all(0)
+    for what, good in (("features", finite), ("targets", targets.reshape(-1, k).isfinite().all(0))):
+        if not good.all():
+            raise InvalidInput(f"{what} of {names[int((~good).nonzero()[0])]} hold NaN or infinite values")
 
     human = targets if targets.ndim == 2 else None
     mean = targets if human is None else human.mean(0)
-    problem = Problem.standardised(features, mean, base_log_w, normalization == "per_prefix", names, float(ridge))
+    problem = Problem.standardised(samples, mean, normalization == "per_prefix", names, float(ridge))
     return problem, human
 
 
@@ -192,10 +195,13 @@ def _diagnosed(
     mu = nu / problem.scale
     log_z, mean, covariance = problem.tilted(nu)
     log_z_0 = problem.tilted(torch.zeros_like(nu)).log_z
-    log_w = -(problem.features.double() @ mu.to(problem.features.device))
-    if problem.base_log_w is not None:
-        log_w = log_w + problem.base_log_w
-    ess = ops.importance_weights(log_w).ess
+
+    def ess_of(block: Block) -> tuple[float, float]:
+        ess = ops.importance_weights(block.log_w(mu)).ess
+        return float(ess.sum()), float(ess.min())
+
+    ess_sums, ess_least = zip(*problem.samples.map(ess_of), strict=True)
+    n, m, _ = problem.samples.shape
     eigenvalues = torch.linalg.eigvalsh(covariance / problem.scale.outer(problem.scale))
     smallest, largest = float(eigenvalues[0]), float(eigenvalues[-1])
     return FitResult(
@@ -210,11 +216,11 @@ def _diagnosed(
         converged=converged,
         iterations=iterations,
         condition_number=largest / smallest if smallest > solvers.SMALLEST_EIGENVALUE * largest else math.inf,
-        ess_mean=float(ess.mean()),
-        ess_min=float(ess.min()),
+        ess_mean=sum(ess_sums) / n,
+        ess_min=min(ess_least),
         kl=float(-(mu @ mean) - (log_z - log_z_0)),
-        num_prefixes=problem.features.shape[0],
-        num_candidates=problem.features.shape[1],
+        num_prefixes=n,
+        num_candidates=m,
     )
 
 
@@ -222,8 +228,10 @@ def _bootstrap(
     problem: Problem, human: Tensor | None, nu: Tensor, replicates: int, seed: int, progress: bool
 ) -> tuple[Tensor | None, int]:
     """[2, K] quantiles of mu over resampled prefixes, and the number of replicates that had no solution."""
-    generator = torch.Generator().manual_seed(seed)
-    n = problem.features.shape[0]
+    if not isinstance(problem.samples, InMemory):
+        raise InvalidInput(f"bootstrap = {replicates} needs samples in one tensor: blocks can't be resampled")
+    generator, block = torch.Generator().manual_seed(seed), problem.samples.block
+    n = len(block.features)
     fitted: list[Tensor] = []
     for _ in tqdm(range(replicates), desc="bootstrap", disable=not progress):
         drawn = torch.randint(n, (n,), generator=generator)
@@ -233,9 +241,10 @@ def _bootstrap(
             of_human = torch.randint(len(human), (len(human),), generator=generator)
         replicate = replace(
             problem,
-            features=problem.features[drawn],
+            samples=InMemory(
+                Block(block.features[drawn], None if block.base_log_w is None else block.base_log_w[drawn])
+            ),
             targets=problem.targets if human is None else human[of_human].mean(0),
-            base_log_w=None if problem.base_log_w is None else problem.base_log_w[drawn],
         )
         try:
             fitted.append(solvers.newton(replicate, start=nu)[0] / problem.scale)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from daemon_fast import ops
 from daemon_fast.errors import FitDidNotConverge, InfeasibleTargets, InvalidInput
+from daemon_fast.samples import Block, Samples, tilted_moments
 
 TOLERANCE = 1e-10  # of the gradient, in standard deviations
 GOOD_ENOUGH = 1e-9  # where rounding stops progress before TOLERANCE
@@ -32,11 +33,10 @@ BOUNDARY = 1e-9  # in standard deviations: a target so near to the edge of what 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be solved: features [N, M, K], targets [K], base log-weights [N, M] or None, and scale [K]."""
+    """What is to be solved: samples of N prefixes, targets [K] and scale [K]."""
 
-    features: Tensor
+    samples: Samples
     targets: Tensor
-    base_log_w: Tensor | None
     per_prefix: bool
     names: tuple[str, ...]
     scale: Tensor
@@ -44,16 +44,15 @@ class Problem:
 
     @staticmethod
     def standardised(
-        features: Tensor,
+        samples: Samples,
         targets: Tensor,
-        base_log_w: Tensor | None,
         per_prefix: bool,
         names: tuple[str, ...],
         ridge: float,
     ) -> Problem:
         """With the standard deviation of each metric under the base weights as its scale."""
         ones = torch.ones_like(targets)
-        problem = Problem(features, targets, base_log_w, per_prefix, names, ones, ridge)
+        problem = Problem(samples, targets, per_prefix, names, ones, ridge)
         low, high = problem.reachable()
         for name, constant in zip(names, (low == high).tolist(), strict=True):
             if constant:
@@ -64,11 +63,8 @@ class Problem:
         return replace(problem, scale=torch.where(scale > 1e-9 * (high - low), scale, high - low))
 
     def tilted(self, nu: Tensor) -> ops.Moments:
-        """On the device of the features; the results, a handful of numbers, on the CPU, where the solvers work."""
-        mu = (nu / self.scale).to(self.features.device)
-        moments = ops.Moments(
-            *(part.cpu() for part in ops.tilted_moments(self.features, mu, self.base_log_w, self.per_prefix))
-        )
+        """On the device of the samples; the results, a handful of numbers, on the CPU, where the solvers work."""
+        moments = tilted_moments(self.samples, nu / self.scale, self.per_prefix)
         if not moments.log_z.isfinite():  # on the CPU the operator itself raises, and names the row
             raise InvalidInput("log-weights hold NaN or infinity, or are all -inf where one must be finite")
         return moments
@@ -83,14 +79,21 @@ class Problem:
 
     def reachable(self) -> tuple[Tensor, Tensor]:
         """[K] lowest and highest expectation of each metric over all weightings."""
-        low, high = self.features, self.features
-        if self.base_log_w is not None:
-            excluded = (self.base_log_w == -torch.inf)[..., None]
-            low, high = low.masked_fill(excluded, torch.inf), high.masked_fill(excluded, -torch.inf)
-        lowest, highest = low.amin(1).double(), high.amax(1).double()
-        if self.per_prefix:
-            return lowest.mean(0).cpu(), highest.mean(0).cpu()
-        return lowest.amin(0).cpu(), highest.amax(0).cpu()
+        per_prefix = self.per_prefix
+
+        def of_block(block: Block) -> tuple[Tensor, Tensor]:
+            low = high = block.features
+            if (excluded := block.excluded) is not None:
+                low, high = low.masked_fill(excluded, torch.inf), high.masked_fill(excluded, -torch.inf)
+            lowest, highest = low.amin(1).double(), high.amax(1).double()
+            if per_prefix:
+                return lowest.sum(0).cpu(), highest.sum(0).cpu()
+            return lowest.amin(0).cpu(), highest.amax(0).cpu()
+
+        low, high = (torch.stack(column) for column in zip(*self.samples.map(of_block), strict=True))
+        if per_prefix:
+            return low.sum(0) / self.samples.shape[0], high.sum(0) / self.samples.shape[0]
+        return low.amin(0), high.amax(0)
 
     def check_reachable(self) -> None:
         """Raise InfeasibleTargets for a target outside the range of its own metric."""
@@ -102,12 +105,17 @@ class Problem:
 
     def check_separated(self, nu: Tensor) -> None:
         """Raise InfeasibleTargets if -nu separates the targets from all that weights can reach."""
-        direction = -nu / self.scale
-        along = self.features.double() @ direction.to(self.features.device)
-        if self.base_log_w is not None:
-            along = along.masked_fill(self.base_log_w == -torch.inf, -torch.inf)
-        farthest = along.amax(1).mean() if self.per_prefix else along.max()
-        if float(farthest) - direction @ self.targets > BOUNDARY * nu.norm():
+        direction, per_prefix = -nu / self.scale, self.per_prefix
+
+        def of_block(block: Block) -> float:
+            along = block.features.double() @ direction.to(block.features.device)
+            if (excluded := block.excluded) is not None:
+                along = along.masked_fill(excluded[..., 0], -torch.inf)
+            return float(along.amax(1).sum() if per_prefix else along.max())
+
+        farthest = list(self.samples.map(of_block))
+        reached = sum(farthest) / self.samples.shape[0] if per_prefix else max(farthest)
+        if reached - float(direction @ self.targets) > BOUNDARY * float(nu.norm()):
             return
         low, high = self.reachable()
         involved = (nu.abs() >= 0.05 * nu.abs().max()).nonzero().flatten().tolist()
@@ -121,7 +129,7 @@ class Problem:
         return f"{self.names[k]} (target {self.targets[k]:.6g}, reachable {low[k]:.6g} to {high[k]:.6g})"
 
     def _advice(self) -> str:
-        n, m = self.features.shape[:2]
+        n, m, _ = self.samples.shape
         return (
             f"With N = {n} prefixes and M = {m} candidates: draw more candidates per prefix, leave a metric out, "
             "or ask for the nearest soft match with ridge > 0"

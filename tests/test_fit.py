@@ -13,6 +13,7 @@ from scipy.optimize import linprog
 
 from daemon_fast import fit, ops, solvers
 from daemon_fast.errors import FitDidNotConverge, InfeasibleTargets, InvalidInput
+from daemon_fast.samples import Block
 
 F64 = torch.float64
 
@@ -273,3 +274,50 @@ def test_moments_that_a_gpu_marks_as_undefined_are_an_error(monkeypatch):
     monkeypatch.setattr(ops, "tilted_moments", lambda *_: undefined)
     with pytest.raises(InvalidInput, match="log-weights hold NaN or infinity"):
         fit(features, targets)
+
+
+class Blocks:
+    """Parts of one tensor, handed out one at a time."""
+
+    def __init__(self, sizes, features, base_log_w=None):
+        self.shape = tuple(features.shape)
+        bases = [None] * len(sizes) if base_log_w is None else base_log_w.split(sizes)
+        self.blocks = [Block(part, base) for part, base in zip(features.split(sizes), bases, strict=True)]
+
+    def map(self, function):
+        return map(function, self.blocks)
+
+
+@pytest.mark.parametrize("normalization", ["per_prefix", "global"])
+@pytest.mark.parametrize("with_base", [False, True])
+def test_blocks_give_what_one_tensor_gives(normalization, with_base):
+    features, targets, _ = problem()
+    base = None
+    if with_base:
+        base = torch.randn(features.shape[:2], dtype=F64)
+        base[::7, 3] = -torch.inf
+    whole = fit(features, targets, base, normalization)
+    parts = fit(Blocks([1, 40, 19], features, base), targets, normalization=normalization)
+    for name in ("mu", "scale", "residual"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-9, atol=1e-9)
+    for name in ("ess_mean", "ess_min", "kl", "condition_number"):
+        assert getattr(parts, name) == pytest.approx(getattr(whole, name), rel=1e-9)
+    assert (parts.num_prefixes, parts.num_candidates) == (60, 25)
+
+
+@pytest.mark.parametrize("normalization", ["per_prefix", "global"])
+def test_blocks_prove_what_is_out_of_reach(normalization):
+    features, targets, _ = problem()
+    far = targets + 0.9 * (features.amax((0, 1)) - targets)  # each reachable alone over all samples
+    for some in (features, Blocks([30, 30], features)):
+        with pytest.raises(InfeasibleTargets, match="out of reach"):
+            fit(some, far, normalization=normalization)
+
+
+def test_blocks_hold_their_own_base_weights_and_are_not_resampled():
+    features, targets, _ = problem()
+    blocks = Blocks([30, 30], features)
+    with pytest.raises(InvalidInput, match="base_log_w is given beside samples in blocks"):
+        fit(blocks, targets, torch.zeros(60, 25))
+    with pytest.raises(InvalidInput, match="bootstrap = 3 needs samples in one tensor"):
+        fit(blocks, targets, bootstrap=3)
