@@ -1,4 +1,4 @@
-"""The command line: fit, generate, evaluate, metrics, doctor, demo."""
+"""The command line: fit, generate, decode, evaluate, metrics, doctor, demo."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from daemon_fast.errors import DaemonFastError, InvalidInput
+
+if TYPE_CHECKING:
+    from daemon_fast.decode import SIRDecoder
 
 DEFAULT_METRICS = "sr_2,sr_3,sr_4,tr_8,tr_16,tr_32,coh,ent"
 
@@ -110,36 +113,20 @@ def _candidates_of(artefact: Path) -> Path:
 
 @main.command()
 @click.option("--energy", "path", type=click.Path(path_type=Path), required=True, help="Artefact written by fit.")
-@click.option("--prompt", "prompts", multiple=True, help="Text to continue; may be repeated.")
-@click.option("--input", "source", help="File of prompts: .jsonl, or one a line.")
-@data_option
+@click.option("--prompt", "prompts", multiple=True, required=True, help="Text to continue; may be repeated.")
 @click.option("--model", help="Instead of the one in the artefact.")
 @click.option("--num-samples", type=click.IntRange(1), default=1, help="Per prompt.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per prompt, with weights and metrics.")
 @model_options
 def generate(
-    path: Path, prompts: tuple[str, ...], source: str | None, field: str, model: str | None, num_samples: int,
-    as_json: bool, device: str | None, seed: int, batch_size: int, dtype: str,
+    path: Path, prompts: tuple[str, ...], model: str | None, num_samples: int, as_json: bool, device: str | None,
+    seed: int, batch_size: int, dtype: str,
 ) -> None:  # fmt: skip
-    """Continue prompts with a fitted artefact."""
-    import torch
-
-    from daemon_fast.data import read_texts
-    from daemon_fast.decode import SIRDecoder
-    from daemon_fast.energy import Energy
-    from daemon_fast.proposals.transformers import TransformersProposal
-
+    """Continue prompts with a fitted artefact. For files of them, see decode."""
     _quiet_transformers()
-    energy = Energy.load(path)
-    texts = [*prompts, *(read_texts(source, field) if source else [])]
-    if not texts:
-        raise InvalidInput("nothing to continue: give --prompt or --input")
-    settings = energy.proposal.to_json()
-    reference = model or settings["model"]
-    settings.pop("model"), settings.pop("vocabulary")
-    proposal = TransformersProposal.load(reference, device, getattr(torch, dtype), **settings)
-    decoded = SIRDecoder(energy, proposal, batch_size)(texts, num_samples, seed, progress=len(texts) > batch_size)
-    for i, (prompt, chosen) in enumerate(zip(texts, decoded.texts, strict=True)):
+    decoder = _decoder(path, model, device, dtype, batch_size)
+    decoded, energy = decoder(prompts, num_samples, seed, progress=len(prompts) > batch_size), decoder.energy
+    for i, (prompt, chosen) in enumerate(zip(prompts, decoded.texts, strict=True)):
         if as_json:
             record = {
                 "prompt": prompt,
@@ -152,6 +139,56 @@ def generate(
         else:
             for text in chosen:
                 click.echo(f"{prompt}{text}\n")
+
+
+def _decoder(path: Path, model: str | None, device: str | None, dtype: str, batch_size: int) -> SIRDecoder:
+    import torch
+
+    from daemon_fast.decode import SIRDecoder
+    from daemon_fast.energy import Energy
+    from daemon_fast.proposals.transformers import TransformersProposal
+
+    energy = Energy.load(path)
+    settings = energy.proposal.to_json()
+    reference = model or settings["model"]
+    settings.pop("model"), settings.pop("vocabulary")
+    proposal = TransformersProposal.load(reference, device, getattr(torch, dtype), **settings)
+    return SIRDecoder(energy, proposal, batch_size)
+
+
+@main.command()
+@click.argument("source", metavar="INPUT")
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--energy", "path", type=click.Path(path_type=Path), required=True, help="Artefact written by fit.")
+@click.option("--field", default="text", help="Of each record: what to continue.")
+@click.option("--model", help="Instead of the one in the artefact.")
+@click.option("--num-samples", type=click.IntRange(1), default=1, help="Per record.")
+@model_options
+def decode(
+    source: str, output: Path, path: Path, field: str, model: str | None, num_samples: int, device: str | None,
+    seed: int, batch_size: int, dtype: str,
+) -> None:  # fmt: skip
+    """Continue the text of each record of INPUT (.jsonl, .parquet, or one text a line), to OUTPUT (.jsonl or .parquet).
+
+    Each record gets a field "daemon": texts, metrics, ess, log_z; or error, if it can't be used: then the exit code
+    is 1. Records keep their order. A file of any size; interrupted, it resumes, to the same bytes.
+    """
+    from daemon_fast.pipeline import decode_records
+    from daemon_fast.records import process
+
+    _quiet_transformers()
+    decoder = _decoder(path, model, device, dtype, batch_size)
+    energy = json.loads(path.read_text(encoding="utf-8"))
+    used = {"energy": energy, "model": model, "dtype": dtype, "num_samples": num_samples, "seed": seed}
+    work = decode_records(decoder, field, num_samples, seed)
+    chunk_size = -(-64 // batch_size) * batch_size  # whole batches
+    summary = process(source, output, work, used | {"batch_size": batch_size}, field, chunk_size, "decode")
+    click.echo(f"{summary.records - len(summary.errors)} of {summary.records} records continued; written to {output}")
+    for problem in summary.errors[:10]:
+        click.echo(problem, err=True)
+    if more := len(summary.errors[10:]):
+        click.echo(f"and {more} more", err=True)
+    sys.exit(1 if summary.errors else 0)
 
 
 @main.command()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,15 +13,18 @@ from tqdm import tqdm
 
 from daemon_fast import metrics as metrics_module
 from daemon_fast import ops
-from daemon_fast.collect import collect
+from daemon_fast.collect import batch_seed, collect
 from daemon_fast.data import Pairs, read_texts, split
+from daemon_fast.decode import SIRDecoder
 from daemon_fast.energy import Base, Energy
+from daemon_fast.errors import InvalidInput, LowEffectiveSampleSize
 from daemon_fast.fit import FitResult, Normalization, fit
 from daemon_fast.metrics import Metric
 from daemon_fast.models import load_tokenizer
 from daemon_fast.proposals.transformers import TransformersProposal
+from daemon_fast.records import Item, Record
 
-__all__ = ["Fitted", "fit_energy", "fit_to_pairs", "repetition_of_texts"]
+__all__ = ["Fitted", "decode_records", "fit_energy", "fit_to_pairs", "repetition_of_texts"]
 
 BATCH_TOKENS = 1 << 22
 
@@ -96,6 +100,36 @@ def fit_to_pairs(
     base_log_w = None if base == "proposal" else candidates.log_p - candidates.log_q
     result = fit(features, human, base_log_w, names=metrics_module.column_names(metrics), seed=seed, **options)
     return Fitted(result, Energy.from_fit(result, metrics, proposal.settings, base, seed, len(targets)), human, seconds)
+
+
+def decode_records(
+    decoder: SIRDecoder, field: str, num_samples: int, seed: int
+) -> Callable[[Sequence[Item], int], list[Record]]:
+    """The work of `records.process`: continuations of the text in `field`, each with its metrics."""
+
+    def work(items: Sequence[Item], number: int) -> list[Record]:
+        results: list[Record] = []
+        prefixes, good = [], []
+        for item in items:
+            result: Record = {}
+            try:
+                prefixes += decoder.proposal.tokenize([item.record[field]])
+                good.append(result)
+            except InvalidInput as error:
+                result["error"] = f"{item.where}: {str(error).replace('prefix 0', 'its text', 1)}"
+            results.append(result)
+        if not prefixes:
+            return results
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LowEffectiveSampleSize)  # each result has its own ess
+            decoded = decoder(prefixes, num_samples, batch_seed(seed, number))
+        rows = zip(decoded.texts, decoded.ess.tolist(), decoded.log_z.tolist(), decoded.features.tolist(), strict=True)
+        for result, (texts, ess, log_z, features) in zip(good, rows, strict=True):
+            metrics = [dict(zip(decoder.energy.names, values, strict=True)) for values in features]
+            result |= {"texts": texts, "metrics": metrics, "ess": ess, "log_z": log_z}
+        return results
+
+    return work
 
 
 def repetition_of_texts(

@@ -103,6 +103,52 @@ def test_killed_and_run_again_gives_the_same_artefact(model, texts, tmp_path, en
     assert json.loads(output.read_text()) == json.loads(energy.read_text())
 
 
+def decode_arguments(energy, source, output, *more):
+    return ["decode", str(source), str(output), "--energy", str(energy), "--field", "prompt", *more]
+
+
+def test_decode_continues_a_file(energy, tmp_path):
+    prompts = [{"prompt": tiny.text(1 + i % 4, i), "id": i} for i in range(70)]
+    prompts[7]["prompt"], prompts[66]["prompt"] = "", tiny.text(50, 0)
+    lines = [json.dumps(prompt) for prompt in prompts]
+    lines[3] = lines[3][:-1]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
+    result = run(*decode_arguments(energy, tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--num-samples", "2"))
+    assert result.exit_code == 1, result.output
+    assert "67 of 70 records continued" in result.stdout
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [record.get("id") for record in found] == [i if i != 3 else None for i in range(70)]
+    for i, problem in (
+        (3, "in.jsonl, line 4 is not JSON"),
+        (7, "in.jsonl, line 8: its text is empty"),
+        (66, "in.jsonl, line 67: its text has 50 tokens; with max_new_tokens = 20 it exceeds"),
+    ):
+        assert found[i]["daemon"]["error"].startswith(problem)
+        assert problem in result.stderr
+    good = found[69]["daemon"]
+    assert [len(text.split()) for text in good["texts"]] == [20, 20]
+    assert len(good["metrics"]) == 2
+    assert set(good["metrics"][0]) == {"sr_1", "tr_8", "ent"}
+    assert 1 <= good["ess"] <= 16
+
+
+def test_decode_killed_and_run_again_gives_the_same_bytes(energy, tmp_path):
+    source, whole, cut = tmp_path / "in.jsonl", tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    source.write_text("".join(json.dumps({"prompt": tiny.text(3, i)}) + "\n" for i in range(400)))
+    assert run(*decode_arguments(energy, source, whole)).exit_code == 0
+    arguments = [*COMMAND, *decode_arguments(energy, source, cut)]
+    process = subprocess.Popen(arguments, env=NO_HUB, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("cut.jsonl.parts/0*.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(tmp_path.glob("cut.jsonl.parts/0*.jsonl"))
+    assert not cut.exists()
+    subprocess.run(arguments, env=NO_HUB, check=True, capture_output=True)
+    assert cut.read_bytes() == whole.read_bytes()
+
+
 def test_metrics_of_words(tmp_path):
     (tmp_path / "a.txt").write_text("a b a b a\n" + "x " * 30 + "\n")
     result = run("metrics", tmp_path / "a.txt", "--ngrams", "2", "--windows", "2", "--json")
@@ -199,7 +245,7 @@ def test_broken_artefact(tmp_path):
 
 
 def test_nothing_to_continue(energy):
-    fails(run("generate", "--energy", energy), "nothing to continue: give --prompt or --input")
+    fails(run("generate", "--energy", energy), "Missing option '--prompt'")
 
 
 def test_infeasible_targets(model, texts, tmp_path):
