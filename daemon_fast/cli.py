@@ -87,7 +87,10 @@ def _quiet_transformers() -> None:
 @click.option("--output", type=click.Path(path_type=Path), default="energy.json")
 @model_options
 def fit(names: str, data: str, field: str, output: Path, work_dir: Path | None, **options: Any) -> None:
-    """Fit mu: make a model's expected metrics equal those of human text. Interrupted, it resumes."""
+    """Fit mu: make a model's expected metrics equal those of human text. Interrupted, it resumes.
+
+    Records of --data that can't be used are named and left out; the exit code is then 1.
+    """
     from daemon_fast.metrics import parse
     from daemon_fast.pipeline import fit_energy
 
@@ -105,6 +108,7 @@ def fit(names: str, data: str, field: str, output: Path, work_dir: Path | None, 
         f"{result.iterations} steps; effective sample size {result.ess_mean:.1f} of {result.num_candidates} on "
         f"average, {result.ess_min:.1f} at least; KL(p_mu || p_theta) {result.kl:.3f} nats; written to {output}"
     )
+    sys.exit(1 if fitted.problems else 0)  # a warning has named them
 
 
 def _candidates_of(artefact: Path) -> Path:
@@ -205,15 +209,18 @@ def metrics(file: str, field: str, tokenizer: str | None, ngrams: str, windows: 
 
     _quiet_transformers()
     sizes = _sizes(ngrams, "--ngrams"), _sizes(windows, "--windows")
-    names, table = repetition_of_texts(read_texts(file, field), *sizes, tokenizer)
+    texts = read_texts(file, field)
+    names, table = repetition_of_texts(texts, *sizes, tokenizer)
+    status = 1 if getattr(texts, "problems", ()) else 0  # a warning has named them
     if as_json:
         for row in table.tolist():
             click.echo(json.dumps(dict(zip(names, row, strict=True))))
-        return
+        sys.exit(status)
     click.echo(f"{len(table)} texts; means x100, standard error over texts")
     mean, error = 100 * table.double().mean(0), 100 * table.double().std(0) / len(table) ** 0.5
     for i, name in enumerate(names):
         click.echo(f"{name:>8} {mean[i]:8.3f}" + (f" ± {error[i]:.3f}" if len(table) > 1 else ""))
+    sys.exit(status)
 
 
 def _sizes(text: str, option: str) -> list[int]:

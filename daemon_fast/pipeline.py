@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from daemon_fast import metrics as metrics_module
 from daemon_fast import ops
-from daemon_fast.collect import batch_seed, collect
+from daemon_fast.collect import batch_seed, batches
 from daemon_fast.data import Pairs, read_texts, split
 from daemon_fast.decode import SIRDecoder
 from daemon_fast.energy import Base, Energy
@@ -21,12 +21,14 @@ from daemon_fast.errors import InvalidInput, LowEffectiveSampleSize
 from daemon_fast.fit import FitResult, Normalization, fit
 from daemon_fast.metrics import Metric
 from daemon_fast.models import load_tokenizer
+from daemon_fast.proposals import Proposal
 from daemon_fast.proposals.transformers import TransformersProposal
 from daemon_fast.records import Item, Record
 
 __all__ = ["Fitted", "decode_records", "fit_energy", "fit_to_pairs", "repetition_of_texts"]
 
 BATCH_TOKENS = 1 << 22
+SCORE_TEXTS = 64  # human texts that are scored between two looks at the clock
 
 
 class Fitted(NamedTuple):
@@ -34,6 +36,7 @@ class Fitted(NamedTuple):
     energy: Energy
     human: Tensor  # [N, K] metrics of the human continuations
     seconds: float  # spent on drawing candidates
+    problems: Sequence[str] = ()  # of texts that were left out
 
 
 def fit_energy(
@@ -75,14 +78,15 @@ def fit_energy(
     )
     num_targets = num_targets or num_prefixes
     pairs = split(texts, proposal.tokenizer, prefix_tokens, new_tokens, max(num_prefixes, num_targets), seed)
-    return fit_to_pairs(
+    fitted = fit_to_pairs(
         proposal, pairs[:num_prefixes], metrics, directory, seed, batch_size, base, targets=pairs[:num_targets],
         normalization=normalization, ridge=ridge, bootstrap=bootstrap, progress=True,
     )  # fmt: skip
+    return fitted._replace(problems=getattr(texts, "problems", ()))
 
 
 def fit_to_pairs(
-    proposal: TransformersProposal,
+    proposal: Proposal,
     pairs: Pairs,
     metrics: Sequence[Metric],
     directory: str | os.PathLike[str],
@@ -92,14 +96,26 @@ def fit_to_pairs(
     targets: Pairs | None = None,
     **options: Any,
 ) -> Fitted:
-    """Fit to human continuations: those of `pairs`, or `targets`, of which there can be more. `options` go to `fit`."""
+    """Fit to human continuations: those of `pairs`, or `targets`, of which there can be more. `options` go to `fit`.
+
+    Memory holds the metrics of all candidates, and the candidates themselves of one batch.
+    """
     targets = pairs if targets is None else targets
-    candidates, seconds = collect(proposal, pairs.prefixes, directory, seed, batch_size, "candidates to fit")
-    features = metrics_module.features(metrics, candidates)
-    human = metrics_module.features(metrics, proposal.score(targets.prefixes, targets.continuations))[:, 0]
-    base_log_w = None if base == "proposal" else candidates.log_p - candidates.log_q
-    result = fit(features, human, base_log_w, names=metrics_module.column_names(metrics), seed=seed, **options)
-    return Fitted(result, Energy.from_fit(result, metrics, proposal.settings, base, seed, len(targets)), human, seconds)
+    features, base_log_w, seconds = [], [], 0.0
+    for candidates, spent in batches(proposal, pairs.prefixes, directory, seed, batch_size, "candidates to fit"):
+        features.append(metrics_module.features(metrics, candidates))
+        base_log_w += [] if base == "proposal" else [candidates.log_p - candidates.log_q]
+        seconds += spent
+    human = []
+    for start in tqdm(range(0, len(targets), SCORE_TEXTS), desc="human texts", unit="batch"):
+        some = targets[start : start + SCORE_TEXTS]
+        human.append(metrics_module.features(metrics, proposal.score(some.prefixes, some.continuations))[:, 0])
+    result = fit(
+        torch.cat(features), torch.cat(human), torch.cat(base_log_w) if base_log_w else None,
+        names=metrics_module.column_names(metrics), seed=seed, **options,
+    )  # fmt: skip
+    energy = Energy.from_fit(result, metrics, proposal.settings, base, seed, len(targets))
+    return Fitted(result, energy, torch.cat(human), seconds)
 
 
 def decode_records(

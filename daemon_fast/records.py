@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from daemon_fast.errors import DataError, InvalidInput
 
-__all__ = ["Item", "Record", "Summary", "process", "read_records"]
+__all__ = ["Item", "Record", "Summary", "parse", "process", "read_records"]
 
 Record = dict[str, Any]
 RESULT = "daemon"  # the field that a record gets
@@ -36,6 +36,7 @@ class Item:
     where: str
     record: Record
     problem: str | None = None
+    offset: int = 0  # of its line in the file, in bytes
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,19 @@ def read_records(path: str | os.PathLike[str], field: str = "text") -> Iterator[
             for number, row in enumerate(_parquet_rows(source), 1):
                 yield _checked(row, field, f"{source.name}, row {number}")
             return
+        offset = 0
         with source.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield _parsed(line, field, source.suffix == ".jsonl", f"{source.name}, line {number}")
+                    item = parse(line, field, source.suffix == ".jsonl", f"{source.name}, line {number}")
+                    yield replace(item, offset=offset)
+                offset += len(line)
     except OSError as error:
         raise DataError(f"{source} can't be read: {error.strerror or error}") from error
 
 
-def _parsed(line: bytes, field: str, is_json: bool, where: str) -> Item:
+def parse(line: bytes, field: str, is_json: bool, where: str) -> Item:
+    """A line of a file as a record."""
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:

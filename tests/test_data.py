@@ -18,10 +18,10 @@ def write(path, content):
 
 
 def test_text_and_jsonl(tmp_path):
-    assert read_texts(write(tmp_path / "a.txt", "one\n\n two \nthree")) == ["one", " two ", "three"]
+    assert list(read_texts(write(tmp_path / "a.txt", "one\n\n two \nthree"))) == ["one", " two ", "three"]
     lines = "\n".join(json.dumps({"text": text, "body": text.upper()}) for text in ("a b", "", "ü"))
-    assert read_texts(write(tmp_path / "a.jsonl", lines)) == ["a b", "ü"]
-    assert read_texts(tmp_path / "a.jsonl", field="body") == ["A B", "Ü"]
+    assert list(read_texts(write(tmp_path / "a.jsonl", lines))) == ["a b", "ü"]
+    assert list(read_texts(tmp_path / "a.jsonl", field="body")) == ["A B", "Ü"]
 
 
 @pytest.mark.parametrize(
@@ -29,15 +29,30 @@ def test_text_and_jsonl(tmp_path):
     [
         ("a.txt", "", "a.txt holds no text"),
         ("a.txt", "\n  \n", "a.txt holds no text"),
-        ("a.txt", b"ok\n\xff\xfe", "not UTF-8 text: byte 3 is 0xff"),
-        ("a.jsonl", '{"text": "x"}\n{"text": 1}', r"line 2 has no string field 'text'"),
-        ("a.jsonl", '\n{"text": "x"}\n{"text"', "line 3 is not JSON"),
+        ("a.txt", b"\xff\xfe", "holds no text: a.txt, line 1 is not UTF-8: byte 0 is 0xff"),
         ("a.jsonl", "[1]", r"line 1 has no string field 'text'"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, message):
     with pytest.raises(DataError, match=message):
         read_texts(write(tmp_path / name, content))
+
+
+def test_bad_records_are_left_out_and_named(tmp_path):
+    lines = ['{"text": "x"}', "", '{"text"', '{"text": 1}', '{"text": " "}', '{"text": "ü", "n": 2}']
+    with pytest.warns(UserWarning, match=r"2 records of .*a.jsonl are left out: a.jsonl, line 3 is not JSON.*; a.jso"):
+        texts = read_texts(write(tmp_path / "a.jsonl", "\n".join(lines)))
+    assert list(texts) == ["x", "ü"]
+    assert (texts[-1], texts[:1]) == ("ü", ["x"])
+    assert texts.problems[1] == "a.jsonl, line 4 has no string field 'text'"
+
+
+def test_parquet(tmp_path):
+    pytest.importorskip("pyarrow")
+    from pyarrow import Table, parquet
+
+    parquet.write_table(Table.from_pylist([{"text": "a\nb"}, {"text": ""}, {"text": "ü"}]), tmp_path / "a.parquet")
+    assert list(read_texts(tmp_path / "a.parquet")) == ["a\nb", "ü"]
 
 
 def test_missing_files_are_named(tmp_path):
