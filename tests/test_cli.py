@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import tiny
@@ -104,8 +105,8 @@ def test_killed_and_run_again_gives_the_same_artefact(model, texts, tmp_path, en
 
 
 def test_fit_leaves_bad_records_out_and_says_so(model, texts, tmp_path, energy):
-    lines = open(texts).read().splitlines()
-    (tmp_path / "bad.jsonl").write_text("\n".join(lines[:3] + ["{"] + lines[3:] + ['{"text": 1}']))
+    lines = Path(texts).read_text().splitlines()
+    (tmp_path / "bad.jsonl").write_text("\n".join([*lines[:3], "{", *lines[3:], '{"text": 1}']))
     with pytest.warns(UserWarning, match=r"2 records of .* are left out: bad.jsonl, line 4 is not JSON"):
         result = run(*fit_arguments(model, tmp_path / "bad.jsonl", tmp_path / "e.json", "--ridge", "0.01"))
     assert result.exit_code == 1, result.output
