@@ -27,9 +27,9 @@ class Candidates:
     lengths : [R] int64
     token_log_p : [R, T] float32
         log p_theta of each token at temperature 1, in nats. An end-of-text token is included also where it doesn't
-        count towards the length; 0 behind the last token drawn.
+        count towards the length; 0 behind the last token drawn; NaN where the engine doesn't tell.
     token_log_q : [R, T] float32
-        The same under the proposal that drew them; NaN where its engine doesn't tell.
+        The same under the proposal that drew them.
     prefix_tokens : N lists of token ids
     detokenize : turns lists of token ids into texts
     excluded : [R] bool, or None for none
@@ -125,7 +125,7 @@ class Candidates:
     @staticmethod
     def from_rows(
         rows: Sequence[Sequence[int]],
-        log_p: Sequence[Sequence[float]],
+        log_p: Sequence[Sequence[float]] | None,
         log_q: Sequence[Sequence[float]] | None,
         lengths: Sequence[int],
         prefix_tokens: list[list[int]],
@@ -133,19 +133,19 @@ class Candidates:
     ) -> Candidates:
         """From R lists of what each candidate drew, an end-of-text token that doesn't count included.
 
-        log_q : None where the engine doesn't tell
+        log_p, log_q : None where the engine doesn't tell
         """
         width = max(map(len, rows))
 
         def padded(lists: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
             return torch.tensor([[*row, *[0] * (width - len(row))] for row in lists], dtype=dtype)
 
-        token_log_p = padded(log_p, torch.float32)
+        unknown = torch.full((len(rows), width), torch.nan)
         return Candidates(
             tokens=padded(rows, torch.int64),
             lengths=torch.tensor(lengths, dtype=torch.int64),
-            token_log_p=token_log_p,
-            token_log_q=torch.full_like(token_log_p, torch.nan) if log_q is None else padded(log_q, torch.float32),
+            token_log_p=unknown if log_p is None else padded(log_p, torch.float32),
+            token_log_q=unknown if log_q is None else padded(log_q, torch.float32),
             prefix_tokens=prefix_tokens,
             detokenize=detokenize,
         )

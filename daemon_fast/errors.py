@@ -7,6 +7,7 @@ __all__ = [
     "DaemonFastError",
     "DataError",
     "DeviceUnavailable",
+    "EngineError",
     "FitDidNotConverge",
     "InfeasibleTargets",
     "InvalidInput",
@@ -38,6 +39,10 @@ class ModelUnavailable(DaemonFastError, OSError):
 
 class DeviceUnavailable(DaemonFastError, RuntimeError):
     """A device was asked for that this machine, or this torch, doesn't have."""
+
+
+class EngineError(DaemonFastError, RuntimeError):
+    """An engine that draws candidates can't be reached, refuses the work, or answers what makes no sense."""
 
 
 class ArtefactError(DaemonFastError, ValueError):

@@ -172,7 +172,11 @@ class Information(Metric):
         """[R] float64: minus the log-probability of each continuation."""
         lengths = candidates.lengths
         counted = torch.arange(candidates.tokens.shape[1], device=lengths.device) < lengths[:, None]
-        return -(candidates.token_log_p.double() * counted).sum(-1)
+        nats = -(candidates.token_log_p.double() * counted).sum(-1)
+        # Engines that may not tell give CPU tensors; on CUDA a look would wait for the device.
+        if not nats.is_cuda and nats.isnan().any():
+            raise InvalidInput("metric ent needs log-probabilities at temperature 1, which the engine does not give")
+        return nats
 
 
 class Coherence(Metric):

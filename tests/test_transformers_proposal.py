@@ -9,7 +9,7 @@ import tiny
 import torch
 from scipy import stats
 
-from daemon_fast import Candidates, TransformersProposal
+from daemon_fast import Candidates, TransformersProposal, metrics
 from daemon_fast.errors import InvalidInput
 
 PREFIXES = [[5, 9, 30], [7], [3, 4, 5, 6, 7, 8, 9, 10, 11]]
@@ -90,7 +90,7 @@ def test_it_meets_the_contract():
     contract.bad_prefixes_are_named(p, tiny.CONTEXT, tiny.VOCABULARY)
 
 
-def test_log_q_unknown_is_an_error_where_it_is_needed():
+def test_log_probs_unknown_are_an_error_where_they_are_needed():
     c = proposal().propose(PREFIXES, 0)
     unknown = Candidates.from_rows(
         c.tokens.tolist(), c.token_log_p.tolist(), None, c.lengths.tolist(), c.prefix_tokens, c.detokenize
@@ -99,6 +99,9 @@ def test_log_q_unknown_is_an_error_where_it_is_needed():
     assert torch.equal(unknown.log_p, c.log_p)
     with pytest.raises(InvalidInput, match="gives no log-probabilities under the proposal"):
         _ = unknown.log_q
+    unknown = Candidates.from_rows(c.tokens.tolist(), None, None, c.lengths.tolist(), c.prefix_tokens, c.detokenize)
+    with pytest.raises(InvalidInput, match="ent needs log-probabilities at temperature 1"):
+        metrics.features(metrics.parse(["sr_2", "ent"]), unknown)
 
 
 @pytest.mark.parametrize("count_eos", [False, True])
