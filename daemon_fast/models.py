@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +19,7 @@ __all__ = [
     "DEFAULT_ENCODER",
     "DEFAULT_MODEL",
     "Encoder",
+    "dequantise",
     "load_encoder",
     "load_language_model",
     "load_tokenizer",
@@ -121,6 +125,48 @@ def load_tokenizer(reference: str = DEFAULT_MODEL) -> Any:
     where, options = _transformers_source(reference)
     with _named("tokenizer", reference):
         return AutoTokenizer.from_pretrained(where, **options)
+
+
+def dequantise(reference: str) -> str:
+    """A folder for engines that read no GGUF: of a GGUF file, its weights dequantised; anything else as it is.
+
+    Made once, in `$XDG_CACHE_HOME/daemon_fast` (default: ~/.cache/daemon_fast). Weights are float32, four bytes each:
+    dequantised values don't survive rounding to 16 bits, and log-probabilities would differ between engines.
+
+    Raises
+    ------
+    ModelUnavailable
+    """
+    where, options = _transformers_source(reference)
+    if not options:
+        return where
+    file = Path(where, options["gguf_file"]).resolve()
+    status = file.stat()
+    identity = f"{file}\0{status.st_size}\0{status.st_mtime_ns}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "daemon_fast"
+    folder = cache / f"{file.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    if folder.is_dir():
+        return str(folder)
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = load_language_model(reference, "cpu")
+    # A model that came from GGUF refuses to be saved.
+    del model.config.quantization_config
+    plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    with _named("model", reference):
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".") as temporary:
+            made = Path(temporary, "model")  # renamed when it is whole: who is killed leaves no half
+            plain.save_pretrained(made)
+            tokenizer.save_pretrained(made)
+            try:
+                made.rename(folder)
+            except OSError:  # another process was faster
+                if not folder.is_dir():
+                    raise
+    return str(folder)
 
 
 def _transformers_source(reference: str) -> tuple[str, dict[str, str]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from daemon_fast.candidates import Candidates
 from daemon_fast.errors import InvalidInput
 
-__all__ = ["Losing", "Prefix", "Proposal", "ProposalSettings", "tokenize", "vocabulary_fingerprint"]
+__all__ = ["Losing", "Prefix", "Proposal", "ProposalSettings", "eos_token_ids", "tokenize", "vocabulary_fingerprint"]
 
 Prefix = str | Sequence[int]
 # From candidates that are half drawn, and which of them still grow [R]: those that can't win any more [R].
@@ -135,6 +135,12 @@ def tokenize(
         if bad := [token for token in row if not 0 <= token < vocab_size]:
             raise InvalidInput(f"prefix {i} has token {bad[0]}, outside the vocabulary of {vocab_size}")
     return rows
+
+
+def eos_token_ids(configured: int | Sequence[int] | None, tokenizer: Any) -> list[int]:
+    """The tokens that end a text: those of the model's generation config, else the tokenizer's."""
+    ids = getattr(tokenizer, "eos_token_id", None) if configured is None else configured
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 def vocabulary_fingerprint(tokenizer: Any) -> str:

