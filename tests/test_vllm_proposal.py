@@ -176,6 +176,8 @@ def test_what_vllm_refuses_is_one_line(proposal, folder, tmp_path):
     with pytest.raises(EngineError, match="vLLM failed: ") as failure:
         proposal().score([[5]], [[tiny.VOCABULARY]])
     assert "\n" not in str(failure.value)
+    with pytest.raises(EngineError, match="vLLM failed: n must be at most"):
+        proposal(num_candidates=100_000).propose([[5]], 0)
     with pytest.raises(EngineError, match=r"vLLM can't start with model .*max_model_len") as failure:
         VLLMProposal.load(folder, engine={**ENGINE, "max_model_len": 1000})
     assert "\n" not in str(failure.value)

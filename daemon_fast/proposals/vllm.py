@@ -121,8 +121,6 @@ class VLLMProposal:
             No prefixes, an empty one, or one too long for the engine's context.
         EngineError
         """
-        from vllm import SamplingParams
-
         s, prefix_tokens = self.settings, self.tokenize(prefixes)
         knows_q = self._draws_from_the_model()
         barred = {*self._eos, self.tokenizer.eos_token_id} - {None} if knows_q and s.min_new_tokens else set()
@@ -142,8 +140,8 @@ class VLLMProposal:
             **({"logprob_token_ids": sorted(barred)} if barred else {"logprobs": 0}),
         }
         # Candidate j has its prefix's seed plus j: halved, the sum stays a signed 64-bit number.
-        params = [SamplingParams(seed=batch_seed(seed, i) >> 1, **sampling) for i in range(len(prefix_tokens))]
-        drawn = [c for request in self._generate(prefix_tokens, params) for c in request.outputs]
+        requests = [{"seed": batch_seed(seed, i) >> 1, **sampling} for i in range(len(prefix_tokens))]
+        drawn = [c for output in self._generate(prefix_tokens, requests) for c in output.outputs]
         rows = [list(c.token_ids) for c in drawn]
         log_p = [_of_tokens(c.logprobs, row) for c, row in zip(drawn, rows, strict=True)]
         log_q = [[*row] for row in log_p]
@@ -166,12 +164,9 @@ class VLLMProposal:
         ------
         EngineError
         """
-        from vllm import SamplingParams
-
         prefix_tokens, rows = ([list(map(int, row)) for row in given] for given in (prefixes, continuations))
         texts = [prefix + row for prefix, row in zip(prefix_tokens, rows, strict=True)]
-        params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-        scored = self._generate(texts, params)
+        scored = self._generate(texts, [{"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}] * len(texts))
         log_p = [_of_tokens(o.prompt_logprobs[-len(row) :], row) for o, row in zip(scored, rows, strict=True)]
         log_q = log_p if self._draws_from_the_model() and not self.settings.min_new_tokens else None
         return Candidates.from_rows(rows, log_p, log_q, list(map(len, rows)), prefix_tokens, self.detokenize)
@@ -181,8 +176,11 @@ class VLLMProposal:
         s = self.settings
         return (s.temperature, s.top_k, s.top_p, s.min_p) == (1, 0, 1, 0)
 
-    def _generate(self, rows: Sequence[Sequence[int]], params: Any) -> Any:
+    def _generate(self, rows: Sequence[Sequence[int]], sampling: Sequence[Mapping[str, Any]]) -> Any:
+        from vllm import SamplingParams
+
         try:
+            params = [SamplingParams(**one) for one in sampling]
             return self.llm.generate([{"prompt_token_ids": row} for row in rows], params, use_tqdm=False)
         except Exception as error:
             raise EngineError(f"vLLM failed: {_one_line(error)}") from error
