@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import sys
 import warnings
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import contract
 import pytest
@@ -15,7 +17,7 @@ import torch
 from test_transformers_proposal import teacher_forced
 from transformers import LlamaForCausalLM
 
-from daemon_fast import SIRDecoder, TransformersProposal, metrics
+from daemon_fast import SIRDecoder, TransformersProposal, metrics, models
 from daemon_fast.collect import collect
 from daemon_fast.data import read_texts, split
 from daemon_fast.errors import EngineError, InvalidInput, ModelUnavailable
@@ -200,6 +202,61 @@ def test_without_vllm_there_is_one_line(monkeypatch):
         VLLMProposal.load()
 
 
+@pytest.fixture
+def gguf(model, tmp_path, monkeypatch):
+    """A file that passes for a GGUF of the tiny model, the list of its loads, and the cache."""
+    file = tmp_path / "tiny.gguf"
+    file.write_bytes(b"GGUF")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    loads = []
+
+    def load(reference, device):
+        loads.append(reference)
+        loaded = copy.deepcopy(model)
+        loaded.config.quantization_config = {"quant_method": "gguf"}
+        return loaded, tiny.tokenizer()
+
+    monkeypatch.setattr(models, "load_language_model", load)
+    return str(file), loads, tmp_path / "cache" / "daemon_fast"
+
+
+def test_a_gguf_model_is_dequantised_once(gguf, model):
+    file, loads, cache = gguf
+    made = dequantise(file)
+    assert dequantise(file) == made
+    assert len(loads) == 1
+    again = LlamaForCausalLM.from_pretrained(made)
+    assert not hasattr(again.config, "quantization_config")
+    assert again.dtype == torch.float32
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), atol=0, rtol=0)
+    assert dequantise(made) == made
+    with open(file, "ab") as changed:
+        changed.write(b"!")
+    assert dequantise(file) != made
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_what_is_half_dequantised_is_not_there(gguf, monkeypatch):
+    file, loads, cache = gguf
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "save_pretrained", Mock(side_effect=OSError("disk full")))
+        with pytest.raises(ModelUnavailable, match="disk full"):
+            dequantise(file)
+    assert not list(cache.iterdir())
+    load = models.load_language_model
+
+    def slow_load(*arguments):
+        if len(loads) == 1:
+            loads.append(file)
+            dequantise(file)  # another process, which is faster
+        return load(*arguments)
+
+    monkeypatch.setattr(models, "load_language_model", slow_load)
+    assert os.path.isfile(os.path.join(dequantise(file), "model.safetensors"))
+    assert len(loads) == 4
+    assert len(list(cache.iterdir())) == 1
+
+
 SETTINGS = {"num_candidates": 10, "max_new_tokens": 24, "min_new_tokens": 24, "temperature": 0.97}
 
 
@@ -230,18 +287,10 @@ def fitted(smollm, pairs, tmp_path_factory):
 
 @needs_vllm
 @real_model
-def test_a_gguf_model_is_dequantised_once(smollm, tmp_path, monkeypatch):
+def test_settings_agree_between_engines(smollm):
     ours, theirs = smollm
-    made = dequantise(DEFAULT_MODEL)
-    assert ours.llm.model_config.model == made
+    assert ours.llm.model_config.model == dequantise(DEFAULT_MODEL)
     assert ours.settings == theirs.settings
-    monkeypatch.setattr("daemon_fast.models.load_language_model", None)
-    assert dequantise(DEFAULT_MODEL) == made
-    assert dequantise(str(tmp_path)) == str(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(TypeError):  # it would be made again
-        dequantise(DEFAULT_MODEL)
-    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 @needs_vllm
