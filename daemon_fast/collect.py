@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from daemon_fast.candidates import Candidates
-from daemon_fast.errors import InvalidInput
+from daemon_fast.errors import InvalidInput, writing
 from daemon_fast.proposals import Prefix, Proposal
 
 __all__ = ["batch_seed", "batches", "collect", "saved_batch_size"]
@@ -68,13 +68,16 @@ def batches(
     ------
     InvalidInput
         No prefixes; or the directory holds candidates of another run: other prefixes, settings, seed or batch size.
+    DataError
+        The directory can't be written, because the disk is full, say: the batches that are there are kept.
     """
     if len(prefixes) == 0:
         raise InvalidInput("there are no prefixes")
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
     groups = [prefixes[i : i + batch_size] for i in range(0, len(prefixes), batch_size)]
-    _check_manifest(folder / "manifest.json", _manifest(proposal, prefixes, seed, batch_size))
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_manifest(folder / "manifest.json", _manifest(proposal, prefixes, seed, batch_size))
     for i, batch in enumerate(tqdm(groups, desc=description, unit="batch")):
         path = folder / f"batch-{i:06d}.npz"
         if (saved := _load(path)) is None:
@@ -87,7 +90,8 @@ def batches(
                 "token_log_q": drawn.token_log_q.cpu().numpy(),
                 "seconds": np.array(time.perf_counter() - begin),
             }
-            _save(path, saved)
+            with writing(path, f"the batches in {folder} are kept"):
+                _save(path, saved)
         seconds = float(saved.pop("seconds"))
         tensors = {name: torch.from_numpy(array) for name, array in saved.items()}
         yield Candidates(**tensors, prefix_tokens=proposal.tokenize(batch), detokenize=proposal.detokenize), seconds

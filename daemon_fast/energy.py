@@ -17,7 +17,7 @@ from torch import Tensor
 
 from daemon_fast import metrics as metrics_module
 from daemon_fast.candidates import Candidates
-from daemon_fast.errors import ArtefactError, InvalidInput
+from daemon_fast.errors import ArtefactError, InvalidInput, writing
 from daemon_fast.fit import FitResult, Normalization
 from daemon_fast.metrics import Metric
 from daemon_fast.proposals import ProposalSettings
@@ -140,7 +140,13 @@ class Energy:
         return low, high
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the artefact; the file appears whole or not at all."""
+        """Write the artefact; the file appears whole or not at all.
+
+        Raises
+        ------
+        DataError
+            It can't be written.
+        """
         document = {
             "schema": SCHEMA,
             "library": f"daemon-fast {importlib.metadata.version('daemon-fast')}",
@@ -155,8 +161,9 @@ class Energy:
         }
         text = json.dumps(document, indent=2, allow_nan=False) + "\n"
         temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        with writing(f"artefact {os.fspath(path)}"):
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], custom: Iterable[Metric] = ()) -> Energy:

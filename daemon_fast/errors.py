@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 __all__ = [
     "ArtefactError",
     "DaemonFastError",
@@ -14,6 +19,7 @@ __all__ = [
     "LowEffectiveSampleSize",
     "ModelUnavailable",
     "UnknownMetric",
+    "writing",
 ]
 
 
@@ -59,3 +65,14 @@ class FitDidNotConverge(DaemonFastError, RuntimeError):
 
 class LowEffectiveSampleSize(UserWarning):
     """A few candidates carry nearly all the weight, so that the draw has little to choose from."""
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str], kept: str = "") -> Iterator[None]:
+    """Turns what the system says of a file that can't be written into a DataError; `kept` tells what is not lost."""
+    try:
+        yield
+    except OSError as error:
+        full = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        after = f"; {kept}, and the same command goes on from there" if kept else ""
+        raise DataError(f"{os.fspath(path)} can't be written: {full}{after}") from error

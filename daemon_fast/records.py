@@ -6,13 +6,11 @@ The last step joins them. So memory holds one chunk, and a run that is killed go
 
 from __future__ import annotations
 
-import errno
 import importlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from daemon_fast.errors import DataError, InvalidInput
+from daemon_fast.errors import DataError, InvalidInput, writing
 
 __all__ = ["Item", "Record", "Summary", "parse", "process", "read_records"]
 
@@ -151,8 +149,9 @@ def process(
     if target.exists():
         raise InvalidInput(f"output {target} is there already: choose another name, or delete it")
     folder = Path(f"{target}.parts")
+    output, kept = f"output {target}", f"what is done is kept in {folder}"
     run = {**settings, "field": field, "chunk_size": chunk_size, **_identity(Path(source))}
-    with _writing(target):
+    with writing(output, kept):
         folder.mkdir(parents=True, exist_ok=True)
         _check_same_run(folder / "run.json", run)
     found, errors, parts, records = read_records(source, field), [], [], 0
@@ -161,14 +160,14 @@ def process(
         part = folder / f"{number:08d}.jsonl"
         if not part.exists():
             lines = _lines(chunk, work([item for item in chunk if item.problem is None], number))
-            with _writing(target):
+            with writing(output, kept):
                 _write(part, lines.encode())
         errors += [record[RESULT]["error"] for record in _read_part(part) if "error" in record[RESULT]]
         records += len(chunk)
         parts.append(part)
     if not records:
         raise DataError(f"{source} holds no record")
-    with _writing(target):
+    with writing(output, kept):
         temporary = Path(f"{target}.tmp")
         (_join_parquet if target.suffix == ".parquet" else _join)(parts, temporary)
         temporary.replace(target)
@@ -182,7 +181,10 @@ def _lines(chunk: Sequence[Item], results: Sequence[Record]) -> str:
         raise InvalidInput(f"work returned {len(results)} results for {usable} records")
     remaining, lines = iter(results), []
     for item in chunk:
-        result = {"error": f"{item.where} {item.problem}"} if item.problem is not None else next(remaining)
+        if item.problem is not None:
+            result = {"error": f"{item.where} {item.problem}"}
+        elif "error" in (result := next(remaining)):
+            result = {"error": f"{item.where}: {result['error']}"}
         # A date of a Parquet file has no form in JSON but its text.
         lines.append(json.dumps({**item.record, RESULT: result}, ensure_ascii=False, default=str) + "\n")
     return "".join(lines)
@@ -210,18 +212,6 @@ def _check_same_run(path: Path, run: Record) -> None:
                 f"{path.parent} holds parts of another run ({name} is {found.get(name)!r} there, {run[name]!r} here): "
                 "choose another output, or delete them"
             )
-
-
-@contextmanager
-def _writing(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        full = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise DataError(
-            f"output {target} can't be written: {full}; what is done is kept in {target}.parts, and the same command "
-            "goes on from there"
-        ) from error
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
+import numpy as np
 import pytest
 import torch
 import toy
 
 from daemon_fast import ProposalSettings
 from daemon_fast.collect import batch_seed, collect
-from daemon_fast.errors import InvalidInput
+from daemon_fast.errors import DataError, InvalidInput
 
 PREFIXES = [[i] for i in range(10)]
 
@@ -50,6 +54,26 @@ def test_a_damaged_batch_is_drawn_again(tmp_path):
         again, _ = collect(proposal, PREFIXES, tmp_path, seed=1)
         assert proposal.calls == 1
         assert same(whole, again)
+
+
+def test_a_full_disk_keeps_the_batches_that_are_there(tmp_path, monkeypatch):
+    whole, _ = collect(toy.ToyProposal(5), PREFIXES, tmp_path / "whole", seed=1)
+    save, left = np.savez_compressed, [2]
+
+    def full(file, **arrays):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(file, **arrays)
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    with pytest.raises(DataError, match=r"batch-000002.npz can't be written: the disk is full; the batches in .* kept"):
+        collect(toy.ToyProposal(5), PREFIXES, tmp_path / "cut", seed=1)
+    left[0] = 100
+    rest = toy.ToyProposal(5)
+    resumed, _ = collect(rest, PREFIXES, tmp_path / "cut", seed=1)
+    assert rest.calls == 1
+    assert same(whole, resumed)
 
 
 @pytest.mark.parametrize(
