@@ -17,6 +17,7 @@ from daemon_fast.errors import DaemonFastError, InvalidInput
 
 if TYPE_CHECKING:
     from daemon_fast.decode import SIRDecoder
+    from daemon_fast.proposals.engines import Engine
 
 DEFAULT_METRICS = "sr_2,sr_3,sr_4,tr_8,tr_16,tr_32,coh,ent"
 
@@ -47,6 +48,15 @@ model_options = _shared(
         "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", help="Of weights."
     ),
 )
+engine_options = _shared(
+    click.option(
+        "--engine", "engine_name", default="transformers", metavar="NAME",
+        help="What draws: transformers, vllm, or the address of an OpenAI-compatible server, http://host:8000/v1.",
+    ),
+    click.option(
+        "--engine-args", metavar="JSON", help="""For vLLM, such as '{"tensor_parallel_size": 2}': see its LLM class.""",
+    ),
+)  # fmt: skip
 data_option = click.option("--field", default="text", help="Of each object of a .jsonl file.")
 
 
@@ -56,6 +66,18 @@ def main() -> None:
     """Decode language models so that expected metrics equal those of human text (DAEMON, arXiv 2310.01041)."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+
+
+def _engine(name: str, arguments: str | None, model: str, device: str | None, dtype: str) -> Engine:
+    from daemon_fast.proposals.engines import Engine
+
+    try:
+        parsed = json.loads(arguments or "{}")
+    except ValueError as error:
+        raise InvalidInput(f"--engine-args is not JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise InvalidInput(f"--engine-args = {arguments} must be a JSON object")
+    return Engine(name, model, device, dtype, parsed)
 
 
 def _quiet_transformers() -> None:
@@ -85,8 +107,12 @@ def _quiet_transformers() -> None:
 @click.option("--bootstrap", type=click.IntRange(0), default=0, help="Replicates for intervals of mu.")
 @click.option("--work-dir", type=click.Path(path_type=Path), help="For candidates.  [default: OUTPUT.candidates]")
 @click.option("--output", type=click.Path(path_type=Path), default="energy.json")
+@engine_options
 @model_options
-def fit(names: str, data: str, field: str, output: Path, work_dir: Path | None, **options: Any) -> None:
+def fit(
+    names: str, data: str, field: str, output: Path, work_dir: Path | None, engine_name: str, engine_args: str | None,
+    model: str, device: str | None, dtype: str, **options: Any,
+) -> None:  # fmt: skip
     """Fit mu: make a model's expected metrics equal those of human text. Interrupted, it resumes.
 
     Records of --data that can't be used are named and left out; the exit code is then 1.
@@ -96,8 +122,9 @@ def fit(names: str, data: str, field: str, output: Path, work_dir: Path | None, 
 
     _quiet_transformers()
     metrics = parse([name.strip() for name in names.split(",") if name.strip()], options.pop("encoder"))
+    engine = _engine(engine_name, engine_args, model, device, dtype)
     fitted = fit_energy(
-        metrics=metrics, data=data, field=field, directory=work_dir or _candidates_of(output), **options
+        metrics=metrics, engine=engine, data=data, field=field, directory=work_dir or _candidates_of(output), **options
     )
     result = fitted.result
     fitted.energy.save(output)
@@ -121,14 +148,14 @@ def _candidates_of(artefact: Path) -> Path:
 @click.option("--model", help="Instead of the one in the artefact.")
 @click.option("--num-samples", type=click.IntRange(1), default=1, help="Per prompt.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per prompt, with weights and metrics.")
+@engine_options
 @model_options
 def generate(
-    path: Path, prompts: tuple[str, ...], model: str | None, num_samples: int, as_json: bool, device: str | None,
-    seed: int, batch_size: int, dtype: str,
-) -> None:  # fmt: skip
+    path: Path, prompts: tuple[str, ...], num_samples: int, as_json: bool, seed: int, batch_size: int, **options: Any
+) -> None:
     """Continue prompts with a fitted artefact. For files of them, see decode."""
     _quiet_transformers()
-    decoder = _decoder(path, model, device, dtype, batch_size)
+    decoder = _decoder(path, batch_size, **options)
     decoded, energy = decoder(prompts, num_samples, seed, progress=len(prompts) > batch_size), decoder.energy
     for i, (prompt, chosen) in enumerate(zip(prompts, decoded.texts, strict=True)):
         if as_json:
@@ -145,19 +172,18 @@ def generate(
                 click.echo(f"{prompt}{text}\n")
 
 
-def _decoder(path: Path, model: str | None, device: str | None, dtype: str, batch_size: int) -> SIRDecoder:
-    import torch
-
+def _decoder(
+    path: Path, batch_size: int, engine_name: str, engine_args: str | None, model: str | None, device: str | None,
+    dtype: str,
+) -> SIRDecoder:  # fmt: skip
     from daemon_fast.decode import SIRDecoder
     from daemon_fast.energy import Energy
-    from daemon_fast.proposals.transformers import TransformersProposal
 
     energy = Energy.load(path)
     settings = energy.proposal.to_json()
-    reference = model or settings["model"]
-    settings.pop("model"), settings.pop("vocabulary")
-    proposal = TransformersProposal.load(reference, device, getattr(torch, dtype), **settings)
-    return SIRDecoder(energy, proposal, batch_size)
+    fitted_model, _ = settings.pop("model"), settings.pop("vocabulary")
+    engine = _engine(engine_name, engine_args, model or fitted_model, device, dtype)
+    return SIRDecoder(energy, engine.proposal(**settings), batch_size)
 
 
 @main.command()
@@ -167,11 +193,11 @@ def _decoder(path: Path, model: str | None, device: str | None, dtype: str, batc
 @click.option("--field", default="text", help="Of each record: what to continue.")
 @click.option("--model", help="Instead of the one in the artefact.")
 @click.option("--num-samples", type=click.IntRange(1), default=1, help="Per record.")
+@engine_options
 @model_options
 def decode(
-    source: str, output: Path, path: Path, field: str, model: str | None, num_samples: int, device: str | None,
-    seed: int, batch_size: int, dtype: str,
-) -> None:  # fmt: skip
+    source: str, output: Path, path: Path, field: str, num_samples: int, seed: int, batch_size: int, **options: Any
+) -> None:
     """Continue the text of each record of INPUT (.jsonl, .parquet, or one text a line), to OUTPUT (.jsonl or .parquet).
 
     Each record gets a field "daemon": texts, metrics, ess, log_z; or error, if it can't be used: then the exit code
@@ -181,9 +207,10 @@ def decode(
     from daemon_fast.records import process
 
     _quiet_transformers()
-    decoder = _decoder(path, model, device, dtype, batch_size)
+    decoder = _decoder(path, batch_size, **options)
     energy = json.loads(path.read_text(encoding="utf-8"))
-    used = {"energy": energy, "model": model, "dtype": dtype, "num_samples": num_samples, "seed": seed}
+    used = {"energy": energy, "num_samples": num_samples, "seed": seed}
+    used |= {name: options[name] for name in ("model", "dtype", "engine_name", "engine_args")}
     work = decode_records(decoder, field, num_samples, seed)
     chunk_size = -(-64 // batch_size) * batch_size  # whole batches
     summary = process(source, output, work, used | {"batch_size": batch_size}, field, chunk_size, "decode")

@@ -22,7 +22,7 @@ from daemon_fast.fit import FitResult, Normalization, fit
 from daemon_fast.metrics import Metric
 from daemon_fast.models import load_tokenizer
 from daemon_fast.proposals import Proposal
-from daemon_fast.proposals.transformers import TransformersProposal
+from daemon_fast.proposals.engines import Engine
 from daemon_fast.records import Item, Record
 
 __all__ = ["Fitted", "decode_records", "fit_energy", "fit_to_pairs", "repetition_of_texts"]
@@ -42,7 +42,7 @@ class Fitted(NamedTuple):
 def fit_energy(
     *,
     metrics: Sequence[Metric],
-    model: str,
+    engine: Engine,
     data: str,
     field: str,
     directory: str | os.PathLike[str],
@@ -58,17 +58,12 @@ def fit_energy(
     base: Base,
     ridge: float,
     bootstrap: int,
-    device: str | None,
-    dtype: str,
     seed: int,
     batch_size: int,
 ) -> Fitted:
     """`daemon-fast fit`: candidates for prefixes of human text (saved in `directory`), features, fit."""
     texts = read_texts(data, field)
-    proposal = TransformersProposal.load(
-        model,
-        device,
-        getattr(torch, dtype),
+    proposal = engine.proposal(
         num_candidates=num_candidates,
         max_new_tokens=new_tokens,
         min_new_tokens=new_tokens,
@@ -132,7 +127,7 @@ def decode_records(
                 prefixes += decoder.proposal.tokenize([item.record[field]])
                 good.append(result)
             except InvalidInput as error:
-                result["error"] = f"{item.where}: {str(error).replace('prefix 0', 'its text', 1)}"
+                result["error"] = str(error).replace("prefix 0", "its text", 1)
             results.append(result)
         if not prefixes:
             return results

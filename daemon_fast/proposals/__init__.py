@@ -75,9 +75,16 @@ class ProposalSettings:
 
 
 class Proposal(Protocol):
-    """Draws candidates."""
+    """Draws candidates.
+
+    Attributes
+    ----------
+    settings : how
+    tokenizer : of Transformers; or None if prefixes are token ids, and there are no texts
+    """
 
     settings: ProposalSettings
+    tokenizer: Any
 
     def propose(self, prefixes: Sequence[Prefix], seed: int) -> Candidates:
         """M candidates of each prefix; the same seed gives the same ones again.
