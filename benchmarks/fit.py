@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from daemon_fast import ops, repetition, solvers
+from daemon_fast.samples import Block, InMemory
 
 NAMES = ("sr_2", "sr_3", "sr_4", "tr_8", "tr_16", "tr_32", "div", "coh", "ent")
 N, M, T = 40_000, 25, 64
@@ -86,7 +87,7 @@ def problem() -> solvers.Problem:
     """Its targets are the means of a known tilt, so that a solution exists; coh moves by about 0.8 deviations."""
     values = features()
     truth = torch.tensor([-0.1, 0.1, -0.1, 0.2, -0.2, -0.1, 0.1, -0.8, 0.2], dtype=torch.float64)
-    start = solvers.Problem.standardised(values, torch.zeros_like(truth), None, True, NAMES, 0.0)
+    start = solvers.Problem.standardised(InMemory(Block(values)), torch.zeros_like(truth), True, NAMES, 0.0)
     return replace(start, targets=start.tilted(truth).mean)
 
 

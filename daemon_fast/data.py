@@ -123,6 +123,7 @@ def split(
     continuation_tokens: int = 64,
     limit: int | None = None,
     seed: int = 0,
+    at_least: int = 1,
 ) -> Pairs:
     """Prefixes of the first `prefix_tokens` tokens of each text, and the `continuation_tokens` that follow.
 
@@ -133,11 +134,12 @@ def split(
     texts : human texts
     tokenizer : a Transformers tokenizer
     limit : number of pairs to stop at; default: as many as there are
+    at_least : number of pairs that there must be, if no limit is given
 
     Raises
     ------
     DataError
-        No text is long enough, or fewer than `limit` are.
+        Fewer texts are long enough.
     """
     needed, longest = prefix_tokens + continuation_tokens, 0
     pairs = Pairs([], [])
@@ -149,10 +151,10 @@ def split(
             pairs.continuations.append(ids[prefix_tokens:needed])
         if len(pairs) == limit:
             return pairs
-    if len(pairs) < (limit or 1):
+    if len(pairs) < (limit or at_least):
         raise DataError(
             f"no usable prefixes: {len(pairs)} of {len(texts)} texts have the {needed} tokens "
-            f"({prefix_tokens} of prefix and {continuation_tokens} of continuation) that {limit or 1} pairs need; "
-            f"the longest has {longest}"
+            f"({prefix_tokens} of prefix and {continuation_tokens} of continuation) that {limit or at_least} pairs "
+            f"need; the longest has {longest}"
         )
     return pairs
