@@ -260,6 +260,17 @@ def test_models_are_checked(serve, propose, folder):
         assert propose(two, model="b").model == "b"
 
 
+def test_another_vocabulary_is_an_error(tiny_server, folder):
+    def other(path, body):
+        status, reply = tiny_server(path, body)
+        for choice in reply.get("choices", []):
+            choice["text"] = choice["text"].replace("w", "v")
+        return status, reply
+
+    with FaultProxy(other) as server, pytest.raises(EngineError, match=r"is not the model that the server serves$"):
+        ServerProposal(server.url, folder, **contract.SETTINGS).propose(contract.PREFIXES, 0)
+
+
 def test_permanent_errors_come_at_once(serve, propose):
     server = serve()
     p = propose(server)

@@ -46,6 +46,7 @@ class _Drawn:
     tokens: list[int]
     log_p: list[float] | None
     length: int
+    text: str
     from_text: bool
 
 
@@ -174,8 +175,8 @@ class ServerProposal:
         InvalidInput
             No prefixes, an empty one, or one too long for the model's context.
         EngineError
-            The server can't be reached any more, refuses the request, gives no log-probabilities, or does not keep to
-            `min_new_tokens`.
+            The server can't be reached any more, refuses the request, gives no log-probabilities, does not keep to
+            `min_new_tokens`, or has another vocabulary.
         """
         prefix_tokens = self.tokenize(prefixes)
         seed %= 2**64
@@ -193,6 +194,7 @@ class ServerProposal:
             return drawn
 
         rows = [row for drawn in self._map(draw, len(prefix_tokens)) for row in drawn]
+        self._check_vocabulary(rows[: self.settings.num_candidates])
         if not self._knows_extensions:
             self._warn(
                 f"{self.base_url} accepts only the fields that OpenAI defines: where it truncates or penalises by "
@@ -327,7 +329,25 @@ class ServerProposal:
             tokens, ends = [*tokens, self.tokenizer.eos_token_id], True
         if known is not None and len(known) != len(tokens):
             known = None
-        return _Drawn(tokens, known, len(tokens) - (ends and not self.settings.count_eos), from_text)
+        return _Drawn(tokens, known, len(tokens) - (ends and not self.settings.count_eos), text, from_text)
+
+    def _check_vocabulary(self, rows: list[_Drawn]) -> None:
+        """A server tells nothing of its vocabulary; but tokens that read otherwise there than here are of another one.
+
+        Raises
+        ------
+        EngineError
+        """
+        given = [row for row in rows if not row.from_text and _letters(row.text)]
+        here = self.detokenize([row.tokens for row in given]) if given else []
+        other = [(row, text) for row, text in zip(given, here, strict=True) if _letters(row.text) != _letters(text)]
+        # Half a character at the end, say, reads otherwise, too; but not in most texts.
+        if 2 * len(other) > len(given):
+            (row, text), name = other[0], self.settings.model
+            raise EngineError(
+                f"{self.base_url} reads the tokens {row.tokens[:4]} ... as {row.text[:40]!r}, the tokenizer of {name} "
+                f"as {text[:40]!r}: {name} is not the model that the server serves"
+            )
 
     def _attempt(self, ask: Callable[[], Any], field: str, stop: threading.Event) -> list[dict[str, Any]]:
         """The list that a reply has under `field`; a fault that may pass is met by asking again.
@@ -407,6 +427,11 @@ class ServerProposal:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=3)
+
+
+def _letters(text: str) -> str:
+    """Without white space, which some tokenizers drop at the beginning of a text."""
+    return "".join(text.split())
 
 
 def _log_probs(choice: dict[str, Any]) -> list[float] | None:
