@@ -67,7 +67,8 @@ class VLLMProposal:
         ----------
         reference : a GGUF file, which the embedded model is too, is dequantised once, see `models.dequantise`
         dtype : of the weights
-        engine : arguments of `vllm.LLM`, such as tensor_parallel_size, gpu_memory_utilization or max_model_len
+        engine : arguments of `vllm.LLM`, such as tensor_parallel_size, gpu_memory_utilization or max_model_len;
+            within one process vLLM refuses data_parallel_size > 1
 
         Raises
         ------
