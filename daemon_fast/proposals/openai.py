@@ -223,10 +223,22 @@ class ServerProposal:
         -------
         Candidates
             Log-probabilities are NaN, with a warning, if the server gives none of a prompt (llama.cpp and TGI).
+
+        Raises
+        ------
+        InvalidInput
+            A text fills the model's context: vLLM wants room for one more token, though it draws none.
+        EngineError
         """
         prefix_tokens = [list(map(int, prefix)) for prefix in prefixes]
         rows = [list(map(int, continuation)) for continuation in continuations]
         texts = [p + row for p, row in zip(prefix_tokens, rows, strict=True)]
+        for i, text in enumerate(texts):
+            if self._context is not None and len(text) >= self._context:
+                raise InvalidInput(
+                    f"text {i} has {len(text)} tokens, prefix included: the server scores fewer than its context of "
+                    f"{self._context}"
+                )
 
         def prompt_log_p(i: int, stop: threading.Event) -> list[float] | str:
             body = {"prompt": texts[i], "max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 1.0}
