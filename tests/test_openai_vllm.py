@@ -158,5 +158,7 @@ def test_truncation_is_the_servers(propose, reference):
 
 def test_a_text_may_fill_the_context_but_for_one_token(propose):
     assert propose().score([[5] * 60], [[6] * 3]).token_log_p.isfinite().all()
-    with pytest.raises(InvalidInput, match="text 0 has 64 tokens, .* fewer than its context of 64"):
+    with pytest.raises(
+        InvalidInput, match="text 0 has 64 tokens, prefix included: the server scores fewer than its context of 64"
+    ):
         propose().score([[5] * 60], [[6] * 4])
