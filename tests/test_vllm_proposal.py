@@ -167,6 +167,14 @@ def test_candidates_are_independent(proposal):
 
 
 @needs_vllm
+def test_more_prompts_than_a_step_takes_in(proposal, llm):
+    prefixes, step = [[5 + i % 50] * 33 for i in range(16)], llm.llm_engine.vllm_config.scheduler_config
+    assert step.max_num_batched_tokens < 16 * 33 * 16
+    c = proposal(num_candidates=16, max_new_tokens=2).propose(prefixes, seed=0)
+    assert c.shape == (16, 16)
+
+
+@needs_vllm
 def test_strings_and_their_token_ids_are_the_same_prefix(proposal):
     by_text, by_ids = (proposal().propose([prefix], 0) for prefix in ("w3 w7 w28", [5, 9, 30]))
     assert torch.equal(by_text.tokens, by_ids.tokens)

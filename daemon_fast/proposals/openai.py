@@ -81,6 +81,9 @@ class ServerProposal:
     started with --logprobs-mode processed_logprobs or the like) and llama.cpp give; SGLang only if the environment
     variable SGLANG_RETURN_ORIGINAL_LOGPROB is set, or at temperature 1.
 
+    vLLM on a CPU must be started with --no-enable-chunked-prefill: version 0.32 dies of a request with a seed whose
+    prompt it takes in parts.
+
     `token_log_q` is known only where the proposal is the model itself: temperature 1, nothing truncated, and
     min_new_tokens = 0.
 

