@@ -1,5 +1,6 @@
 """Language model decoding as direct metrics optimization (DAEMON), with fused C++/CUDA kernels."""
 
+from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,9 @@ from daemon_fast.rewards import RepetitionReward
 
 if TYPE_CHECKING:
     from daemon_fast.generation import generate
+    from daemon_fast.proposals.openai import ServerProposal
     from daemon_fast.proposals.transformers import TransformersProposal
+    from daemon_fast.proposals.vllm import VLLMProposal
 
 __version__ = version("daemon-fast")
 
@@ -28,7 +31,9 @@ __all__ = [
     "ProposalSettings",
     "RepetitionReward",
     "SIRDecoder",
+    "ServerProposal",
     "TransformersProposal",
+    "VLLMProposal",
     "__version__",
     "build_info",
     "errors",
@@ -44,14 +49,16 @@ __all__ = [
 ]
 
 
+# Transformers takes longer to import than torch, and whoever only counts n-grams doesn't need it.
+_LATER = {
+    "ServerProposal": "daemon_fast.proposals.openai",
+    "TransformersProposal": "daemon_fast.proposals.transformers",
+    "VLLMProposal": "daemon_fast.proposals.vllm",
+    "generate": "daemon_fast.generation",
+}
+
+
 def __getattr__(name: str) -> Any:
-    # Transformers takes longer to import than torch, and whoever only counts n-grams doesn't need it.
-    if name == "TransformersProposal":
-        from daemon_fast.proposals.transformers import TransformersProposal
-
-        return TransformersProposal
-    if name == "generate":
-        from daemon_fast.generation import generate
-
-        return generate
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
