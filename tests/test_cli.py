@@ -24,10 +24,7 @@ NO_HUB = {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny.model().save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return str(folder)
+    return tiny.saved(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -35,10 +35,7 @@ def workers():
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny.model().save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return Engine(model=str(folder))
+    return Engine(model=tiny.saved(tmp_path_factory.mktemp("model")))
 
 
 def pid_metric():

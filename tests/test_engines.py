@@ -16,10 +16,7 @@ from daemon_fast.proposals.engines import Engine
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    tiny.model().save_pretrained(path)
-    tiny.tokenizer().save_pretrained(path)
-    return str(path)
+    return tiny.saved(tmp_path_factory.mktemp("model"))
 
 
 def test_settings_are_known_before_the_model_is_loaded(folder):

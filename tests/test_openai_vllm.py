@@ -15,7 +15,6 @@ import pytest
 import tiny
 import torch
 from fault_proxy import FaultProxy, forward
-from transformers import LlamaForCausalLM
 
 from daemon_fast import TransformersProposal
 from daemon_fast.errors import InvalidInput
@@ -32,18 +31,12 @@ START = 240  # seconds that the server may take to come up
 
 @pytest.fixture(scope="module")
 def model():
-    config = tiny.model("llama").config
-    config.head_dim = 32  # the least that vLLM's attention on CPUs can do
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config).eval()
+    return tiny.model("llama, heads of 32")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, model):
-    path = tmp_path_factory.mktemp("model")
-    model.save_pretrained(path)
-    tiny.tokenizer().save_pretrained(path)
-    return str(path)
+def folder(tmp_path_factory):
+    return tiny.saved(tmp_path_factory.mktemp("model"), "llama, heads of 32")
 
 
 @pytest.fixture(scope="module")

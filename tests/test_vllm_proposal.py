@@ -35,18 +35,12 @@ real_model = pytest.mark.real_model
 
 @pytest.fixture(scope="module")
 def model():
-    config = tiny.model().config
-    config.head_dim = 32  # vLLM's attention on the CPU knows no smaller one
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config).eval()
+    return tiny.model("llama, heads of 32")
 
 
 @pytest.fixture(scope="module")
-def folder(model, tmp_path_factory):
-    path = tmp_path_factory.mktemp("tiny")
-    model.save_pretrained(path)
-    tiny.tokenizer().save_pretrained(path)
-    return str(path)
+def folder(tmp_path_factory):
+    return tiny.saved(tmp_path_factory.mktemp("tiny"), "llama, heads of 32")
 
 
 @pytest.fixture(scope="module")

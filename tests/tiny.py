@@ -43,6 +43,7 @@ FAMILIES = {
         )
     ),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**_ROPE)),
+    "llama, heads of 32": lambda: LlamaForCausalLM(LlamaConfig(**_ROPE, head_dim=32)),  # vLLM's least on a CPU
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_ROPE)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_ROPE, head_dim=8)),
     "smollm3": lambda: SmolLM3ForCausalLM(SmolLM3Config(**{**_ROPE, "num_hidden_layers": 4})),
@@ -60,6 +61,13 @@ def tokenizer(words: int = WORDS) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>", pad_token="<eos>")
+
+
+def saved(path, family: str = "llama") -> str:
+    """A folder with a model and the tokenizer."""
+    model(family).save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return str(path)
 
 
 def text(length: int, seed: int) -> str:
