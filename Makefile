@@ -46,6 +46,7 @@ bench: build
 	$(BIN)/python benchmarks/fit.py --save
 	$(BIN)/python benchmarks/kernels.py --save
 	$(BIN)/python benchmarks/latency.py --save
+	$(BIN)/python benchmarks/scaling.py --save
 
 build: $(VENV)/built
 
