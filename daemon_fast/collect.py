@@ -8,7 +8,8 @@ import os
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ import torch
 from tqdm import tqdm
 
 from daemon_fast.candidates import Candidates
+from daemon_fast.data import Pairs
 from daemon_fast.errors import InvalidInput, writing
 from daemon_fast.proposals import Prefix, Proposal
 
-__all__ = ["batch_seed", "batches", "collect", "saved_batch_size"]
+__all__ = ["batch_seed", "batches", "collect", "human_folder", "saved_batch_size", "scores"]
+
+SCORE_TEXTS = 64  # human texts of a batch
 
 
 def batch_seed(seed: int, batch: int) -> int:
@@ -73,16 +77,46 @@ def batches(
     """
     if len(prefixes) == 0:
         raise InvalidInput("there are no prefixes")
-    folder = Path(directory)
     groups = [prefixes[i : i + batch_size] for i in range(0, len(prefixes), batch_size)]
+    work = [(some, partial(proposal.propose, some, batch_seed(seed, i))) for i, some in enumerate(groups)]
+    manifest = _manifest(proposal, prefixes, seed=seed, batch_size=batch_size)
+    yield from _kept(proposal, Path(directory), manifest, work, description)
+
+
+def scores(
+    proposal: Proposal, pairs: Pairs, directory: str | os.PathLike[str], description: str = "human texts"
+) -> Iterator[Candidates]:
+    """What `proposal.score` makes of given continuations, batch by batch, kept in `directory` as `batches` are."""
+    if len(pairs) == 0:
+        raise InvalidInput("there are no continuations")
+    groups = [pairs[i : i + SCORE_TEXTS] for i in range(0, len(pairs), SCORE_TEXTS)]
+    work = [(some.prefixes, partial(proposal.score, some.prefixes, some.continuations)) for some in groups]
+    manifest = _manifest(proposal, pairs.prefixes, continuations=_digest(pairs.continuations), batch_size=SCORE_TEXTS)
+    for scored, _ in _kept(proposal, Path(directory), manifest, work, description):
+        yield scored
+
+
+def human_folder(directory: str | os.PathLike[str]) -> Path:
+    """Where a fit that keeps its candidates in `directory` keeps the human texts that it scored."""
+    return Path(directory, "human")
+
+
+def _kept(
+    proposal: Proposal,
+    folder: Path,
+    manifest: dict[str, Any],
+    work: Sequence[tuple[Sequence[Prefix], Callable[[], Candidates]]],
+    description: str,
+) -> Iterator[tuple[Candidates, float]]:
+    """Batches of prefixes and what makes their candidates: read where `folder` holds them, made and saved otherwise."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        _check_manifest(folder / "manifest.json", _manifest(proposal, prefixes, seed, batch_size))
-    for i, batch in enumerate(tqdm(groups, desc=description, unit="batch")):
+        _check_manifest(folder / "manifest.json", manifest)
+    for i, (prefixes, make) in enumerate(tqdm(work, desc=description, unit="batch")):
         path = folder / f"batch-{i:06d}.npz"
         if (saved := _load(path)) is None:
             begin = time.perf_counter()
-            drawn = proposal.propose(batch, batch_seed(seed, i))
+            drawn = make()
             saved = {
                 "tokens": drawn.tokens.cpu().numpy(),
                 "lengths": drawn.lengths.cpu().numpy(),
@@ -94,7 +128,7 @@ def batches(
                 _save(path, saved)
         seconds = float(saved.pop("seconds"))
         tensors = {name: torch.from_numpy(array) for name, array in saved.items()}
-        yield Candidates(**tensors, prefix_tokens=proposal.tokenize(batch), detokenize=proposal.detokenize), seconds
+        yield Candidates(**tensors, prefix_tokens=proposal.tokenize(prefixes), detokenize=proposal.detokenize), seconds
 
 
 def saved_batch_size(directory: str | os.PathLike[str]) -> int | None:
@@ -104,15 +138,13 @@ def saved_batch_size(directory: str | os.PathLike[str]) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _manifest(proposal: Proposal, prefixes: Sequence[Prefix], seed: int, batch_size: int) -> dict[str, Any]:
-    listed = json.dumps([prefix if isinstance(prefix, str) else list(map(int, prefix)) for prefix in prefixes])
-    return {
-        **proposal.settings.to_json(),
-        "seed": seed,
-        "batch_size": batch_size,
-        "num_prefixes": len(prefixes),
-        "prefixes": hashlib.sha256(listed.encode()).hexdigest(),
-    }
+def _manifest(proposal: Proposal, prefixes: Sequence[Prefix], **more: Any) -> dict[str, Any]:
+    listed = [prefix if isinstance(prefix, str) else list(map(int, prefix)) for prefix in prefixes]
+    return {**proposal.settings.to_json(), **more, "num_prefixes": len(prefixes), "prefixes": _digest(listed)}
+
+
+def _digest(what: Any) -> str:
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from daemon_fast import baselines, ops, studies
 from daemon_fast import metrics as metrics_module
 from daemon_fast.candidates import Candidates
-from daemon_fast.collect import batch_seed, collect, saved_batch_size
+from daemon_fast.collect import batch_seed, collect, human_folder, saved_batch_size, scores
 from daemon_fast.data import Pairs, read_texts, split
 from daemon_fast.energy import Energy
 from daemon_fast.errors import DaemonFastError, DataError, InvalidInput
@@ -44,7 +44,7 @@ STUDIES = (
 )  # fmt: skip
 TEMPERATURES = (0.8, 0.85, 0.9, 0.95, 1.0)
 POOL_SIZES = (5, 10, 25, 50, 100, 200, 1000)
-BASELINE_BATCH = 25
+BASELINE_BATCH = 100  # prefixes that `generate` gets at once: a CPU draws faster in large batches
 DRAWS = 5  # of MAUVE's clustering, and of the methods that it is cheap to draw again
 
 
@@ -258,7 +258,7 @@ class _Run:
             held_out, *_ = self._collected(f"{name}-held-out", proposal, held_out_pairs, held_out_pairs)
             if self.domain.energy.base == "proposal":  # which is another one here
                 scored, _ = self._scored(f"{name}-human", held_out_pairs, proposal)
-                held_out = replace(held_out, human_log_base=scored["log_q"])
+                held_out = replace(held_out, human_log_base=scored.log_q[:, 0])
             collected[tau] = to_fit, held_out
         return studies.temperatures(collected, self.domain.energy.mu)
 
@@ -276,14 +276,14 @@ class _Run:
         features = self._features(name, candidates)
         scored, of_human = self._scored("human-" + _digest(human.prefixes, human.continuations), human)
         energy, names = self.domain.energy, self.domain.energy.names
-        log_base = scored["log_q"] if energy.base == "proposal" else scored["log_p"]
+        log_p = scored.log_p[:, 0]
         return (
             Collected(
                 names=names,
                 human=of_human[:, self.fitted],
-                human_tokens=scored["lengths"],
-                human_log_p=scored["log_p"],
-                human_log_base=log_base,
+                human_tokens=scored.lengths,
+                human_log_p=log_p,
+                human_log_base=scored.log_q[:, 0] if energy.base == "proposal" else log_p,
                 features=features[:, :, self.fitted],
                 log_p=candidates.log_p,
                 log_q=candidates.log_q,
@@ -305,21 +305,14 @@ class _Run:
 
     def _scored(
         self, name: str, pairs: Pairs, proposal: TransformersProposal | None = None
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Log-probabilities and lengths, each [N], and [N, K'] metrics, of given continuations."""
-
-        def make() -> dict[str, Any]:
-            scored = (proposal or self.proposal).score(pairs.prefixes, pairs.continuations)
-            return {
-                "log_p": scored.log_p[:, 0].numpy(),
-                "log_q": scored.log_q[:, 0].numpy(),
-                "lengths": scored.lengths.numpy(),
-                "features": metrics_module.features(self.metrics, scored)[:, 0].cpu().numpy(),
-            }
-
-        key = _digest(pairs.prefixes, pairs.continuations, [metric.spec for metric in self.metrics])
-        made = {k: torch.from_numpy(v) for k, v in self._saved(name, key, make).items()}
-        return made, made["features"]
+    ) -> tuple[Candidates, Tensor]:
+        """Given continuations with their log-probabilities (M = 1), and their metrics [N, K']."""
+        folder = self.folder / name
+        if pairs is self.target_pairs and self.domain.candidates is not None:
+            folder = human_folder(self.domain.candidates)
+        description = f"{self.domain.name}: {name}"
+        scored = Candidates.concatenate(list(scores(proposal or self.proposal, pairs, folder, description)))
+        return scored, self._features(name, scored)[:, 0]
 
     def _saved(self, name: str, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Arrays from a file, if it is whole and was made from the same things; made and written otherwise."""

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from daemon_fast import metrics as metrics_module
 from daemon_fast import ops
-from daemon_fast.collect import batch_seed, batches
+from daemon_fast.collect import batch_seed, batches, human_folder, scores
 from daemon_fast.data import Pairs, read_texts, split
 from daemon_fast.decode import SIRDecoder
 from daemon_fast.energy import Base, Energy
@@ -28,7 +28,6 @@ from daemon_fast.records import Item, Record
 __all__ = ["Fitted", "decode_records", "fit_energy", "fit_to_pairs", "repetition_of_texts"]
 
 BATCH_TOKENS = 1 << 22
-SCORE_TEXTS = 64  # human texts that are scored between two looks at the clock
 
 
 class Fitted(NamedTuple):
@@ -101,10 +100,9 @@ def fit_to_pairs(
         features.append(metrics_module.features(metrics, candidates))
         base_log_w += [] if base == "proposal" else [candidates.log_p - candidates.log_q]
         seconds += spent
-    human = []
-    for start in tqdm(range(0, len(targets), SCORE_TEXTS), desc="human texts", unit="batch"):
-        some = targets[start : start + SCORE_TEXTS]
-        human.append(metrics_module.features(metrics, proposal.score(some.prefixes, some.continuations))[:, 0])
+    human = [
+        metrics_module.features(metrics, scored)[:, 0] for scored in scores(proposal, targets, human_folder(directory))
+    ]
     result = fit(
         torch.cat(features), torch.cat(human), torch.cat(base_log_w) if base_log_w else None,
         names=metrics_module.column_names(metrics), seed=seed, **options,

@@ -291,6 +291,9 @@ def test_evaluate_writes_a_report(energy, model, texts, tmp_path):
     (found,) = report["domains"].values()
     assert found["prefixes"] == {"fit": 24, "targets": 24, "held_out": 10}
     assert found["perplexity"]["model"] > 1
+    # What the fit drew and scored is read where the fit left it: only the held-out part is new.
+    made = sorted(path.name.split("-")[0] for path in (tmp_path / "out" / "energy").iterdir() if path.is_dir())
+    assert made == ["held", "human"]
     assert "8. The tail" in (tmp_path / "out" / "report.html").read_text()
     fails(run(*arguments, "--held-out", 11, "--study", "luck"), "unknown study 'luck'")
     fails(run(*arguments, "--held-out", 11), "holds candidates of another run (num_prefixes is 10 there, 11 here)")

@@ -10,8 +10,9 @@ import pytest
 import torch
 import toy
 
-from daemon_fast import ProposalSettings
-from daemon_fast.collect import batch_seed, collect
+from daemon_fast import Candidates, ProposalSettings
+from daemon_fast.collect import batch_seed, collect, scores
+from daemon_fast.data import Pairs
 from daemon_fast.errors import DataError, InvalidInput
 
 PREFIXES = [[i] for i in range(10)]
@@ -24,6 +25,11 @@ class Interrupted(toy.ToyProposal):
         if self.calls == 2:
             raise KeyboardInterrupt
         return super().propose(prefixes, seed)
+
+    def score(self, prefixes, continuations):
+        if self.calls == 2:
+            raise KeyboardInterrupt
+        return super().score(prefixes, continuations)
 
 
 def same(a, b):
@@ -42,6 +48,20 @@ def test_resumes_to_the_same_result(tmp_path):
     idle = toy.ToyProposal(5)
     collect(idle, PREFIXES, tmp_path / "cut", seed=1)
     assert idle.calls == 0
+
+
+def test_scores_resume_to_the_same_result(tmp_path, monkeypatch):
+    monkeypatch.setattr("daemon_fast.collect.SCORE_TEXTS", 16)
+    texts = Pairs([[0]] * len(toy.SEQUENCES), toy.SEQUENCES.tolist())  # 81: five batches and a text
+    whole = toy.ToyProposal(5).score(texts.prefixes, texts.continuations)
+    with pytest.raises(KeyboardInterrupt):
+        list(scores(Interrupted(5), texts, tmp_path))
+    rest = toy.ToyProposal(5)
+    assert same(Candidates.concatenate(list(scores(rest, texts, tmp_path))), whole)
+    assert rest.calls == 4
+    other = Pairs(texts.prefixes, texts.continuations[::-1])
+    with pytest.raises(InvalidInput, match="holds candidates of another run \\(continuations is"):
+        list(scores(rest, other, tmp_path))
 
 
 def test_a_damaged_batch_is_drawn_again(tmp_path):

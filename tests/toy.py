@@ -56,6 +56,10 @@ class ToyProposal:
         drawn = torch.multinomial(PROBABILITIES, rows, replacement=True, generator=generator)
         return as_candidates(SEQUENCES[drawn], len(prefixes))
 
+    def score(self, prefixes, continuations):
+        self.calls += 1
+        return as_candidates(torch.tensor(continuations), len(prefixes))
+
     def tokenize(self, prefixes):
         return [[0] for _ in prefixes]
 
