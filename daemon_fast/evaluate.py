@@ -252,7 +252,11 @@ class _Run:
     def _temperatures(self) -> list[dict[str, Any]]:
         n, collected = self.sizes.sweep_prefixes, {}
         to_fit_pairs, held_out_pairs = self.to_fit_pairs[:n], self.held_out_pairs[:n]
-        for tau in TEMPERATURES:
+        own = self.domain.energy.proposal.temperature
+        for tau in sorted({*TEMPERATURES, own}):
+            if tau == own:
+                collected[tau] = self.to_fit().first(n), self.held_out().first(n, n)
+                continue
             proposal, name = self._proposal(temperature=tau), f"temperature-{tau}"
             to_fit, *_ = self._collected(f"{name}-fit", proposal, to_fit_pairs, self.target_pairs)
             held_out, *_ = self._collected(f"{name}-held-out", proposal, held_out_pairs, held_out_pairs)

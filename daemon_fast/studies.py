@@ -75,6 +75,14 @@ class Collected:
             self, names=[self.names[k] for k in at], human=self.human[:, at], features=self.features[:, :, at]
         )
 
+    def first(self, prefixes: int, human: int | None = None) -> Collected:
+        """The same with the candidates of the first prefixes only, and the first human continuations only."""
+
+        cut: Row = {name: getattr(self, name)[:prefixes] for name in ("features", "log_p", "log_q", "lengths")}
+        cut |= {name: getattr(self, name)[:human] for name in vars(self) if name.startswith("human")}
+        base_log_w = None if self.base_log_w is None else self.base_log_w[:prefixes]
+        return replace(self, **cut, base_log_w=base_log_w)
+
     def tilting_model(self) -> Collected:
         """The same where p_theta itself is tilted, not the proposal."""
         return replace(self, human_log_base=self.human_log_p, base_log_w=self.log_p - self.log_q)

@@ -90,6 +90,9 @@ def test_every_study_is_there(finished):
         assert table["human"]["names"] == [*NAMES, "div"]
         assert table["greedy"]["mean"][0] > table["sampling"]["mean"][0]  # it repeats itself
         assert table["daemon"]["distance"] < table["greedy"]["distance"]
+        swept = [row["temperature"] for row in domain["temperatures"] if row["method"] == "sampling"]
+        assert swept == [0.8, 0.85, 0.9, 0.95, 1.0]  # 0.9 is the artefact's own: nothing is drawn again for it
+        assert not (folder / name / "temperature-0.9-fit").exists()
     assert len(report["transfer"]) == 4
     assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(report))
     assert "Transfer" in (folder / "report.html").read_text()

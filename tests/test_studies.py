@@ -47,6 +47,16 @@ def collected(n=400, m=50, seed=0, human=None):
     )
 
 
+def test_the_first_of_what_was_collected():
+    whole = studies.replace(collected(n=6, m=3), base_log_w=torch.arange(18.0).reshape(6, 3))
+    part = whole.first(2, 4)
+    assert part.features.shape == (2, 3, 2)
+    assert torch.equal(part.base_log_w, whole.base_log_w[:2])
+    assert torch.equal(part.human_log_p, whole.human_log_p[:4])
+    assert len(whole.first(2).human) == 6
+    assert whole.first(6, 6).expected(MU).tolist() == whole.expected(MU).tolist()
+
+
 def test_alignment_finds_the_exact_distances():
     n = 20_000
     held_out = collected(n=n, m=1)
