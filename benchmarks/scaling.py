@@ -26,9 +26,9 @@ from daemon_fast.data import read_texts
 from daemon_fast.proposals.engines import Engine
 from daemon_fast.samples import tilted_moments
 
-ROUNDS = 3
+ROUNDS = 2
 WORKERS = (1, 2)
-M, PREFIX, TOKENS = 25, 32, 32
+M, PREFIX, TOKENS = 10, 32, 16
 DTYPE = "float32"  # what every CPU computes in at full speed
 ROWS, BATCH = 16, 4  # prefixes per worker, and drawn together
 NAMES = ["sr_2", "sr_3", "sr_4", "tr_8", "tr_16", "tr_32", "ent", "coh"]
