@@ -77,7 +77,6 @@ class Collected:
 
     def first(self, prefixes: int, human: int | None = None) -> Collected:
         """The same with the candidates of the first prefixes only, and the first human continuations only."""
-
         cut: Row = {name: getattr(self, name)[:prefixes] for name in ("features", "log_p", "log_q", "lengths")}
         cut |= {name: getattr(self, name)[:human] for name in vars(self) if name.startswith("human")}
         base_log_w = None if self.base_log_w is None else self.base_log_w[:prefixes]
