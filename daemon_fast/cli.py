@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import sys
 import warnings
@@ -103,7 +104,10 @@ def _quiet_transformers() -> None:
 @click.option("--top-p", default=1.0)
 @click.option("--normalization", type=click.Choice(["per_prefix", "global"]), default="per_prefix")
 @click.option("--base", type=click.Choice(["proposal", "model"]), default="proposal", help="What is tilted.")
-@click.option("--ridge", default=0.0, help="> 0: nearest soft match.")
+@click.option(
+    "--ridge", default="cv", callback=lambda _context, _option, value: _ridge(value),
+    help="Penalty on mu. 0: targets are met exactly on these prefixes; cv: cross-validation chooses.",
+)  # fmt: skip
 @click.option("--bootstrap", type=click.IntRange(0), default=0, help="Replicates for intervals of mu.")
 @click.option("--work-dir", type=click.Path(path_type=Path), help="For candidates.  [default: OUTPUT.candidates]")
 @click.option("--output", type=click.Path(path_type=Path), default="energy.json")
@@ -132,10 +136,21 @@ def fit(
     for i, name in enumerate(result.names):
         click.echo(f"{name:>8} {result.targets[i]:12.6g} {result.mu[i]:12.6g} {result.residual[i]:12.2g}")
     click.echo(
-        f"{result.iterations} steps; effective sample size {result.ess_mean:.1f} of {result.num_candidates} on "
-        f"average, {result.ess_min:.1f} at least; KL(p_mu || p_theta) {result.kl:.3f} nats; written to {output}"
+        f"ridge {result.ridge:g}; {result.iterations} steps; effective sample size {result.ess_mean:.1f} of "
+        f"{result.num_candidates} on average, {result.ess_min:.1f} at least; KL(p_mu || p_theta) {result.kl:.3f} nats; "
+        f"written to {output}"
     )
     sys.exit(1 if fitted.problems else 0)  # a warning has named them
+
+
+def _ridge(text: str) -> float | str:
+    """Checked before anything is drawn."""
+    try:
+        if text == "cv" or 0 <= float(text) < math.inf:
+            return text if text == "cv" else float(text)
+    except ValueError:
+        pass
+    raise InvalidInput(f"--ridge = {text!r} must be a number >= 0, or cv")
 
 
 def _candidates_of(artefact: Path) -> Path:

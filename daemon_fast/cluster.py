@@ -264,7 +264,7 @@ def fit(
     Parameters
     ----------
     dataset : of `measure`
-    normalization, ridge : see `daemon_fast.fit`
+    normalization, ridge : see `daemon_fast.fit`; the ridge is a number here
     custom : your own metrics, if it was measured with some
 
     Raises

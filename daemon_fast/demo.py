@@ -66,7 +66,7 @@ def run(output: Path, *, quick: bool, device: str | None, seed: int, echo: Calla
     echo(f"Fitting {len(METRICS)} metrics on {num_fit} prefixes x {NUM_CANDIDATES} candidates ...")
     with stage("fit and metrics"):
         directory = output / "candidates" / ("quick" if quick else "full")
-        fitted = fit_to_pairs(proposal, to_fit, metrics, directory / "fit", seed, BATCH_SIZE)
+        fitted = fit_to_pairs(proposal, to_fit, metrics, directory / "fit", seed, BATCH_SIZE, ridge="cv")
     energy, drawing = fitted.energy, fitted.seconds
     energy.save(output / "energy.json")
 

@@ -44,7 +44,7 @@ class Energy:
     base : "proposal" or "model"
         What is tilted: the proposal itself (base log-weights 0, as in the paper) or p_theta (log p - log q).
     diagnostics : dict or None
-        Of the fit: residual, scale, confidence_interval, ess_mean, ess_min, kl, condition_number, iterations,
+        Of the fit: ridge, residual, scale, confidence_interval, ess_mean, ess_min, kl, condition_number, iterations,
         converged, num_prefixes, num_targets, seed.
     """
 
@@ -89,6 +89,7 @@ class Energy:
             normalization=result.normalization,
             base=base,
             diagnostics={
+                "ridge": result.ridge,
                 "residual": result.residual.tolist(),
                 "scale": result.scale.tolist(),
                 "confidence_interval": None if interval is None else interval.tolist(),
@@ -273,6 +274,7 @@ FIELDS: dict[str, Check] = {
 _BY_ANNOTATION = {"str": TEXT, "int": INTEGER, "float": NUMBER, "bool": TRUTH}
 PROPOSAL_FIELDS = {f.name: _BY_ANNOTATION[str(f.type)] for f in dataclasses.fields(ProposalSettings)}
 DIAGNOSTIC_FIELDS: dict[str, Check] = {
+    "ridge": NUMBER,
     "residual": NUMBERS,
     "scale": NUMBERS,
     "confidence_interval": (

@@ -159,6 +159,7 @@ class _Run:
         if fitted.vocabulary != self.proposal.settings.vocabulary:
             raise InvalidInput(f"the artefact of {domain.name} was fitted for another vocabulary than the model's")
         diagnostics = domain.energy.diagnostics or {}
+        self.ridge: float = diagnostics.get("ridge", 0.0)  # of every refit
         fit_prefixes, fit_texts = diagnostics.get("num_prefixes", 0), diagnostics.get("num_targets", 0)
         texts = read_texts(domain.data, domain.field)
         tokens = fitted.max_new_tokens
@@ -191,7 +192,7 @@ class _Run:
             "targets": len(self.target_pairs),
             "held_out": len(self.held_out_pairs),
         }
-        out["mu"], out["noise_floor"] = mu.tolist(), noise_floor(len(self.held_out_pairs))
+        out["mu"], out["ridge"], out["noise_floor"] = mu.tolist(), self.ridge, noise_floor(len(self.held_out_pairs))
         weighed = held_out.weights(mu)
         ess = 1 / weighed.square().sum(1)
         out["ess"] = {"mean": float(ess.mean()), "min": float(ess.min()), "candidates": weighed.shape[1]}
@@ -207,7 +208,9 @@ class _Run:
 
             def with_global_fit() -> dict[str, Any]:
                 # Its mu; a draw's weights are normalised within its prefix, whatever the fit did.
-                whole = fit(to_fit.features, to_fit.human, to_fit.base_log_w, "global", names=to_fit.names)
+                whole = fit(
+                    to_fit.features, to_fit.human, to_fit.base_log_w, "global", ridge=self.ridge, names=to_fit.names
+                )
                 return studies.convergence(pool, whole.mu, POOL_SIZES)
 
             out["convergence"] = {
@@ -216,13 +219,13 @@ class _Run:
             }
             out["prefixes"]["pool"] = len(pool.human)
         if "one_metric" in wanted and "sr_4" in held_out.names:
-            out["one_metric"] = _attempt(lambda: studies.one_metric(self.to_fit(), held_out))
+            out["one_metric"] = _attempt(lambda: studies.one_metric(self.to_fit(), held_out, ridge=self.ridge))
         if "temperatures" in wanted:
             out["temperatures"] = self._temperatures()
         if "ablation" in wanted and len(held_out.names) > 1:
-            out["ablation"] = _attempt(lambda: studies.ablation(self.to_fit(), held_out))
+            out["ablation"] = _attempt(lambda: studies.ablation(self.to_fit(), held_out, self.ridge))
         if "forward_kl" in wanted:
-            out["forward_kl"] = _attempt(lambda: studies.forward_kl(self.to_fit(), held_out, mu))
+            out["forward_kl"] = _attempt(lambda: studies.forward_kl(self.to_fit(), held_out))
         if "tail" in wanted:
             out["tail"] = studies.tail_quality(held_out)
         return out
@@ -237,7 +240,7 @@ class _Run:
 
     def _tilting_model(self) -> dict[str, Any]:
         to_fit = self.to_fit().tilting_model()
-        refitted = fit(to_fit.features, to_fit.human, to_fit.base_log_w, names=to_fit.names)
+        refitted = fit(to_fit.features, to_fit.human, to_fit.base_log_w, names=to_fit.names, ridge=self.ridge)
         return studies.perplexity(self.held_out().tilting_model(), refitted.mu)
 
     def spread(self) -> Tensor:
@@ -264,7 +267,7 @@ class _Run:
                 scored, _ = self._scored(f"{name}-human", held_out_pairs, proposal)
                 held_out = replace(held_out, human_log_base=scored.log_q[:, 0])
             collected[tau] = to_fit, held_out
-        return studies.temperatures(collected, self.domain.energy.mu)
+        return studies.temperatures(collected, self.domain.energy.mu, self.ridge)
 
     def _collected(
         self, name: str, proposal: TransformersProposal, pairs: Pairs, human: Pairs, batch_size: int | None = None

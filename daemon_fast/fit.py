@@ -19,10 +19,15 @@ from daemon_fast.errors import FitDidNotConverge, InfeasibleTargets, InvalidInpu
 from daemon_fast.samples import Block, InMemory, Samples
 from daemon_fast.solvers import Problem
 
-__all__ = ["FitResult", "Normalization", "fit"]
+__all__ = ["FitResult", "Normalization", "Ridge", "fit"]
 
 Normalization = Literal["per_prefix", "global"]
 Method = Literal["newton", "rmse"]
+Ridge = float | Literal["cv"]
+
+FOLDS = 5
+# In units of the fit's curvature, from hardly any tilt to the exact fit: each solution starts the next.
+RIDGES = (*(0.01 * 2.0**i for i in range(7, -3, -1)), 0.0)
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class FitResult:
         Expectation under the fitted weights minus target, in the metric's own unit.
     scale : [K] float64
         Standard deviation of each metric within a prefix (per_prefix) or over all samples (global).
+    ridge : float
+        The one given, or the one that cross-validation chose.
     converged : bool
         Residuals within 1e-9 standard deviations (with ridge > 0: the gradient of the penalised dual).
     iterations : int
@@ -80,7 +87,7 @@ def fit(
     base_log_w: Tensor | None = None,  # [N, M]
     normalization: Normalization = "per_prefix",
     method: Method = "newton",
-    ridge: float = 0.0,
+    ridge: Ridge = 0.0,
     *,
     names: Sequence[str] | None = None,
     tolerance: float | None = None,
@@ -111,8 +118,12 @@ def fit(
         "rmse" is the paper's procedure, the reference: Adam on the relative root mean square error of F̂ against F
         (on its square, whose gradient vanishes at the minimum: on the root itself Adam oscillates by its step size).
         It stops at the tolerance or after 20,000 steps, and says which in `converged`.
-    ridge : float >= 0
-        Penalty ridge/2 · ‖mu * scale‖² on the dual. Always has a solution: the nearest soft match.
+    ridge : float >= 0, or "cv"
+        Penalty ridge/2 · ‖mu * scale‖² on the dual. 0 meets the targets exactly on these prefixes. Above 0 there always
+        is a solution, the nearest soft match. "cv" takes the one, from 0 to 1.28, under which human texts left out of
+        the fit are likeliest: with few prefixes or texts, meeting their means exactly fits their noise. It needs
+        [N', K] targets, in no particular order; where N' >= N, the first N are those of the prefixes. It does not make
+        targets reachable: they must be so without a ridge.
     names : K metric names for messages and the result
     tolerance : float, optional
         Largest residual to stop at, in standard deviations. Default: 1e-10 for Newton, 1e-3 for Adam.
@@ -125,7 +136,8 @@ def fit(
     Raises
     ------
     InvalidInput
-        Shapes, NaN, a constant metric, fewer prefixes than metrics, one candidate with per-prefix weights.
+        Shapes, NaN, a constant metric, fewer prefixes than metrics, one candidate with per-prefix weights, a ridge for
+        "rmse", cross-validation of means or of too few texts.
     InfeasibleTargets
         No weighting of these candidates reaches the targets. Names the metrics, targets and reachable ranges.
     FitDidNotConverge
@@ -134,6 +146,10 @@ def fit(
     Source: Ji et al. 2024 (arXiv 2310.01041), section 3.3 and algorithm 1; the dual and Newton steps are ours.
     """
     problem, human = _checked(features, targets, base_log_w, normalization, ridge, names)
+    if method == "rmse" and ridge != 0:
+        raise InvalidInput(f"ridge = {ridge!r} is for method='newton': 'rmse' has none")
+    if ridge == "cv":
+        problem = replace(problem, ridge=_cross_validated(problem, human))
     if method == "newton":
         nu, iterations = solvers.newton(problem, tolerance=tolerance or solvers.TOLERANCE)
         converged = True
@@ -153,7 +169,7 @@ def _checked(
     targets: Tensor,
     base_log_w: Tensor | None,
     normalization: str,
-    ridge: float,
+    ridge: Ridge,
     names: Sequence[str] | None,
 ) -> tuple[Problem, Tensor | None]:
     """The problem to solve, and the human values per prefix if they were given."""
@@ -169,7 +185,10 @@ def _checked(
         raise InvalidInput(f"names has {len(names)} entries, features has K = {k} metrics")
     if normalization not in ("per_prefix", "global"):
         raise InvalidInput(f"normalization = {normalization!r}: it must be 'per_prefix' or 'global'")
-    if not (ridge >= 0 and math.isfinite(ridge)):
+    if isinstance(ridge, str):
+        if ridge != "cv":
+            raise InvalidInput(f"ridge = {ridge!r} must be a number >= 0 or 'cv'")
+    elif not (ridge >= 0 and math.isfinite(ridge)):
         raise InvalidInput(f"ridge = {ridge} must be finite and >= 0")
     targets = torch.as_tensor(targets, dtype=torch.float64, device="cpu")
     if targets.ndim not in (1, 2) or targets.shape[-1] != k or len(targets) == 0:
@@ -185,8 +204,8 @@ def _checked(
 
     human = targets if targets.ndim == 2 else None
     mean = targets if human is None else human.mean(0)
-    problem = Problem.standardised(samples, mean, normalization == "per_prefix", names, float(ridge))
-    return problem, human
+    penalty = 0.0 if isinstance(ridge, str) else float(ridge)
+    return Problem.standardised(samples, mean, normalization == "per_prefix", names, penalty), human
 
 
 def _diagnosed(
@@ -224,14 +243,52 @@ def _diagnosed(
     )
 
 
+def _cross_validated(problem: Problem, human: Tensor | None) -> float:
+    """The ridge with the lowest dual on prefixes and human texts that were left out of the fit.
+
+    The dual is the mean over human texts of -log p_mu(x) / p_0(x), so the lowest makes them the likeliest.
+    """
+    if human is None:
+        raise InvalidInput("ridge = 'cv' needs targets of shape [N', K], one row a human text, got [K] means")
+    if not isinstance(problem.samples, InMemory):
+        raise InvalidInput("ridge = 'cv' needs samples in one tensor: blocks can't be split")
+    if min(problem.samples.shape[0], len(human)) < FOLDS:
+        raise InvalidInput(
+            f"ridge = 'cv' needs at least {FOLDS} prefixes and {FOLDS} human texts, got {problem.samples.shape[0]} and "
+            f"{len(human)}: give a number"
+        )
+    solvers.newton(problem)  # raises where the targets are out of reach
+    of_prefix, of_text = (torch.arange(count) % FOLDS for count in (problem.samples.shape[0], len(human)))
+    loss = dict.fromkeys(RIDGES, 0.0)
+    for fold in range(FOLDS):
+        to_fit = _part(problem, of_prefix != fold, human[of_text != fold])
+        left_out = _part(problem, of_prefix == fold, human[of_text == fold])
+        nu = None
+        for ridge in RIDGES:
+            try:
+                nu, _ = solvers.newton(replace(to_fit, ridge=ridge), start=nu)
+                loss[ridge] += left_out.dual(nu)[0]
+            except (InfeasibleTargets, FitDidNotConverge):
+                loss[ridge] = math.inf
+    return min(loss, key=lambda ridge: loss[ridge])
+
+
+def _part(problem: Problem, prefixes: Tensor, human: Tensor | None) -> Problem:
+    """The same problem of some prefixes (indices, or a mask) and human texts, in the same units."""
+    assert isinstance(problem.samples, InMemory)
+    block = problem.samples.block
+    base_log_w = None if block.base_log_w is None else block.base_log_w[prefixes]
+    targets = problem.targets if human is None else human.mean(0)
+    return replace(problem, samples=InMemory(Block(block.features[prefixes], base_log_w)), targets=targets)
+
+
 def _bootstrap(
     problem: Problem, human: Tensor | None, nu: Tensor, replicates: int, seed: int, progress: bool
 ) -> tuple[Tensor | None, int]:
     """[2, K] quantiles of mu over resampled prefixes, and the number of replicates that had no solution."""
     if not isinstance(problem.samples, InMemory):
         raise InvalidInput(f"bootstrap = {replicates} needs samples in one tensor: blocks can't be resampled")
-    generator, block = torch.Generator().manual_seed(seed), problem.samples.block
-    n = len(block.features)
+    generator, n = torch.Generator().manual_seed(seed), problem.samples.shape[0]
     fitted: list[Tensor] = []
     for _ in tqdm(range(replicates), desc="bootstrap", disable=not progress):
         drawn = torch.randint(n, (n,), generator=generator)
@@ -239,13 +296,7 @@ def _bootstrap(
         of_human = drawn
         if human is not None and len(human) != n:
             of_human = torch.randint(len(human), (len(human),), generator=generator)
-        replicate = replace(
-            problem,
-            samples=InMemory(
-                Block(block.features[drawn], None if block.base_log_w is None else block.base_log_w[drawn])
-            ),
-            targets=problem.targets if human is None else human[of_human].mean(0),
-        )
+        replicate = _part(problem, drawn, None if human is None else human[of_human])
         try:
             fitted.append(solvers.newton(replicate, start=nu)[0] / problem.scale)
         except (InfeasibleTargets, FitDidNotConverge):

@@ -18,7 +18,7 @@ from daemon_fast.data import Pairs, read_texts, split
 from daemon_fast.decode import SIRDecoder
 from daemon_fast.energy import Base, Energy
 from daemon_fast.errors import InvalidInput, LowEffectiveSampleSize
-from daemon_fast.fit import FitResult, Normalization, fit
+from daemon_fast.fit import FitResult, Normalization, Ridge, fit
 from daemon_fast.metrics import Metric
 from daemon_fast.models import load_tokenizer
 from daemon_fast.proposals import Proposal
@@ -55,7 +55,7 @@ def fit_energy(
     top_p: float,
     normalization: Normalization,
     base: Base,
-    ridge: float,
+    ridge: Ridge,
     bootstrap: int,
     seed: int,
     batch_size: int,

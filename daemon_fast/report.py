@@ -49,7 +49,8 @@ def write_report(report: Found, path: str | os.PathLike[str]) -> None:
         counts = ", ".join(f"{key.replace('_', ' ')} {n}" for key, n in found.get("prefixes", {}).items())
         ess = found.get("ess", {})
         of_ess = f"; effective sample size {ess['mean']:.1f} of {ess['candidates']} on average" if ess else ""
-        body.append(f"<h2>{_text(name)}</h2><p>Prefixes: {_text(counts)}{of_ess}.</p>")
+        ridge = f"; ridge {found['ridge']:g}" if "ridge" in found else ""
+        body.append(f"<h2>{_text(name)}</h2><p>Prefixes: {_text(counts)}{of_ess}{ridge}.</p>")
         body += [_section(found, key) for key in SECTIONS if key in found]
     if "transfer" in report:
         body.append(_transfer(report["transfer"]))

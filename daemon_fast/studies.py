@@ -290,8 +290,12 @@ def convergence(pool: Collected, mu: Tensor, sizes: Sequence[int], seed: int = 0
 # ---- 4. one metric, 6. ablation -------------------------------------------------------------------------------------
 
 
-def one_metric(to_fit: Collected, held_out: Collected, name: str = "sr_4") -> Row:
+def one_metric(to_fit: Collected, held_out: Collected, name: str = "sr_4", ridge: float = 0.0) -> Row:
     """Fit a single metric: what becomes of it on held-out prefixes, and of the perplexity of human text.
+
+    Parameters
+    ----------
+    ridge : of this fit; see `daemon_fast.fit`
 
     Raises
     ------
@@ -302,7 +306,7 @@ def one_metric(to_fit: Collected, held_out: Collected, name: str = "sr_4") -> Ro
         raise InvalidInput(f"metric {name!r} was not collected; there are {', '.join(to_fit.names)}")
     k = to_fit.names.index(name)
     fitted, held = to_fit.columns([k]), held_out.columns([k])
-    mu = _fit(fitted)
+    mu = _fit(fitted, ridge)
     return {
         "metric": name,
         "mu": mu.tolist(),
@@ -313,14 +317,14 @@ def one_metric(to_fit: Collected, held_out: Collected, name: str = "sr_4") -> Ro
     }
 
 
-def ablation(to_fit: Collected, held_out: Collected) -> list[Row]:
+def ablation(to_fit: Collected, held_out: Collected, ridge: float = 0.0) -> list[Row]:
     """Leave each metric out of the fit; how far all of them then lie from human text, in its standard deviations."""
     k, spread = len(to_fit.names), to_fit.human.double().std(0)
     rows = []
     for left_out in [None, *range(k)]:
         kept = [i for i in range(k) if i != left_out]
         mu = torch.zeros(k, dtype=torch.float64)
-        mu[kept] = _fit(to_fit.columns(kept))
+        mu[kept] = _fit(to_fit.columns(kept), ridge)
         got = held_out.expected(mu)
         shift = (got.mean(0) - held_out.human.double().mean(0)) / spread
         rows.append(
@@ -333,16 +337,14 @@ def ablation(to_fit: Collected, held_out: Collected) -> list[Row]:
     return rows
 
 
-def _fit(to_fit: Collected, **options: Any) -> Tensor:
-    return fit(to_fit.features, to_fit.human, to_fit.base_log_w, names=to_fit.names, **options).mu
+def _fit(to_fit: Collected, ridge: float) -> Tensor:
+    return fit(to_fit.features, to_fit.human, to_fit.base_log_w, names=to_fit.names, ridge=ridge).mu
 
 
 # ---- 5. temperature, 9. transfer ------------------------------------------------------------------------------------
 
 
-def temperatures(
-    collected: Mapping[float, tuple[Collected, Collected]], mu: Tensor, diversity: str = "div", coherence: str = "coh"
-) -> list[Row]:
+def temperatures(collected: Mapping[float, tuple[Collected, Collected]], mu: Tensor, ridge: float = 0.0) -> list[Row]:
     """Diversity against coherence at several proposal temperatures: plain, refitted at each, and with a mu given.
 
     Perplexity is that of human text: under the proposal, or under p_mu.
@@ -351,13 +353,14 @@ def temperatures(
     ----------
     collected : temperature -> (to fit, held out)
     mu : [K] fitted at another temperature
+    ridge : of the fits at each
     """
 
     def described(held_out: Collected, spread: Tensor, values: Tensor) -> Row:
         row = {**_mean_and_error(values), "distance": distance_to_human(values, held_out.human, spread)}
         mean = dict(zip(held_out.names, row["mean"], strict=True))
-        row["coherence"], row["diversity"] = mean.get(coherence), mean.get(diversity)
-        if diversity not in mean:  # from its parts, where it was not a metric of the fit
+        row["coherence"], row["diversity"] = mean.get("coh"), mean.get("div")
+        if "div" not in mean:  # from its parts, where it was not a metric of the fit
             parts = [1 - mean[name] for name in ("sr_2", "sr_3", "sr_4") if name in mean]
             row["diversity"] = math.prod(parts) if len(parts) == 3 else None
         return row
@@ -370,7 +373,7 @@ def temperatures(
                 {"temperature": None, "method": "human", **described(held_out, spread, held_out.human.double())}
             )
         try:
-            refitted = _fit(to_fit)
+            refitted = _fit(to_fit, ridge)
         except (InfeasibleTargets, FitDidNotConverge):
             refitted = None
         for method, tilt in (("sampling", torch.zeros_like(mu)), ("refitted", refitted), ("reused", mu)):
@@ -408,8 +411,8 @@ def transfer(held_out: Mapping[str, Collected], mu: Mapping[str, Tensor], spread
 # ---- 7. reverse against forward KL ----------------------------------------------------------------------------------
 
 
-def forward_kl(to_fit: Collected, held_out: Collected, mu: Tensor) -> Row:
-    """The other projection onto human expectations F, on the same candidates.
+def forward_kl(to_fit: Collected, held_out: Collected) -> Row:
+    """The other projection onto human expectations F, beside DAEMON's, on the same candidates and without a ridge.
 
     DAEMON minimises the mean over prefixes of KL(q_i || p_i) under mean_i E_{q_i} f = F, which gives
     q_ij ∝ p_ij exp(-mu · f_ij). The forward counterpart minimises the mean of KL(p_i || q_i) under the same
@@ -429,10 +432,10 @@ def forward_kl(to_fit: Collected, held_out: Collected, mu: Tensor) -> Row:
 
     Raises
     ------
-    InvalidInput
+    InvalidInput, InfeasibleTargets
         The candidates of the fit cannot reach the human means.
     """
-    features = to_fit.features.double()
+    mu, features = _fit(to_fit, 0.0), to_fit.features.double()
     centre, scale = to_fit.human.double().mean(0), features.flatten(0, 1).std(0).clamp_min(1e-12)
 
     def standardized(collected: Collected) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import linprog
+from scipy.optimize import linprog, minimize
 
 from daemon_fast import fit, ops, solvers
 from daemon_fast.errors import FitDidNotConverge, InfeasibleTargets, InvalidInput
+from daemon_fast.fit import FOLDS, RIDGES
 from daemon_fast.samples import Block
 
 F64 = torch.float64
@@ -151,6 +152,80 @@ def test_ridge_gives_the_nearest_soft_match_of_infeasible_targets():
     assert balance.abs().max() < 1e-9
 
 
+def population(n, k, seed, prefixes_differ=0.5, texts=None):
+    """Candidates and human texts of one prefix each: normal, human text tilted by mu = 0.4 in each metric."""
+    generator = torch.Generator().manual_seed(seed)
+    level = prefixes_differ * torch.randn(n, 1, k, generator=generator, dtype=F64)
+    features = level + torch.randn(n, 25, k, generator=generator, dtype=F64)
+    human = level[:, 0] + torch.randn(n, k, generator=generator, dtype=F64) - 0.4
+    if texts is not None:
+        more = torch.randn(texts - n, k, generator=generator, dtype=F64) * math.hypot(1, prefixes_differ) - 0.4
+        human = torch.cat([human, more])
+    return features, human
+
+
+@pytest.mark.parametrize("normalization", ["per_prefix", "global"])
+@pytest.mark.parametrize("texts", [None, 57])
+def test_cross_validation_takes_the_ridge_of_the_likeliest_left_out_text(normalization, texts):
+    features, human = population(30, 3, 0, texts=texts)
+    base = 0.3 * torch.randn(30, 25, generator=torch.Generator().manual_seed(1), dtype=F64)
+    result = fit(features, human, base, normalization, ridge="cv")
+    loss = dict.fromkeys(RIDGES, 0.0)
+    for ridge in RIDGES:
+        for fold in range(FOLDS):
+            kept, texts_kept = (torch.arange(count) % FOLDS != fold for count in (30, len(human)))
+            parts = features[kept], human[texts_kept], base[kept]
+            mu = minimum_of_the_penalised_dual(*parts, normalization, ridge, result.scale)
+            log_w = base[~kept] - features[~kept] @ mu
+            log_z = log_w.logsumexp(1).mean() if normalization == "per_prefix" else log_w.logsumexp((0, 1))
+            loss[ridge] += float(log_z + human[~texts_kept].mean(0) @ mu)
+    assert 0 < result.ridge == min(loss, key=loss.get)
+    torch.testing.assert_close(result.mu, fit(features, human, base, normalization, ridge=result.ridge).mu)
+
+
+def minimum_of_the_penalised_dual(features, human, base, normalization, ridge, scale):
+    """By a general-purpose minimiser."""
+
+    def dual(mu):
+        mu = torch.tensor(mu, requires_grad=True)
+        log_w = base - features @ mu
+        log_z = log_w.logsumexp(1).mean() if normalization == "per_prefix" else log_w.logsumexp((0, 1))
+        value = log_z + human.mean(0) @ mu + ridge / 2 * (mu * scale).square().sum()
+        value.backward()
+        return value.item(), mu.grad.numpy()
+
+    return torch.from_numpy(minimize(dual, np.zeros(features.shape[2]), jac=True, method="BFGS", tol=1e-9).x)
+
+
+def test_cross_validation_shrinks_where_there_is_little_text_and_hardly_where_there_is_much():
+    few, many = (torch.tensor([fit(*population(n, 8, seed), ridge="cv").ridge for seed in range(12)])
+                 for n in (20, 1500))  # fmt: skip
+    assert few.median() >= 0.08
+    assert many.median() <= 0.005
+    # It pays: mu comes nearer to the truth than that of the exact fit.
+    nearer = 0
+    for seed in range(12):
+        features, human = population(20, 8, seed)
+        exact, chosen = ((fit(features, human, ridge=ridge).mu - 0.4).norm() for ridge in (0.0, "cv"))
+        nearer += bool(chosen < exact)
+    assert nearer >= 10
+
+
+def test_cross_validation_still_proves_what_is_out_of_reach():
+    features, human = population(30, 3, 0)
+    with pytest.raises(InfeasibleTargets, match="out of reach"):
+        fit(features, human + 10, ridge="cv")
+
+
+def test_cross_validation_passes_over_folds_that_only_a_ridge_can_fit():
+    features = torch.rand(20, 9, 1, generator=torch.Generator().manual_seed(0), dtype=F64)
+    human = torch.full((20, 1), 1.2, dtype=F64)  # no candidate has it,
+    human[::5] = -2.6  # but the mean of all is 0.44
+    with pytest.raises(InfeasibleTargets):
+        fit(features[torch.arange(20) % 5 > 0], human[torch.arange(20) % 5 > 0])
+    assert fit(features, human, ridge="cv").ridge > 0
+
+
 def test_rmse_approaches_the_newton_solution():
     features, targets, _ = problem(n=200)
     exact = fit(features, targets, normalization="global")
@@ -244,6 +319,10 @@ def test_neither_solved_nor_proved_is_an_error(monkeypatch):
         ({"normalization": "both"}, "normalization = 'both'"),
         ({"method": "sgd"}, "method = 'sgd'"),
         ({"ridge": -1.0}, "ridge = -1.0 must be finite and >= 0"),
+        ({"ridge": "auto"}, "ridge = 'auto' must be a number >= 0 or 'cv'"),
+        ({"ridge": 0.1, "method": "rmse"}, "ridge = 0.1 is for method='newton'"),
+        ({"ridge": "cv"}, r"ridge = 'cv' needs targets of shape \[N', K\], one row a human text, got \[K\] means"),
+        ({"ridge": "cv", "targets": torch.zeros(4, 4)}, "needs at least 5 prefixes and 5 human texts, got 60 and 4"),
         ({"features": torch.randn(3, 25, 4)}, "3 prefixes are fewer than the 4 metrics"),
         ({"features": torch.randn(60, 1, 4)}, "M = 1 candidate"),
     ],
@@ -321,3 +400,5 @@ def test_blocks_hold_their_own_base_weights_and_are_not_resampled():
         fit(blocks, targets, torch.zeros(60, 25))
     with pytest.raises(InvalidInput, match="bootstrap = 3 needs samples in one tensor"):
         fit(blocks, targets, bootstrap=3)
+    with pytest.raises(InvalidInput, match="ridge = 'cv' needs samples in one tensor"):
+        fit(blocks, targets.expand(60, -1), ridge="cv")

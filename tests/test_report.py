@@ -46,7 +46,7 @@ def report():
             {"temperature": 0.8, "method": "refitted", "infeasible": True},
         ],
         "ablation": studies.ablation(to_fit, held_out),
-        "forward_kl": studies.forward_kl(to_fit, held_out, MU),
+        "forward_kl": studies.forward_kl(to_fit, held_out),
         "tail": studies.tail_quality(held_out),
     }
     assert set(SECTIONS) <= set(domain)
