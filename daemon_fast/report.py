@@ -237,7 +237,11 @@ def _convergence(found: Found) -> str:
             ["fit", "M", "bias", "noise of it", "variance", "ESS", "slope"],
             rows,
             "Root mean square over metrics. Slope of the bias: "
-            + "; ".join(f"{kind.replace('_', ' ')} fit {_slope(study)}" for kind, study in studies.items())
+            + "; ".join(
+                f"{kind.replace('_', ' ')} fit {_slope(study)}, with an ESS of the whole pool of "
+                f"{study['pool_ess']['mean']:.0f} of {study['pool_ess']['candidates']} on average"
+                for kind, study in studies.items()
+            )
             + ". It is fitted to the sizes of healthy ESS whose bias exceeds twice its noise.",
         )
     )

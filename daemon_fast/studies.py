@@ -229,6 +229,8 @@ def convergence(pool: Collected, mu: Tensor, sizes: Sequence[int], seed: int = 0
         bias_norm (root mean square of the bias over metrics), its noise, mean ESS
     slope, slope_error : of log bias_norm on log M, over the sizes that were used; None with fewer than three
     used : sizes whose mean ESS is at least `HEALTHY_ESS` and whose bias exceeds twice its noise
+    pool_ess : mean and min of the ESS of the whole pool; where its share is far below that of the groups of M, few
+        candidates carry the weight, and neither the pool nor the slope says much
     """
     features, log_w = pool.features.double(), pool.log_w(mu)
     n, m, k = features.shape
@@ -284,7 +286,14 @@ def convergence(pool: Collected, mu: Tensor, sizes: Sequence[int], seed: int = 0
         slope = float(np.polyfit(x, norms(bias)[used].log().numpy(), 1)[0])
         replicates = [float(np.polyfit(x, norms(one)[used].log().numpy(), 1)[0]) for one in left_out]
         slope_error = float(error(torch.tensor(replicates, dtype=torch.float64)))
-    return {"rows": rows, "slope": slope, "slope_error": slope_error, "used": [sizes[i] for i in used]}
+    ess = ops.importance_weights(log_w).ess
+    return {
+        "rows": rows,
+        "slope": slope,
+        "slope_error": slope_error,
+        "used": [sizes[i] for i in used],
+        "pool_ess": {"mean": float(ess.mean()), "min": float(ess.min()), "candidates": m},
+    }
 
 
 # ---- 4. one metric, 6. ablation -------------------------------------------------------------------------------------

@@ -132,6 +132,10 @@ def test_bias_falls_like_one_over_m():
     assert 0 < out["slope_error"] < 0.05
     assert out["used"] == [row["m"] for row in out["rows"] if row["ess"] >= studies.HEALTHY_ESS]
     assert len(out["used"]) >= 3
+    weights = torch.exp(-(LISTED @ MU))
+    share = float((P @ weights) ** 2 / (P @ weights**2))
+    assert out["pool_ess"]["mean"] == pytest.approx(8000 * share, rel=0.02)
+    assert out["pool_ess"]["min"] == pytest.approx(8000 * share, rel=0.1)
     # The bias itself, against that of a great many draws of 4 candidates.
     groups = LISTED[draw(P, 4 * 400_000, 77)].reshape(-1, 4, 2)
     weights = torch.softmax(-(groups @ MU), 1)
