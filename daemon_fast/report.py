@@ -281,11 +281,11 @@ def _temperatures(found: Found) -> str:
 
     table = []
     for row in found["temperatures"]:
-        cells = ["out of reach", "", "", ""]
+        cells = ["out of reach", "", "", "", ""]
         if "mean" in row:
             shares = (row.get(name) for name in ("diversity", "coherence"))
             cells = [_number(row["distance"]), *("-" if x is None else f"{100 * x:.2f}" for x in shares)]
-            cells.append("-" if "perplexity" not in row else f"{row['perplexity']:.3f}")
+            cells += [_number(row.get("perplexity")), _number(row.get("ess"), 1)]
         temperature = "-" if row["temperature"] is None else f"{row['temperature']:g}"
         table.append([temperature, row["method"], *cells])
     return (
@@ -293,9 +293,10 @@ def _temperatures(found: Found) -> str:
         "and with the artefact's own reused.</p>"
         + (_figure(7, 4.5, draw, "diversity against coherence") if points else "")
         + _table(
-            ["temperature", "method", "distance", "diversity", "coherence", "perplexity of human text"],
+            ["temperature", "method", "distance", "diversity", "coherence", "perplexity of human text", "ESS"],
             table,
-            "Held-out prefixes. Perplexity under the proposal (sampling) or under p_mu.",
+            "Held-out prefixes. Perplexity under the proposal (sampling) or under p_mu: where the ESS is low, log Z of "
+            "p_mu is, too, and its perplexity means nothing.",
         )
     )
 

@@ -356,7 +356,8 @@ def _fit(to_fit: Collected, ridge: float) -> Tensor:
 def temperatures(collected: Mapping[float, tuple[Collected, Collected]], mu: Tensor, ridge: float = 0.0) -> list[Row]:
     """Diversity against coherence at several proposal temperatures: plain, refitted at each, and with a mu given.
 
-    Perplexity is that of human text: under the proposal, or under p_mu.
+    Perplexity is that of human text: under the proposal, or under p_mu. Where the effective sample size is low, log Z
+    of p_mu is, too, and its perplexity means nothing.
 
     Parameters
     ----------
@@ -393,6 +394,7 @@ def temperatures(collected: Mapping[float, tuple[Collected, Collected]], mu: Ten
                 found = perplexity(held_out, tilt)
                 row |= {name: found[name] for name in ("perplexity", "gain_per_token", "gain_per_token_error")}
                 row |= described(held_out, spread, held_out.expected(tilt))
+                row["ess"] = float((1 / held_out.weights(tilt).square().sum(1)).mean())
             rows.append(row)
     return rows
 

@@ -204,6 +204,9 @@ def test_temperatures_refit_reaches_human_and_reuse_only_where_it_was_fitted():
     assert got[1.0, "reused"]["distance"] < 0.06
     assert got[2.0, "refitted"]["distance"] < 0.06
     assert got[2.0, "reused"]["distance"] > 0.2
+    assert got[1.0, "sampling"]["ess"] == pytest.approx(50)
+    weights = torch.exp(-(LISTED @ MU))
+    assert got[1.0, "reused"]["ess"] == pytest.approx(50 * float((P @ weights) ** 2 / (P @ weights**2)), rel=0.1)
     assert got[None, "human"]["diversity"] is None  # it takes sr_2, sr_3 and sr_4
 
 
