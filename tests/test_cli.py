@@ -15,8 +15,9 @@ import tiny
 import torch
 from click.testing import CliRunner
 
-from daemon_fast import Energy
+from daemon_fast import Energy, TransformersProposal
 from daemon_fast.cli import main
+from daemon_fast.fit import RIDGES
 
 COMMAND = [sys.executable, "-c", "from daemon_fast.cli import main; main()"]
 NO_HUB = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -266,6 +267,25 @@ def test_candidates_of_another_run(model, texts, tmp_path):
     assert run(*fit_arguments(model, texts, output, "--ridge", "0.01")).exit_code == 0
     again = run(*fit_arguments(model, texts, output, "--ridge", "0.01", "--seed", "1"))
     fails(again, "holds candidates of another run")
+
+
+@pytest.mark.parametrize("ridge", ["-1", "nan", "inf", "much"])
+def test_a_bad_ridge_is_named_before_anything_is_drawn(model, texts, tmp_path, ridge):
+    fails(run(*fit_arguments(model, texts, tmp_path / "e.json", f"--ridge={ridge}")), f"--ridge = {ridge!r} must be")
+    assert not list(tmp_path.iterdir())
+
+
+def test_cross_validation_is_the_default_of_fit(tmp_path):
+    # The model's own samples at temperature 1: their means are within reach of candidates at 0.97.
+    model, prefixes = tiny.saved(tmp_path / "model"), [tiny.text(5, seed) for seed in range(40)]
+    proposal = TransformersProposal.load(model, num_candidates=1, max_new_tokens=20, min_new_tokens=20)
+    human = [f"{prefix} {text}" for prefix, text in zip(prefixes, proposal.propose(prefixes, 0).texts, strict=True)]
+    (tmp_path / "texts.txt").write_text("\n".join(human))
+    result = run(*fit_arguments(model, tmp_path / "texts.txt", tmp_path / "e.json"))
+    assert result.exit_code == 0, result.output
+    fitted = Energy.load(tmp_path / "e.json")
+    assert fitted.diagnostics["ridge"] in RIDGES
+    assert f"ridge {fitted.diagnostics['ridge']:g};" in result.output
 
 
 @pytest.mark.parametrize("ngrams", ["0", "2,x", "-1"])
