@@ -30,7 +30,6 @@ from daemon_fast.collect import batch_seed, collect, human_folder, saved_batch_s
 from daemon_fast.data import Pairs, read_texts, split
 from daemon_fast.energy import Energy
 from daemon_fast.errors import DaemonFastError, DataError, InvalidInput
-from daemon_fast.fit import fit
 from daemon_fast.measures import noise_floor
 from daemon_fast.models import load_encoder
 from daemon_fast.proposals.transformers import TransformersProposal
@@ -208,10 +207,7 @@ class _Run:
 
             def with_global_fit() -> dict[str, Any]:
                 # Its mu; a draw's weights are normalised within its prefix, whatever the fit did.
-                whole = fit(
-                    to_fit.features, to_fit.human, to_fit.base_log_w, "global", ridge=self.ridge, names=to_fit.names
-                )
-                return studies.convergence(pool, whole.mu, POOL_SIZES)
+                return studies.convergence(pool, to_fit.fit_mu(self.ridge, "global"), POOL_SIZES)
 
             out["convergence"] = {
                 "per_prefix": studies.convergence(pool, mu, POOL_SIZES),
@@ -239,9 +235,8 @@ class _Run:
         return self._collected("fit", self.proposal, self.to_fit_pairs, self.target_pairs)[0]
 
     def _tilting_model(self) -> dict[str, Any]:
-        to_fit = self.to_fit().tilting_model()
-        refitted = fit(to_fit.features, to_fit.human, to_fit.base_log_w, names=to_fit.names, ridge=self.ridge)
-        return studies.perplexity(self.held_out().tilting_model(), refitted.mu)
+        mu = self.to_fit().tilting_model().fit_mu(self.ridge)
+        return studies.perplexity(self.held_out().tilting_model(), mu)
 
     def spread(self) -> Tensor:
         """[K] standard deviation of all human text that was measured: of the targets and the held-out."""

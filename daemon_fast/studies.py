@@ -17,7 +17,7 @@ from torch import Tensor
 
 from daemon_fast import ops
 from daemon_fast.errors import FitDidNotConverge, InfeasibleTargets, InvalidInput
-from daemon_fast.fit import fit
+from daemon_fast.fit import Normalization, fit
 from daemon_fast.measures import distance_to_human, noise_floor, relative_rmse, weighted_mean
 
 __all__ = [
@@ -85,6 +85,10 @@ class Collected:
     def tilting_model(self) -> Collected:
         """The same where p_theta itself is tilted, not the proposal."""
         return replace(self, human_log_base=self.human_log_p, base_log_w=self.log_p - self.log_q)
+
+    def fit_mu(self, ridge: float, normalization: Normalization = "per_prefix") -> Tensor:
+        """[K] float64 mu of a fit of these candidates to these human texts; see `daemon_fast.fit`."""
+        return fit(self.features, self.human, self.base_log_w, normalization, ridge=ridge, names=self.names).mu
 
     def weights(self, mu: Tensor) -> Tensor:
         """[N, M] float64 of each prefix's candidates."""
@@ -315,7 +319,7 @@ def one_metric(to_fit: Collected, held_out: Collected, name: str = "sr_4", ridge
         raise InvalidInput(f"metric {name!r} was not collected; there are {', '.join(to_fit.names)}")
     k = to_fit.names.index(name)
     fitted, held = to_fit.columns([k]), held_out.columns([k])
-    mu = _fit(fitted, ridge)
+    mu = fitted.fit_mu(ridge)
     return {
         "metric": name,
         "mu": mu.tolist(),
@@ -333,7 +337,7 @@ def ablation(to_fit: Collected, held_out: Collected, ridge: float = 0.0) -> list
     for left_out in [None, *range(k)]:
         kept = [i for i in range(k) if i != left_out]
         mu = torch.zeros(k, dtype=torch.float64)
-        mu[kept] = _fit(to_fit.columns(kept), ridge)
+        mu[kept] = to_fit.columns(kept).fit_mu(ridge)
         got = held_out.expected(mu)
         shift = (got.mean(0) - held_out.human.double().mean(0)) / spread
         rows.append(
@@ -344,10 +348,6 @@ def ablation(to_fit: Collected, held_out: Collected, ridge: float = 0.0) -> list
             }
         )
     return rows
-
-
-def _fit(to_fit: Collected, ridge: float) -> Tensor:
-    return fit(to_fit.features, to_fit.human, to_fit.base_log_w, names=to_fit.names, ridge=ridge).mu
 
 
 # ---- 5. temperature, 9. transfer ------------------------------------------------------------------------------------
@@ -383,7 +383,7 @@ def temperatures(collected: Mapping[float, tuple[Collected, Collected]], mu: Ten
                 {"temperature": None, "method": "human", **described(held_out, spread, held_out.human.double())}
             )
         try:
-            refitted = _fit(to_fit, ridge)
+            refitted = to_fit.fit_mu(ridge)
         except (InfeasibleTargets, FitDidNotConverge):
             refitted = None
         for method, tilt in (("sampling", torch.zeros_like(mu)), ("refitted", refitted), ("reused", mu)):
@@ -446,7 +446,7 @@ def forward_kl(to_fit: Collected, held_out: Collected) -> Row:
     InvalidInput, InfeasibleTargets
         The candidates of the fit cannot reach the human means.
     """
-    mu, features = _fit(to_fit, 0.0), to_fit.features.double()
+    mu, features = to_fit.fit_mu(0.0), to_fit.features.double()
     centre, scale = to_fit.human.double().mean(0), features.flatten(0, 1).std(0).clamp_min(1e-12)
 
     def standardized(collected: Collected) -> tuple[Tensor, Tensor]:

@@ -83,6 +83,7 @@ def test_every_study_is_there(finished):
         domain = report["domains"][name]
         assert set(evaluate.STUDIES) - {"one_metric", "transfer"} <= set(domain)  # sr_4 was not fitted
         assert domain["prefixes"] == {"fit": 16, "targets": 20, "held_out": 12, "pool": 2}
+        assert domain["ridge"] == 1e-3  # the artefact's, which refits take over
         table = {row["method"]: row for row in domain["alignment"]}
         assert set(table) == {
             "human", "sampling", "daemon", "sampling, expected", "daemon, expected", *evaluate.baselines.BASELINES
@@ -95,7 +96,9 @@ def test_every_study_is_there(finished):
         assert not (folder / name / "temperature-0.9-fit").exists()
     assert len(report["transfer"]) == 4
     assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(report))
-    assert "Transfer" in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert "Transfer" in page
+    assert page.count("; ridge 0.001.") == 2
 
 
 def test_human_text_of_the_table_is_what_the_fit_did_not_see(setting, finished):
