@@ -349,7 +349,7 @@ def doctor() -> None:
 
 
 @main.command()
-@click.option("--quick", is_flag=True, help="Fewer prefixes: about 2 minutes on 2 cores instead of 10.")
+@click.option("--quick", is_flag=True, help="Fewer prefixes: a fifth of the time.")
 @click.option("--output", type=click.Path(path_type=Path), default="demo", help="Folder for results.")
 @click.option("--device", help="Such as cpu or cuda:0.  [default: a GPU if there is one]")
 @click.option("--seed", default=0)
