@@ -325,6 +325,15 @@ def test_the_key_is_nowhere(serve, propose, caplog, tmp_path):
     assert not any(KEY in text for text in told)
 
 
+@pytest.fixture
+def heeds_interrupts():
+    """What a script starts with & ignores SIGINT, and so would pytest."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_interrupts")
 def test_an_interrupted_run_goes_on(serve, propose, tmp_path):
     whole, _ = collect(propose(serve()), MANY[:12], tmp_path / "whole", batch_size=4)
     server = serve(faults=("delay",), delay=5.0)
