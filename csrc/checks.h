@@ -1,7 +1,8 @@
-// Argument checks shared by the CPU and the CUDA side of every operator. Kernels behind them trust their
-// input. Every message names the argument, what came and what was expected.
+// What the CPU and the CUDA side of every operator share: argument checks, and what of torch they need. Kernels behind
+// the checks trust their input. Every message names the argument, what came and what was expected.
 #pragma once
 
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -11,6 +12,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 

@@ -1,44 +1,9 @@
-// Registers the operators with torch and opens the Python module daemon_fast._C, which holds the build facts.
+// The Python module daemon_fast._C: the build facts. Each operator registers itself with torch, at the end of its file
+// in cpu/ (with its schema) and in cuda/.
 #include <pybind11/pybind11.h>
-#include <torch/csrc/stable/library.h>
-
-#include "ops.h"
 
 #ifndef DAEMON_FAST_VERSION
 #define DAEMON_FAST_VERSION ""
-#endif
-
-STABLE_TORCH_LIBRARY(daemon_fast, m) {
-    m.def("repetition(Tensor tokens, Tensor lengths, int[] ngrams, int[] windows) -> Tensor");
-    m.def("token_logprobs(Tensor logits, Tensor ids, float temperature) -> (Tensor, Tensor)");
-    m.def("sample_tokens(Tensor logits, Tensor uniforms, float temperature) -> (Tensor, Tensor, Tensor)");
-    m.def("importance_weights(Tensor log_w) -> (Tensor, Tensor, Tensor)");
-    m.def(
-        "sir_select(Tensor features, Tensor mu, Tensor? base_log_w, Tensor uniforms) -> "
-        "(Tensor, Tensor, Tensor, Tensor)");
-    m.def(
-        "tilted_moments(Tensor features, Tensor mu, Tensor? base_log_w, bool per_prefix) -> "
-        "(Tensor, Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(daemon_fast, CPU, m) {
-    m.impl("repetition", TORCH_BOX(&daemon_fast::cpu::repetition));
-    m.impl("token_logprobs", TORCH_BOX(&daemon_fast::cpu::token_logprobs));
-    m.impl("sample_tokens", TORCH_BOX(&daemon_fast::cpu::sample_tokens));
-    m.impl("importance_weights", TORCH_BOX(&daemon_fast::cpu::importance_weights));
-    m.impl("sir_select", TORCH_BOX(&daemon_fast::cpu::sir_select));
-    m.impl("tilted_moments", TORCH_BOX(&daemon_fast::cpu::tilted_moments));
-}
-
-#ifdef DAEMON_FAST_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(daemon_fast, CUDA, m) {
-    m.impl("repetition", TORCH_BOX(&daemon_fast::cuda::repetition));
-    m.impl("token_logprobs", TORCH_BOX(&daemon_fast::cuda::token_logprobs));
-    m.impl("sample_tokens", TORCH_BOX(&daemon_fast::cuda::sample_tokens));
-    m.impl("importance_weights", TORCH_BOX(&daemon_fast::cuda::importance_weights));
-    m.impl("sir_select", TORCH_BOX(&daemon_fast::cuda::sir_select));
-    m.impl("tilted_moments", TORCH_BOX(&daemon_fast::cuda::tilted_moments));
-}
 #endif
 
 PYBIND11_MODULE(_C, m) {

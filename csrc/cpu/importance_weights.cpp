@@ -2,7 +2,6 @@
 #include "checks.h"
 #include "cpu/dispatch.h"
 #include "cpu/weights.h"
-#include "ops.h"
 
 namespace daemon_fast::cpu {
 namespace {
@@ -39,8 +38,6 @@ void weigh_rows(const Tensor& log_w, Tensor& weights, Tensor& log_mean, Tensor& 
     }
 }
 
-}  // namespace
-
 std::tuple<Tensor, Tensor, Tensor> importance_weights(Tensor log_w) {
     check_importance_weights(log_w);
     const int64_t G = log_w.size(0);
@@ -56,6 +53,16 @@ std::tuple<Tensor, Tensor, Tensor> importance_weights(Tensor log_w) {
             weigh_rows<float>(log_w, weights, log_mean, ess);
     }
     return {weights, log_mean, ess};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(daemon_fast, m) {
+    m.def("importance_weights(Tensor log_w) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(daemon_fast, CPU, m) {
+    m.impl("importance_weights", TORCH_BOX(&importance_weights));
 }
 
 }  // namespace daemon_fast::cpu

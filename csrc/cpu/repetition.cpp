@@ -10,15 +10,12 @@
 // the L1 cache. Whether a slot is free or holds an equal key takes the same path (a free slot reads as position t,
 // which equals itself), so that the only branch that can mispredict is a true collision. Results are exact
 // whatever the hash does: keys are always compared.
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <limits>
 #include <memory>
 
 #include "checks.h"
 #include "cpu/dispatch.h"
-#include "ops.h"
 
 namespace daemon_fast::cpu {
 namespace {
@@ -235,8 +232,6 @@ void check_lengths(const Tensor& lengths, int64_t T) {
     }
 }
 
-}  // namespace
-
 Tensor repetition(Tensor tokens, Tensor lengths, std::vector<int64_t> ngrams, std::vector<int64_t> windows) {
     check_repetition(tokens, lengths, ngrams, windows);
     const int64_t R = tokens.size(0), T = tokens.size(1);
@@ -263,6 +258,16 @@ Tensor repetition(Tensor tokens, Tensor lengths, std::vector<int64_t> ngrams, st
     };
     tokens.scalar_type() == ScalarType::Long ? with_index(int64_t{}) : with_index(int32_t{});
     return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(daemon_fast, m) {
+    m.def("repetition(Tensor tokens, Tensor lengths, int[] ngrams, int[] windows) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(daemon_fast, CPU, m) {
+    m.impl("repetition", TORCH_BOX(&repetition));
 }
 
 }  // namespace daemon_fast::cpu

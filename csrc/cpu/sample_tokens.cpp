@@ -3,7 +3,6 @@
 // The pass records what each block of ids adds to the normaliser; the drawn one's block alone is read again.
 #include "cpu/dispatch.h"
 #include "cpu/log_sums.h"
-#include "ops.h"
 
 namespace daemon_fast::cpu {
 namespace {
@@ -72,8 +71,6 @@ void sample_rows(
     });
 }
 
-}  // namespace
-
 std::tuple<Tensor, Tensor, Tensor> sample_tokens(Tensor logits, Tensor uniforms, double temperature) {
     check_sample_tokens(logits, uniforms, temperature);
     const int64_t R = logits.size(0), V = logits.size(1);
@@ -95,6 +92,16 @@ std::tuple<Tensor, Tensor, Tensor> sample_tokens(Tensor logits, Tensor uniforms,
     for (int64_t r = 0; r < R; ++r)
         if (id_of[r] < 0) fail("sample_tokens: logits[", r, "] are all -inf, or hold NaN or +inf");
     return {ids, log_p, log_q};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(daemon_fast, m) {
+    m.def("sample_tokens(Tensor logits, Tensor uniforms, float temperature) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(daemon_fast, CPU, m) {
+    m.impl("sample_tokens", TORCH_BOX(&sample_tokens));
 }
 
 }  // namespace daemon_fast::cpu

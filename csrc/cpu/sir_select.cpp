@@ -2,7 +2,6 @@
 #include "checks.h"
 #include "cpu/dispatch.h"
 #include "cpu/weights.h"
-#include "ops.h"
 
 namespace daemon_fast::cpu {
 namespace {
@@ -64,8 +63,6 @@ void select_groups(
     }
 }
 
-}  // namespace
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> sir_select(
     Tensor features, Tensor mu, std::optional<Tensor> base_log_w, Tensor uniforms) {
     check_sir_select(features, mu, base_log_w, uniforms);
@@ -95,6 +92,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sir_select(
             select_groups<float>(features, mu, base_log_w, uniforms, index, weights, log_z, ess);
     }
     return {index, weights, log_z, ess};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(daemon_fast, m) {
+    m.def(
+        "sir_select(Tensor features, Tensor mu, Tensor? base_log_w, Tensor uniforms) -> "
+        "(Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(daemon_fast, CPU, m) {
+    m.impl("sir_select", TORCH_BOX(&sir_select));
 }
 
 }  // namespace daemon_fast::cpu

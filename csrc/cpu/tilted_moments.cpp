@@ -8,7 +8,6 @@
 #include "checks.h"
 #include "cpu/dispatch.h"
 #include "cpu/weights.h"
-#include "ops.h"
 
 namespace daemon_fast::cpu {
 namespace {
@@ -182,8 +181,6 @@ void sum_all(const Tensor& features, const Problem& p, double* log_z, double* me
     }
 }
 
-}  // namespace
-
 std::tuple<Tensor, Tensor, Tensor> tilted_moments(
     Tensor features, Tensor mu, std::optional<Tensor> base_log_w, bool per_prefix) {
     check_tilted_moments(features, mu, base_log_w);
@@ -208,6 +205,18 @@ std::tuple<Tensor, Tensor, Tensor> tilted_moments(
     else
         sum_all<float>(features, problem, out[0], out[1], out[2]);
     return {log_z, mean, covariance};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(daemon_fast, m) {
+    m.def(
+        "tilted_moments(Tensor features, Tensor mu, Tensor? base_log_w, bool per_prefix) -> "
+        "(Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(daemon_fast, CPU, m) {
+    m.impl("tilted_moments", TORCH_BOX(&tilted_moments));
 }
 
 }  // namespace daemon_fast::cpu

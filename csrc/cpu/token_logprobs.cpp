@@ -3,7 +3,6 @@
 #include "cpu/dispatch.h"
 #include "cpu/log_sums.h"
 #include "cpu/weights.h"
-#include "ops.h"
 
 namespace daemon_fast::cpu {
 namespace {
@@ -31,8 +30,6 @@ void gather_rows(const Tensor& logits, const Tensor& ids, double temperature, Te
     });
 }
 
-}  // namespace
-
 std::tuple<Tensor, Tensor> token_logprobs(Tensor logits, Tensor ids, double temperature) {
     check_token_logprobs(logits, ids, temperature);
     const int64_t R = logits.size(0), V = logits.size(1);
@@ -49,6 +46,16 @@ std::tuple<Tensor, Tensor> token_logprobs(Tensor logits, Tensor ids, double temp
         with_logit_type(
             logits, [&](auto logit) { gather_rows<decltype(logit)>(logits, ids, temperature, log_p, log_q); });
     return {log_p, log_q};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(daemon_fast, m) {
+    m.def("token_logprobs(Tensor logits, Tensor ids, float temperature) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(daemon_fast, CPU, m) {
+    m.impl("token_logprobs", TORCH_BOX(&token_logprobs));
 }
 
 }  // namespace daemon_fast::cpu

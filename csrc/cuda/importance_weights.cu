@@ -2,9 +2,9 @@
 #include "cuda/importance_weights.cuh"
 
 #include "cuda/groups.h"
-#include "ops.h"
 
 namespace daemon_fast::cuda {
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor> importance_weights(Tensor log_w) {
     check_importance_weights(log_w);
@@ -30,6 +30,12 @@ std::tuple<Tensor, Tensor, Tensor> importance_weights(Tensor log_w) {
     };
     type == ScalarType::Double ? run(double{}) : run(float{});
     return {weights, log_mean, ess};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(daemon_fast, CUDA, m) {
+    m.impl("importance_weights", TORCH_BOX(&importance_weights));
 }
 
 }  // namespace daemon_fast::cuda

@@ -2,7 +2,6 @@
 #include "cuda/repetition.cuh"
 
 #include "cuda/launch.h"
-#include "ops.h"
 
 namespace daemon_fast::cuda {
 namespace {
@@ -14,8 +13,6 @@ void fill_plan(const std::vector<int64_t>& from, int64_t limit, const char* name
         fail("repetition: ", name, " has ", from.size(), " entries, more than the ", kMaxColumns, " of a CUDA call");
     for (size_t i = 0; i < from.size(); ++i) to[i] = static_cast<int32_t>(std::min(from[i], limit));
 }
-
-}  // namespace
 
 Tensor repetition(Tensor tokens, Tensor lengths, std::vector<int64_t> ngrams, std::vector<int64_t> windows) {
     check_repetition(tokens, lengths, ngrams, windows);
@@ -56,6 +53,12 @@ Tensor repetition(Tensor tokens, Tensor lengths, std::vector<int64_t> ngrams, st
     };
     tokens.scalar_type() == ScalarType::Long ? with_index(int64_t{}) : with_index(int32_t{});
     return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(daemon_fast, CUDA, m) {
+    m.impl("repetition", TORCH_BOX(&repetition));
 }
 
 }  // namespace daemon_fast::cuda

@@ -2,14 +2,11 @@
 #include "cuda/sample_tokens.cuh"
 
 #include "cuda/launch.h"
-#include "ops.h"
 
 namespace daemon_fast::cuda {
 namespace {
 
 constexpr int kThreads = 512;
-
-}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> sample_tokens(Tensor logits, Tensor uniforms, double temperature) {
     check_sample_tokens(logits, uniforms, temperature);
@@ -38,6 +35,12 @@ std::tuple<Tensor, Tensor, Tensor> sample_tokens(Tensor logits, Tensor uniforms,
         default: with_temperature(float{});
     }
     return {ids, log_p, log_q};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(daemon_fast, CUDA, m) {
+    m.impl("sample_tokens", TORCH_BOX(&sample_tokens));
 }
 
 }  // namespace daemon_fast::cuda

@@ -2,9 +2,9 @@
 #include "cuda/sir_select.cuh"
 
 #include "cuda/groups.h"
-#include "ops.h"
 
 namespace daemon_fast::cuda {
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sir_select(
     Tensor features, Tensor mu, std::optional<Tensor> base_log_w, Tensor uniforms) {
@@ -42,6 +42,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sir_select(
     const auto with_base = [&](auto feature) { wide_base ? run(feature, double{}) : run(feature, float{}); };
     type == ScalarType::Double ? with_base(double{}) : with_base(float{});
     return {index, weights, log_z, ess};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(daemon_fast, CUDA, m) {
+    m.impl("sir_select", TORCH_BOX(&sir_select));
 }
 
 }  // namespace daemon_fast::cuda

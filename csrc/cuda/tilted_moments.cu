@@ -2,9 +2,9 @@
 #include "cuda/tilted_moments.cuh"
 
 #include "cuda/launch.h"
-#include "ops.h"
 
 namespace daemon_fast::cuda {
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor> tilted_moments(
     Tensor features, Tensor mu, std::optional<Tensor> base_log_w, bool per_prefix) {
@@ -44,6 +44,12 @@ std::tuple<Tensor, Tensor, Tensor> tilted_moments(
         static_cast<const double*>(partial.const_data_ptr<double>()), blocks, shape, log_z.mutable_data_ptr<double>(),
         mean.mutable_data_ptr<double>(), covariance.mutable_data_ptr<double>());
     return {log_z, mean, covariance};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(daemon_fast, CUDA, m) {
+    m.impl("tilted_moments", TORCH_BOX(&tilted_moments));
 }
 
 }  // namespace daemon_fast::cuda

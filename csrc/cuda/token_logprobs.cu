@@ -2,14 +2,11 @@
 #include "cuda/token_logprobs.cuh"
 
 #include "cuda/launch.h"
-#include "ops.h"
 
 namespace daemon_fast::cuda {
 namespace {
 
 constexpr int kThreads = 512;  // a row of 50,257 bfloat16 gives each thread 12 vectors
-
-}  // namespace
 
 std::tuple<Tensor, Tensor> token_logprobs(Tensor logits, Tensor ids, double temperature) {
     check_token_logprobs(logits, ids, temperature);
@@ -41,6 +38,12 @@ std::tuple<Tensor, Tensor> token_logprobs(Tensor logits, Tensor ids, double temp
         default: with_temperature(float{});
     }
     return {log_p, log_q};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(daemon_fast, CUDA, m) {
+    m.impl("token_logprobs", TORCH_BOX(&token_logprobs));
 }
 
 }  // namespace daemon_fast::cuda
