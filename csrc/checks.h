@@ -149,7 +149,7 @@ inline void check_tilt(
 }
 
 inline void check_sir_select(
-    const Tensor& features, const Tensor& mu, const std::optional<Tensor>& base_log_w, const Tensor& uniforms) {
+    const Tensor& features, const Tensor& mu, const Tensor& uniforms, const std::optional<Tensor>& base_log_w) {
     check_tilt("sir_select", features, mu, base_log_w);
     if (uniforms.dim() != 1 && uniforms.dim() != 2)
         fail("sir_select: uniforms must have shape [G] or [G, S], got ", shape(uniforms));
@@ -158,8 +158,12 @@ inline void check_sir_select(
     check_same_device(uniforms, features, "sir_select: uniforms");
 }
 
-inline void check_tilted_moments(const Tensor& features, const Tensor& mu, const std::optional<Tensor>& base_log_w) {
+inline void check_tilted_moments(
+    const Tensor& features, const Tensor& mu, const std::optional<Tensor>& base_log_w,
+    const std::string& normalization) {
     check_tilt("tilted_moments", features, mu, base_log_w);
+    if (normalization != "per_prefix" && normalization != "global")
+        fail("tilted_moments: normalization = '", normalization, "' must be 'per_prefix' or 'global'");
     if (features.size(0) == 0) fail("tilted_moments: features has no prefixes (N = 0): shape ", shape(features));
 }
 

@@ -10,7 +10,7 @@ tell is therefore no exception there but a marked result, as each docstring says
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ __all__ = ["importance_weights", "repetition", "sample_tokens", "sir_select", "t
 extension.load()  # registers the operators
 _ops = torch.ops.daemon_fast
 _Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
+
+Normalization = Literal["per_prefix", "global"]  # of importance weights: see `tilted_moments`
 
 
 def _fake_of(operator: str) -> Callable[[_Kernel], _Kernel]:
@@ -257,12 +259,12 @@ def sir_select(
 
     Source: Ji et al. 2024 (arXiv 2310.01041), algorithm 2.
     """
-    return Selection(*_ops.sir_select(features, mu, base_log_w, uniforms))
+    return Selection(*_ops.sir_select(features, mu, uniforms, base_log_w))
 
 
 @_fake_of("sir_select")
 def _(
-    features: Tensor, mu: Tensor, base_log_w: Tensor | None, uniforms: Tensor
+    features: Tensor, mu: Tensor, uniforms: Tensor, base_log_w: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     groups = features.shape[:1]
     return (
@@ -277,7 +279,7 @@ def tilted_moments(
     features: Tensor,  # [N, M, K] float32 or float64
     mu: Tensor,  # [K] float64
     base_log_w: Tensor | None = None,  # [N, M] float32 or float64
-    per_prefix: bool = True,
+    normalization: Normalization = "per_prefix",
 ) -> Moments:
     """Log Z, mean and covariance of the features under weights ∝ exp(b - mu · f): one Newton step of the fit.
 
@@ -287,9 +289,9 @@ def tilted_moments(
     mu : [K] float64
     base_log_w : [N, M] float32 or float64, optional
         Base log-weights b; 0 if left out.
-    per_prefix : bool
-        True: normalise the weights within each prefix, and average log Z, mean and covariance over the prefixes.
-        False: one normalisation over all N · M samples.
+    normalization : "per_prefix" or "global"
+        Per prefix: normalise the weights within each prefix, and average log Z, mean and covariance over the prefixes.
+        Global: one normalisation over all N · M samples.
 
     Returns
     -------
@@ -302,13 +304,15 @@ def tilted_moments(
     Raises
     ------
     RuntimeError
-        Wrong shape or dtype, no prefixes, NaN or +inf in a log-weight, or no finite one where one is needed. On CUDA,
-        all results are NaN in the last two cases; and K above about 150 does not fit.
+        Wrong shape or dtype, another normalization, no prefixes, NaN or +inf in a log-weight, or no finite one where
+        one is needed. On CUDA, all results are NaN in the last two cases; and K above about 150 does not fit.
     """
-    return Moments(*_ops.tilted_moments(features, mu, base_log_w, per_prefix))
+    return Moments(*_ops.tilted_moments(features, mu, base_log_w, normalization))
 
 
 @_fake_of("tilted_moments")
-def _(features: Tensor, mu: Tensor, base_log_w: Tensor | None, per_prefix: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    features: Tensor, mu: Tensor, base_log_w: Tensor | None = None, normalization: str = "per_prefix"
+) -> tuple[Tensor, Tensor, Tensor]:
     k = features.shape[2]
     return tuple(features.new_empty(shape, dtype=torch.float64) for shape in ((), (k,), (k, k)))  # type: ignore[return-value]

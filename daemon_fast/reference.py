@@ -124,7 +124,7 @@ def tilted_log_weights(features: Sequence[Matrix], mu: Vector, base_log_w: Matri
 
 
 def sir_select(
-    features: Sequence[Matrix], mu: Vector, base_log_w: Matrix | None, uniforms: Vector
+    features: Sequence[Matrix], mu: Vector, uniforms: Vector, base_log_w: Matrix | None = None
 ) -> tuple[list[int], list[list[float]], list[float], list[float]]:
     """Sampling-Importance-Resampling: the chosen index of each group, and weights, log Z and ESS."""
     weights, log_z, ess = importance_weights(tilted_log_weights(features, mu, base_log_w))
@@ -142,14 +142,16 @@ def sir_select(
 
 
 def tilted_moments(
-    features: Sequence[Matrix], mu: Vector, base_log_w: Matrix | None, per_prefix: bool
+    features: Sequence[Matrix], mu: Vector, base_log_w: Matrix | None = None, normalization: str = "per_prefix"
 ) -> tuple[float, list[float], list[list[float]]]:
     """log Z, and mean and covariance of the features under the tilted weights.
 
-    Per prefix, each prefix is normalised by itself and the three are averaged over the prefixes; else there is one
-    normalisation over all samples.
+    "per_prefix": each prefix is normalised by itself and the three are averaged over the prefixes. "global": there is
+    one normalisation over all samples.
     """
-    if not per_prefix:
+    if normalization not in ("per_prefix", "global"):
+        raise ValueError(f"normalization = {normalization!r} must be 'per_prefix' or 'global'")
+    if normalization == "global":
         features = [[f for group in features for f in group]]
         base_log_w = None if base_log_w is None else [[b for row in base_log_w for b in row]]
     weights, log_z, _ = importance_weights(tilted_log_weights(features, mu, base_log_w))

@@ -79,9 +79,10 @@ def tilted_moments(samples: Samples, mu: Tensor, per_prefix: bool) -> ops.Moment
     Per prefix, log Z, mean and covariance are means over prefixes. Over all samples, a block counts by its share of
     the weight, and its mean's distance from that of all adds to the covariance.
     """
+    normalization: ops.Normalization = "per_prefix" if per_prefix else "global"
 
     def of_block(block: Block) -> tuple[int, ops.Moments]:
-        found = ops.tilted_moments(block.features, mu.to(block.features.device), block.base_log_w, per_prefix)
+        found = ops.tilted_moments(block.features, mu.to(block.features.device), block.base_log_w, normalization)
         return len(block.features), ops.Moments(*(part.cpu() for part in found))
 
     sizes, parts = zip(*samples.map(of_block), strict=True)

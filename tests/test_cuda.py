@@ -65,7 +65,7 @@ def test_every_operator_in_a_graph(cuda):
             *daemon_fast.sample_tokens(logits, uniforms, 0.97),
             *daemon_fast.importance_weights(features[..., 0]),
             *daemon_fast.tilted_moments(features, mu),
-            *daemon_fast.tilted_moments(features, mu, None, False),
+            *daemon_fast.tilted_moments(features, mu, normalization="global"),
         ]
 
     expected = run()
@@ -149,8 +149,8 @@ def test_what_the_host_cannot_see_is_marked_and_never_silent(cuda):
     assert out.index.tolist() == [1, -1, -1, -1]
     assert out.log_z.isnan().tolist() == [False, True, True, False]
 
-    for per_prefix in (True, False):
-        for part in daemon_fast.tilted_moments(features, mu, log_w, per_prefix):
+    for normalization in ("per_prefix", "global"):
+        for part in daemon_fast.tilted_moments(features, mu, log_w, normalization):
             assert part.isnan().all()
 
 

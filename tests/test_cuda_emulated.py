@@ -260,7 +260,7 @@ def test_sir_select(library, M, threads, scratch, base_given, order):
     )  # fmt: skip
     rows = None if base is None else base.tolist()
     for s in range(S):
-        want = reference.sir_select(features.tolist(), mu.tolist(), rows, uniforms[:, s].tolist())
+        want = reference.sir_select(features.tolist(), mu.tolist(), uniforms[:, s].tolist(), rows)
         assert index[:, s].tolist() == want[0]
     np.testing.assert_allclose(weights, want[1], rtol=1e-6)
     np.testing.assert_allclose(log_z, want[2], rtol=1e-6, atol=1e-7)
@@ -300,47 +300,47 @@ def test_sir_select_marks_what_it_cannot_draw(library):
 # ---- tilted_moments ---------------------------------------------------------------------------------------------
 
 
-def tilted_moments(library, features, mu, base, per_prefix, *, warps=0, blocks=0, order=0):
+def tilted_moments(library, features, mu, base, normalization, *, warps=0, blocks=0, order=0):
     k = features.shape[2]
     log_z, mean, covariance = np.full(1, -1.0), np.full(k, -1.0), np.full((k, k), -1.0)
     call(
-        library, "emulate_tilted_moments", features, mu, base, *features.shape, small(int(per_prefix)), small(warps),
-        blocks, small(order), log_z, mean, covariance,
+        library, "emulate_tilted_moments", features, mu, base, *features.shape,
+        small(int(normalization == "per_prefix")), small(warps), blocks, small(order), log_z, mean, covariance,
     )  # fmt: skip
     return log_z, mean, covariance
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("per_prefix", [True, False])
+@pytest.mark.parametrize("normalization", ["per_prefix", "global"])
 @pytest.mark.parametrize(
     ("N", "M", "K", "warps", "blocks"),
     [(1, 1, 1, 0, 0), (3, 4, 0, 0, 0), (7, 25, 9, 0, 0), (3, 70, 2, 2, 2), (5, 32, 33, 1, 2), (9, 33, 1, 3, 1)],
 )
-def test_tilted_moments(library, N, M, K, warps, blocks, per_prefix, order):
+def test_tilted_moments(library, N, M, K, warps, blocks, normalization, order):
     rng = np.random.default_rng(N * M)
     features = (rng.standard_normal((N, M, K)) + 1000 * (K == 2)).astype(np.float32)
     mu = rng.standard_normal(K) * 0.5
     for base in (None, rng.standard_normal((N, M)) * 50):
         if base is not None and M > 1:
             base[:, ::3] = -np.inf
-        got = tilted_moments(library, features, mu, base, per_prefix, warps=warps, blocks=blocks, order=order)
+        got = tilted_moments(library, features, mu, base, normalization, warps=warps, blocks=blocks, order=order)
         rows = None if base is None else base.tolist()
-        want = reference.tilted_moments(features.tolist(), mu.tolist(), rows, per_prefix)
+        want = reference.tilted_moments(features.tolist(), mu.tolist(), rows, normalization)
         np.testing.assert_allclose(got[0], want[0], rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(got[1], want[1], rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(got[2], np.array(want[2]).reshape(K, K), rtol=1e-10, atol=1e-12)
         np.testing.assert_array_equal(got[2], got[2].T)
 
 
-@pytest.mark.parametrize("per_prefix", [True, False])
+@pytest.mark.parametrize("normalization", ["per_prefix", "global"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_tilted_moments_that_are_not_defined(library, bad, per_prefix):
+def test_tilted_moments_that_are_not_defined(library, bad, normalization):
     features = np.random.default_rng(0).standard_normal((40, 33, 2)).astype(np.float32)
     base = np.zeros((40, 33))
     base[17] = bad if bad < 0 else 0
     base[17, 32] = bad
-    results = tilted_moments(library, features, np.ones(2), base, per_prefix)
-    defined = bad < 0 and not per_prefix  # one prefix without weight is no loss to global weights
+    results = tilted_moments(library, features, np.ones(2), base, normalization)
+    defined = bad < 0 and normalization == "global"  # one prefix without weight is no loss to global weights
     assert all(np.isfinite(out).all() == defined and np.isnan(out).all() != defined for out in results)
     base[:] = -np.inf
-    assert all(np.isnan(out).all() for out in tilted_moments(library, features, np.ones(2), base, per_prefix))
+    assert all(np.isnan(out).all() for out in tilted_moments(library, features, np.ones(2), base, normalization))

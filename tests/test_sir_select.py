@@ -34,14 +34,14 @@ def calls(draw):
             base[:, rng.integers(shape[1])] = -math.inf
         base = base.to(draw(st.sampled_from([torch.float32, F64])))
     uniforms = torch.from_numpy(rng.random(shape[0]))
-    return features, mu, base, uniforms
+    return features, mu, uniforms, base
 
 
-def check(features, mu, base, uniforms, device="cpu"):
+def check(features, mu, uniforms, base, device="cpu"):
     there = [None if part is None else part.to(device) for part in (features, mu, uniforms, base)]
     out = [part.cpu() for part in daemon_fast.sir_select(*there)]
     expected = reference.sir_select(
-        features.double().tolist(), mu.tolist(), None if base is None else base.double().tolist(), uniforms.tolist()
+        features.double().tolist(), mu.tolist(), uniforms.tolist(), None if base is None else base.double().tolist()
     )
     assert out[0].tolist() == expected[0]
     rtol, atol = RTOL[features.dtype], 1e-37 if features.dtype == torch.float32 else 1e-300
@@ -67,7 +67,7 @@ def test_every_size_on_every_device(device, M, dtype):
     base[:, 0] = 0
     uniforms = torch.rand(3, generator=generator, dtype=F64)
     for given_base in (None, base, base.double()):
-        check(features, torch.tensor([1.0, -0.5, 0.0, 2.0], dtype=F64), given_base, uniforms, device)
+        check(features, torch.tensor([1.0, -0.5, 0.0, 2.0], dtype=F64), uniforms, given_base, device)
 
 
 def test_uniforms_hit_the_edges_of_the_cumulative_weights(device):
@@ -111,8 +111,8 @@ def test_opcheck(device):
     op = torch.ops.daemon_fast.sir_select.default
     features, mu = torch.randn(3, 5, 2, device=device), torch.randn(2, dtype=F64, device=device)
     base, uniforms = torch.randn(3, 5, device=device), torch.rand(3, 4, dtype=F64, device=device)
-    torch.library.opcheck(op, (features, mu, None, uniforms[:, 0]))
-    torch.library.opcheck(op, (features.double(), mu, base, uniforms))
+    torch.library.opcheck(op, (features, mu, uniforms[:, 0]))
+    torch.library.opcheck(op, (features.double(), mu, uniforms, base))
 
 
 def test_bad_rows_are_named():

@@ -14,13 +14,14 @@ import daemon_fast
 from daemon_fast import reference
 
 F64 = torch.float64
+NORMALIZATIONS = ("per_prefix", "global")
 
 
-def check(features, mu, base, per_prefix, rtol=1e-12, device="cpu"):
+def check(features, mu, base, normalization, rtol=1e-12, device="cpu"):
     there = [None if part is None else part.to(device) for part in (features, mu, base)]
-    out = daemon_fast.ops.Moments(*(part.cpu() for part in daemon_fast.tilted_moments(*there, per_prefix)))
+    out = daemon_fast.ops.Moments(*(part.cpu() for part in daemon_fast.tilted_moments(*there, normalization)))
     log_z, mean, covariance = reference.tilted_moments(
-        features.double().tolist(), mu.tolist(), None if base is None else base.double().tolist(), per_prefix
+        features.double().tolist(), mu.tolist(), None if base is None else base.double().tolist(), normalization
     )
     assert {part.dtype for part in out} == {F64}
     scale = features.double().flatten(0, 1).abs().amax(0).numpy() + 1e-300  # sums of either sign cancel
@@ -51,80 +52,80 @@ def calls(draw):
         if candidates > 1:
             base[:, rng.integers(candidates)] = -math.inf
         base = base.to(draw(st.sampled_from([torch.float32, F64])))
-    return features, mu, base, draw(st.booleans())
+    return features, mu, base, draw(st.sampled_from(NORMALIZATIONS))
 
 
 @given(calls())
 @settings(max_examples=150)
 def test_equals_the_definition(call):
-    features, mu, base, per_prefix = call
+    features, mu, base, normalization = call
     # exp amplifies the rounding of b - mu · f, up to 1e-16 of its largest term.
     size = float((mu.abs() * features.double().abs().amax((0, 1))).sum())
     finite = [] if base is None else base.double()[base.isfinite()].abs().tolist()
-    check(features, mu, base, per_prefix, rtol=1e-12 + 4e-16 * (size + max(finite, default=0.0)))
+    check(features, mu, base, normalization, rtol=1e-12 + 4e-16 * (size + max(finite, default=0.0)))
 
 
-@pytest.mark.parametrize("per_prefix", [True, False])
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize(
     ("prefixes", "candidates", "k"), [(3, 255, 4), (3, 256, 4), (3, 257, 4), (3, 1000, 4), (700, 25, 9), (5, 40, 60)]
 )
-def test_more_than_a_tile_on_every_device(device, prefixes, candidates, k, per_prefix):
+def test_more_than_a_tile_on_every_device(device, prefixes, candidates, k, normalization):
     generator = torch.Generator().manual_seed(candidates)
     features = torch.randn(prefixes, candidates, k, dtype=F64, generator=generator)
-    check(features, torch.linspace(-1, 1, k, dtype=F64), None, per_prefix, device=device)
+    check(features, torch.linspace(-1, 1, k, dtype=F64), None, normalization, device=device)
     base = torch.randn(prefixes, candidates, generator=generator).masked_fill(features[..., 0] > 1, -math.inf)
     base[:, 0] = 0
-    check(features.float(), torch.linspace(-1, 1, k, dtype=F64), base, per_prefix, device=device)
+    check(features.float(), torch.linspace(-1, 1, k, dtype=F64), base, normalization, device=device)
 
 
 def test_global_weights_may_spare_a_whole_prefix(device):
     features, base = torch.randn(3, 4, 2, dtype=F64), torch.zeros(3, 4)
     base[1] = -math.inf
-    check(features, torch.ones(2, dtype=F64), base, False, device=device)
+    check(features, torch.ones(2, dtype=F64), base, "global", device=device)
 
 
 def test_covariance_is_the_derivative_of_the_mean():
     features, mu = torch.randn(5, 25, 3, dtype=F64), torch.randn(3, dtype=F64)
     h = 1e-6
-    for per_prefix in (True, False):
-        here = daemon_fast.tilted_moments(features, mu, None, per_prefix)
+    for normalization in NORMALIZATIONS:
+        here = daemon_fast.tilted_moments(features, mu, None, normalization)
         for k in range(3):
             step = torch.zeros(3, dtype=F64)
             step[k] = h
-            up = daemon_fast.tilted_moments(features, mu + step, None, per_prefix)
-            down = daemon_fast.tilted_moments(features, mu - step, None, per_prefix)
+            up = daemon_fast.tilted_moments(features, mu + step, None, normalization)
+            down = daemon_fast.tilted_moments(features, mu - step, None, normalization)
             torch.testing.assert_close((up.mean - down.mean) / (2 * h), -here.covariance[k], rtol=0, atol=1e-8)
             torch.testing.assert_close((up.log_z - down.log_z) / (2 * h), -here.mean[k], rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("per_prefix", [True, False])
-def test_same_result_for_any_number_of_threads(threads, per_prefix):
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_same_result_for_any_number_of_threads(threads, normalization):
     features, mu = torch.randn(1000, 25, 9), torch.randn(9, dtype=F64)
     threads(1)
-    one = daemon_fast.tilted_moments(features, mu, None, per_prefix)
+    one = daemon_fast.tilted_moments(features, mu, None, normalization)
     threads(3)
-    for a, b in zip(daemon_fast.tilted_moments(features, mu, None, per_prefix), one, strict=True):
+    for a, b in zip(daemon_fast.tilted_moments(features, mu, None, normalization), one, strict=True):
         assert torch.equal(a, b)
 
 
 def test_opcheck(device):
     op = torch.ops.daemon_fast.tilted_moments.default
     features, mu = torch.randn(3, 5, 2, device=device), torch.randn(2, dtype=F64, device=device)
-    torch.library.opcheck(op, (features, mu, None, True))
-    torch.library.opcheck(op, (features.double(), mu, torch.randn(3, 5, device=device), False))
+    torch.library.opcheck(op, (features, mu))
+    torch.library.opcheck(op, (features.double(), mu, torch.randn(3, 5, device=device), "global"))
 
 
-@pytest.mark.parametrize("per_prefix", [True, False])
-def test_bad_rows_are_named(per_prefix):
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_bad_rows_are_named(normalization):
     mu = torch.ones(1, dtype=F64)
     features, base = torch.zeros(3, 2, 1), torch.zeros(3, 2)
     features[2, 1, 0] = math.nan
     with pytest.raises(RuntimeError, match="log-weight of row 2, candidate 1 is nan"):
-        daemon_fast.tilted_moments(features, mu, base, per_prefix)
+        daemon_fast.tilted_moments(features, mu, base, normalization)
     base[:] = -math.inf
-    message = "all 2 log-weights of row 0 are -inf" if per_prefix else "all log-weights of all 3 rows are -inf"
-    with pytest.raises(RuntimeError, match=message):
-        daemon_fast.tilted_moments(torch.zeros(3, 2, 1), mu, base, per_prefix)
+    where = {"per_prefix": "all 2 log-weights of row 0", "global": "all log-weights of all 3 rows"}[normalization]
+    with pytest.raises(RuntimeError, match=f"{where} are -inf"):
+        daemon_fast.tilted_moments(torch.zeros(3, 2, 1), mu, base, normalization)
 
 
 @pytest.mark.parametrize(
@@ -140,3 +141,11 @@ def test_bad_rows_are_named(per_prefix):
 def test_bad_input_is_named(features, mu, base, message):
     with pytest.raises(RuntimeError, match=message):
         daemon_fast.tilted_moments(features, mu, base)
+
+
+def test_another_normalization_is_named():
+    message = "normalization = 'prefix' must be 'per_prefix' or 'global'"
+    with pytest.raises(RuntimeError, match=message):
+        daemon_fast.tilted_moments(torch.zeros(3, 4, 1), torch.zeros(1, dtype=F64), normalization="prefix")
+    with pytest.raises(ValueError, match=message):
+        reference.tilted_moments([[[0.0]]], [0.0], normalization="prefix")

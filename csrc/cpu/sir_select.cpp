@@ -24,7 +24,7 @@ DAEMON_FAST_INLINE int64_t draw(const double* weights, int64_t M, double uniform
 
 template <class Real>
 void select_groups(
-    const Tensor& features, const Tensor& mu, const std::optional<Tensor>& base, const Tensor& uniforms, Tensor& index,
+    const Tensor& features, const Tensor& mu, const Tensor& uniforms, const std::optional<Tensor>& base, Tensor& index,
     Tensor& weights, Tensor& log_z, Tensor& ess) {
     const int64_t G = features.size(0), M = features.size(1), K = features.size(2);
     const int64_t S = uniforms.dim() == 2 ? uniforms.size(1) : 1;
@@ -64,8 +64,8 @@ void select_groups(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sir_select(
-    Tensor features, Tensor mu, std::optional<Tensor> base_log_w, Tensor uniforms) {
-    check_sir_select(features, mu, base_log_w, uniforms);
+    Tensor features, Tensor mu, Tensor uniforms, std::optional<Tensor> base_log_w) {
+    check_sir_select(features, mu, uniforms, base_log_w);
     const int64_t G = features.size(0), M = features.size(1);
     const ScalarType type = features.scalar_type();
     features = torch::stable::contiguous(features);
@@ -87,9 +87,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sir_select(
     Tensor ess = empty_like_with(features, {G}, type);
     if (G > 0) {
         if (type == ScalarType::Double)
-            select_groups<double>(features, mu, base_log_w, uniforms, index, weights, log_z, ess);
+            select_groups<double>(features, mu, uniforms, base_log_w, index, weights, log_z, ess);
         else
-            select_groups<float>(features, mu, base_log_w, uniforms, index, weights, log_z, ess);
+            select_groups<float>(features, mu, uniforms, base_log_w, index, weights, log_z, ess);
     }
     return {index, weights, log_z, ess};
 }
@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sir_select(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(daemon_fast, m) {
     m.def(
-        "sir_select(Tensor features, Tensor mu, Tensor? base_log_w, Tensor uniforms) -> "
+        "sir_select(Tensor features, Tensor mu, Tensor uniforms, Tensor? base_log_w=None) -> "
         "(Tensor, Tensor, Tensor, Tensor)");
 }
 

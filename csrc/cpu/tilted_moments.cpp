@@ -182,8 +182,8 @@ void sum_all(const Tensor& features, const Problem& p, double* log_z, double* me
 }
 
 std::tuple<Tensor, Tensor, Tensor> tilted_moments(
-    Tensor features, Tensor mu, std::optional<Tensor> base_log_w, bool per_prefix) {
-    check_tilted_moments(features, mu, base_log_w);
+    Tensor features, Tensor mu, std::optional<Tensor> base_log_w, std::string normalization) {
+    check_tilted_moments(features, mu, base_log_w, normalization);
     features = torch::stable::contiguous(features);
     mu = torch::stable::contiguous(mu);
     if (base_log_w) base_log_w = as_double(*base_log_w);
@@ -194,7 +194,7 @@ std::tuple<Tensor, Tensor, Tensor> tilted_moments(
         K,
         mu.const_data_ptr<double>(),
         base_log_w ? base_log_w->const_data_ptr<double>() : nullptr,
-        per_prefix};
+        normalization == "per_prefix"};
     Tensor log_z = empty_like_with(features, {}, ScalarType::Double);
     Tensor mean = empty_like_with(features, {K}, ScalarType::Double);
     Tensor covariance = empty_like_with(features, {K, K}, ScalarType::Double);
@@ -211,8 +211,8 @@ std::tuple<Tensor, Tensor, Tensor> tilted_moments(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(daemon_fast, m) {
     m.def(
-        "tilted_moments(Tensor features, Tensor mu, Tensor? base_log_w, bool per_prefix) -> "
-        "(Tensor, Tensor, Tensor)");
+        "tilted_moments(Tensor features, Tensor mu, Tensor? base_log_w=None, "
+        "str normalization='per_prefix') -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(daemon_fast, CPU, m) {

@@ -7,8 +7,8 @@ namespace daemon_fast::cuda {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sir_select(
-    Tensor features, Tensor mu, std::optional<Tensor> base_log_w, Tensor uniforms) {
-    check_sir_select(features, mu, base_log_w, uniforms);
+    Tensor features, Tensor mu, Tensor uniforms, std::optional<Tensor> base_log_w) {
+    check_sir_select(features, mu, uniforms, base_log_w);
     const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
     const bool several = uniforms.dim() == 2;
     const SelectShape shape{

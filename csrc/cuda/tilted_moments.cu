@@ -7,13 +7,13 @@ namespace daemon_fast::cuda {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor> tilted_moments(
-    Tensor features, Tensor mu, std::optional<Tensor> base_log_w, bool per_prefix) {
-    check_tilted_moments(features, mu, base_log_w);
+    Tensor features, Tensor mu, std::optional<Tensor> base_log_w, std::string normalization) {
+    check_tilted_moments(features, mu, base_log_w, normalization);
     const int device = features.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
     const int64_t K = features.size(2);
     if (K > 1024) fail("tilted_moments: features has K = ", K, ", more than any CUDA device can hold");
-    const MomentShape shape{features.size(0), features.size(1), static_cast<int>(K), per_prefix};
+    const MomentShape shape{features.size(0), features.size(1), static_cast<int>(K), normalization == "per_prefix"};
     const int warps = shape.warps();
     const int64_t blocks = shape.blocks(), shared_bytes = shape.shared_bytes(warps);
     if (shared_bytes > max_shared_bytes(device))
