@@ -55,7 +55,7 @@ class TokenLogProbs(NamedTuple):
     log_q: Tensor  # [R] float32
 
 
-class Samples(NamedTuple):
+class SampledTokens(NamedTuple):
     ids: Tensor  # [R] int64
     log_p: Tensor  # [R] float32
     log_q: Tensor  # [R] float32
@@ -154,7 +154,7 @@ def sample_tokens(
     logits: Tensor,  # [R, V] float16, bfloat16 or float32
     uniforms: Tensor,  # [R] float64
     temperature: float = 1.0,
-) -> Samples:
+) -> SampledTokens:
     """Draw one id per row from softmax(logits / temperature), and its log-probabilities, in one pass over the logits.
 
     Parameters
@@ -179,7 +179,7 @@ def sample_tokens(
         Wrong shape or dtype, temperature not positive and finite, a uniform outside [0, 1), or a row whose logits are
         all -inf, or hold NaN or +inf. On CUDA, the last two give id -1 and NaN.
     """
-    return Samples(*_ops.sample_tokens(logits, uniforms, temperature))
+    return SampledTokens(*_ops.sample_tokens(logits, uniforms, temperature))
 
 
 @_fake_of("sample_tokens")
