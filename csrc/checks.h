@@ -79,6 +79,14 @@ inline Tensor empty_like_with(const Tensor& like, std::vector<int64_t> size, Sca
     return torch::stable::new_empty(like, IntHeaderOnlyArrayRef(size.data(), size.size()), type);
 }
 
+// run(feature, base) with values of their types; without base weights, any type will do.
+template <class Run>
+void with_base(const Tensor& features, const std::optional<Tensor>& base_log_w, const Run& run) {
+    const bool wide = base_log_w && base_log_w->scalar_type() == ScalarType::Double;
+    const auto with_feature = [&](auto feature) { wide ? run(feature, double{}) : run(feature, float{}); };
+    features.scalar_type() == ScalarType::Double ? with_feature(double{}) : with_feature(float{});
+}
+
 // ---- one check per operator ------------------------------------------------------------------------------
 
 inline void check_repetition(

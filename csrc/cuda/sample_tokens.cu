@@ -1,7 +1,7 @@
 // sample_tokens on CUDA: launch. The kernel is in sample_tokens.cuh.
 #include "cuda/sample_tokens.cuh"
 
-#include "cuda/launch.h"
+#include "cuda/logits.h"
 
 namespace daemon_fast::cuda {
 namespace {
@@ -18,22 +18,14 @@ std::tuple<Tensor, Tensor, Tensor> sample_tokens(Tensor logits, Tensor uniforms,
     Tensor log_q = empty_like_with(logits, {R}, ScalarType::Float);
     if (R == 0) return {ids, log_p, log_q};
 
-    const auto run = [&](auto logit, auto tempered) {
+    with_logits(logits, temperature, [&](auto logit, auto tempered) {
         using Logit = decltype(logit);
         launch(
             "sample_tokens", logits, sample_tokens_kernel<Logit, tempered.value, kThreads>, R, kThreads, 0,
             static_cast<const Logit*>(logits.const_data_ptr()), logits.stride(0), uniforms.const_data_ptr<double>(),
             uniforms.stride(0), R, V, static_cast<float>(1.0 / temperature), ids.mutable_data_ptr<int64_t>(),
             log_p.mutable_data_ptr<float>(), log_q.mutable_data_ptr<float>());
-    };
-    const auto with_temperature = [&](auto logit) {
-        temperature == 1.0 ? run(logit, std::false_type()) : run(logit, std::true_type());
-    };
-    switch (logits.scalar_type()) {
-        case ScalarType::Half: with_temperature(__half{}); break;
-        case ScalarType::BFloat16: with_temperature(__nv_bfloat16{}); break;
-        default: with_temperature(float{});
-    }
+    });
     return {ids, log_p, log_q};
 }
 

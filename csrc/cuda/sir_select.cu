@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sir_select(
     if (shape.G == 0) return {index, weights, log_z, ess};
 
     GroupLaunch groups(features, shape.G, shape.M, 2 * shape.M);
-    const auto run = [&](auto feature, auto base) {
+    with_base(features, base_log_w, [&](auto feature, auto base) {
         using Feature = decltype(feature);
         using Base = decltype(base);
         groups.dispatch([&](auto threads, auto shared) {
@@ -37,10 +37,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sir_select(
                 groups.scratch(), index.mutable_data_ptr<int64_t>(), weights.mutable_data_ptr<Feature>(),
                 log_z.mutable_data_ptr<Feature>(), ess.mutable_data_ptr<Feature>());
         });
-    };
-    const bool wide_base = base_log_w && base_log_w->scalar_type() == ScalarType::Double;
-    const auto with_base = [&](auto feature) { wide_base ? run(feature, double{}) : run(feature, float{}); };
-    type == ScalarType::Double ? with_base(double{}) : with_base(float{});
+    });
     return {index, weights, log_z, ess};
 }
 

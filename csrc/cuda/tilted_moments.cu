@@ -28,17 +28,14 @@ std::tuple<Tensor, Tensor, Tensor> tilted_moments(
     Tensor covariance = empty_like_with(features, {K, K}, ScalarType::Double);
     Tensor partial = empty_like_with(features, {shape.entries(), blocks}, ScalarType::Double);
 
-    const auto run = [&](auto feature, auto base) {
+    with_base(features, base_log_w, [&](auto feature, auto base) {
         using Feature = decltype(feature);
         using Base = decltype(base);
         launch(
             "tilted_moments", features, tilted_moments_kernel<Feature, Base>, blocks, warps * kWarp, shared_bytes,
             features.const_data_ptr<Feature>(), mu.const_data_ptr<double>(),
             base_log_w ? base_log_w->const_data_ptr<Base>() : nullptr, shape, partial.mutable_data_ptr<double>());
-    };
-    const bool wide_base = base_log_w && base_log_w->scalar_type() == ScalarType::Double;
-    const auto with_base = [&](auto feature) { wide_base ? run(feature, double{}) : run(feature, float{}); };
-    features.scalar_type() == ScalarType::Double ? with_base(double{}) : with_base(float{});
+    });
     launch(
         "tilted_moments", features, finish_tilted_moments_kernel, 1, 1024, shape.finish_bytes(),
         static_cast<const double*>(partial.const_data_ptr<double>()), blocks, shape, log_z.mutable_data_ptr<double>(),

@@ -1,7 +1,7 @@
 // token_logprobs on CUDA: launch. The kernel is in token_logprobs.cuh.
 #include "cuda/token_logprobs.cuh"
 
-#include "cuda/launch.h"
+#include "cuda/logits.h"
 
 namespace daemon_fast::cuda {
 namespace {
@@ -17,26 +17,18 @@ std::tuple<Tensor, Tensor> token_logprobs(Tensor logits, Tensor ids, double temp
     Tensor log_q = empty_like_with(logits, {R}, ScalarType::Float);
     if (R == 0) return {log_p, log_q};
 
-    const auto run = [&](auto logit, auto id, auto tempered) {
+    with_logits(logits, temperature, [&](auto logit, auto tempered) {
         using Logit = decltype(logit);
-        using Id = decltype(id);
-        launch(
-            "token_logprobs", logits, token_logprobs_kernel<Logit, Id, tempered.value, kThreads>, R, kThreads, 0,
-            static_cast<const Logit*>(logits.const_data_ptr()), logits.stride(0), ids.const_data_ptr<Id>(),
-            ids.stride(0), R, V, static_cast<float>(1.0 / temperature), log_p.mutable_data_ptr<float>(),
-            log_q.mutable_data_ptr<float>());
-    };
-    const auto with_id = [&](auto logit, auto tempered) {
-        ids.scalar_type() == ScalarType::Long ? run(logit, int64_t{}, tempered) : run(logit, int32_t{}, tempered);
-    };
-    const auto with_temperature = [&](auto logit) {
-        temperature == 1.0 ? with_id(logit, std::false_type()) : with_id(logit, std::true_type());
-    };
-    switch (logits.scalar_type()) {
-        case ScalarType::Half: with_temperature(__half{}); break;
-        case ScalarType::BFloat16: with_temperature(__nv_bfloat16{}); break;
-        default: with_temperature(float{});
-    }
+        const auto run = [&](auto id) {
+            using Id = decltype(id);
+            launch(
+                "token_logprobs", logits, token_logprobs_kernel<Logit, Id, tempered.value, kThreads>, R, kThreads, 0,
+                static_cast<const Logit*>(logits.const_data_ptr()), logits.stride(0), ids.const_data_ptr<Id>(),
+                ids.stride(0), R, V, static_cast<float>(1.0 / temperature), log_p.mutable_data_ptr<float>(),
+                log_q.mutable_data_ptr<float>());
+        };
+        ids.scalar_type() == ScalarType::Long ? run(int64_t{}) : run(int32_t{});
+    });
     return {log_p, log_q};
 }
 
