@@ -13,9 +13,9 @@ std::tuple<Tensor, Tensor, Tensor> tilted_moments(
     const torch::stable::accelerator::DeviceGuard guard(device);
     const int64_t K = features.size(2);
     if (K > 1024) fail("tilted_moments: features has K = ", K, ", more than any CUDA device can hold");
-    const MomentShape shape{features.size(0), features.size(1), static_cast<int>(K), normalization == "per_prefix"};
+    const MomentShape shape{features.size(0), features.size(1), static_cast<int>(K)};
     const int warps = shape.warps();
-    const int64_t blocks = shape.blocks(), shared_bytes = shape.shared_bytes(warps);
+    const int64_t shared_bytes = shape.shared_bytes(warps);
     if (shared_bytes > max_shared_bytes(device))
         fail(
             "tilted_moments: features has K = ", K, ", whose moments need ", shared_bytes,
@@ -26,20 +26,27 @@ std::tuple<Tensor, Tensor, Tensor> tilted_moments(
     Tensor log_z = empty_like_with(features, {}, ScalarType::Double);
     Tensor mean = empty_like_with(features, {K}, ScalarType::Double);
     Tensor covariance = empty_like_with(features, {K, K}, ScalarType::Double);
-    Tensor partial = empty_like_with(features, {shape.entries(), blocks}, ScalarType::Double);
 
-    with_base(features, base_log_w, [&](auto feature, auto base) {
-        using Feature = decltype(feature);
-        using Base = decltype(base);
+    const auto run = [&](auto how) {
+        using Normalization = decltype(how);
+        const int64_t blocks = shape.blocks(Normalization::units(shape));
+        Tensor partial = empty_like_with(features, {shape.entries(), blocks}, ScalarType::Double);
+        with_base(features, base_log_w, [&](auto feature, auto base) {
+            using Feature = decltype(feature);
+            using Base = decltype(base);
+            const MomentInput<Feature, Base> input{
+                features.const_data_ptr<Feature>(), mu.const_data_ptr<double>(),
+                base_log_w ? base_log_w->const_data_ptr<Base>() : nullptr};
+            launch(
+                "tilted_moments", features, tilted_moments_kernel<Normalization, Feature, Base>, blocks, warps * kWarp,
+                shared_bytes, input, shape, partial.mutable_data_ptr<double>());
+        });
         launch(
-            "tilted_moments", features, tilted_moments_kernel<Feature, Base>, blocks, warps * kWarp, shared_bytes,
-            features.const_data_ptr<Feature>(), mu.const_data_ptr<double>(),
-            base_log_w ? base_log_w->const_data_ptr<Base>() : nullptr, shape, partial.mutable_data_ptr<double>());
-    });
-    launch(
-        "tilted_moments", features, finish_tilted_moments_kernel, 1, 1024, shape.finish_bytes(),
-        static_cast<const double*>(partial.const_data_ptr<double>()), blocks, shape, log_z.mutable_data_ptr<double>(),
-        mean.mutable_data_ptr<double>(), covariance.mutable_data_ptr<double>());
+            "tilted_moments", features, finish_tilted_moments_kernel<Normalization>, 1, 1024, shape.finish_bytes(),
+            partial.const_data_ptr<double>(), blocks, shape, log_z.mutable_data_ptr<double>(),
+            mean.mutable_data_ptr<double>(), covariance.mutable_data_ptr<double>());
+    };
+    normalization == "per_prefix" ? run(PerPrefix{}) : run(Global{});
     return {log_z, mean, covariance};
 }
 

@@ -1,9 +1,10 @@
 // Device side of tilted_moments: log Z, mean and covariance of the features under weights exp(b - mu . f), in float64.
 //
 // Each warp takes 32 samples at a time: log-weights, their maximum, weights, mean, and outer products about that mean,
-// so that no large numbers cancel. Chunks of one set of samples are merged by Chan's update. A set is one prefix, or,
-// with global weights, all that the warp sees. Warps, then blocks, are combined in a fixed order, over a grid that does
-// not depend on the GPU: the result is the same on every run and every device.
+// so that no large numbers cancel. Chunks of one set of samples are merged by Chan's update. What a set is, and how the
+// partial results of warps and then of blocks are combined, depends on the normalisation of the weights: PerPrefix or
+// Global, below. The order is fixed, over a grid that does not depend on the GPU: the result is the same on every run
+// and every device.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -17,12 +18,9 @@ constexpr int64_t kMomentSharedBytes = 48 * 1024;  // what every device grants a
 struct MomentShape {
     int64_t N, M;
     int K;
-    bool per_prefix;
 
     __host__ __device__ int pairs() const { return K * (K + 1) / 2; }
-    // Entries of a partial result. Per prefix: 0 (NaN if a log-weight is bad), and sums over prefixes of log Z_i,
-    // mean_i [K] and covariance_i [pairs]. Global: maximum of the log-weights (NaN if one is bad), sum of
-    // exp(log w - max), mean [K] and summed outer products about it [pairs].
+    // Of a partial result: two numbers, a mean [K] and a covariance [pairs].
     __host__ __device__ int entries() const { return 2 + K + pairs(); }
     __host__ __device__ int tile_stride() const { return K | 1; }  // odd: lanes writing one feature meet no conflict
 
@@ -33,17 +31,22 @@ struct MomentShape {
         return align16(int64_t{pairs()} * 4) + (warps * warp_doubles() + entries()) * 8;
     }
     __host__ __device__ int64_t finish_bytes() const { return align16(int64_t{pairs()} * 4) + int64_t{entries()} * 8; }
-    // Units of work: prefixes, or chunks of samples.
-    __host__ __device__ int64_t units() const { return per_prefix ? N : (N * M + kWarp - 1) / kWarp; }
     __host__ int warps() const {
         int warps = kMaxMomentWarps;
         while (warps > 1 && shared_bytes(warps) > kMomentSharedBytes) warps /= 2;
         return warps;
     }
-    __host__ int64_t blocks() const {
-        const int64_t wanted = (units() + warps() - 1) / warps();
+    __host__ int64_t blocks(int64_t units) const {
+        const int64_t wanted = (units + warps() - 1) / warps();
         return wanted < kMaxMomentBlocks ? wanted : kMaxMomentBlocks;
     }
+};
+
+template <class Feature, class Base>
+struct MomentInput {
+    const Feature* features;  // [N, M, K]
+    const double* mu;         // [K]
+    const Base* base;         // [N, M], or null
 };
 
 // Of a set of samples; the arrays lie in shared memory and belong to one warp.
@@ -52,26 +55,27 @@ struct Moments {
     double *mean, *scatter;  // [K], [pairs]
 };
 
-// A warp's working memory.
+// A warp's working memory for a chunk of samples.
 struct MomentTile {
     double *features, *weights, *mean;  // [32, stride], [32], [K]
 };
 
-// Moments about their own mean of `count` <= 32 samples: tile.mean, weights and centred features; maximum and sum.
+// Moments about their own mean of `count` <= 32 samples from `first`: tile.mean, weights and centred features; maximum
+// and sum.
 template <class Feature, class Base>
 __device__ void chunk_moments(
-    const Feature* features, const double* mu, const Base* base, int count, const MomentShape& shape,
-    const MomentTile& tile, double& max, double& sum) {
+    const MomentInput<Feature, Base>& input, int64_t first, int count, const MomentShape& shape, const MomentTile& tile,
+    double& max, double& sum) {
     const int lane = threadIdx.x % kWarp, stride = shape.tile_stride();
     double log_w = minus_infinity();
     if (lane < count) {
         double energy = 0;
         for (int k = 0; k < shape.K; ++k) {
-            const double f = static_cast<double>(features[lane * int64_t{shape.K} + k]);
+            const double f = static_cast<double>(input.features[(first + lane) * shape.K + k]);
             tile.features[lane * stride + k] = f;
-            energy += mu[k] * f;
+            energy += input.mu[k] * f;
         }
-        log_w = (base ? static_cast<double>(base[lane]) : 0.0) - energy;
+        log_w = (input.base ? static_cast<double>(input.base[first + lane]) : 0.0) - energy;
     }
     max = reduce_warp(log_w, MaxOrNan());
     sum = 0;
@@ -113,48 +117,158 @@ __device__ __forceinline__ void merge_chunk(
     into.sum = total;
 }
 
-// Combines `count` partial results, entry e of the i-th at partial[i * across + e * along], into out[entries]; by the
-// whole block, a warp an entry.
-__device__ __forceinline__ void combine(
-    const double* partial, int64_t count, int64_t across, int64_t along, const MomentShape& shape,
-    const uint32_t* pairs, double* out) {
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-    const auto at = [&](int64_t i, int entry) { return partial[i * across + entry * along]; };
-    const auto reduce = [&](double start, auto op, auto term) {
+// `count` partial results, entry e of the i-th at values[i * across + e * along].
+struct Partials {
+    const double* values;
+    int64_t count, across, along;
+
+    __device__ __forceinline__ double at(int64_t i, int entry) const { return values[i * across + entry * along]; }
+
+    // Of term(i) over all i, by a full warp.
+    template <class Op, class Term>
+    __device__ __forceinline__ double reduce(double start, Op op, const Term& term) const {
         double value = start;
-        for (int64_t i = lane; i < count; i += kWarp) value = op(value, term(i));
+        for (int64_t i = threadIdx.x % kWarp; i < count; i += kWarp) value = op(value, term(i));
         return reduce_warp(value, op);
-    };
-    if (shape.per_prefix) {
-        for (int e = warp; e < shape.entries(); e += warps) {
-            const double total = reduce(0.0, Sum(), [&](int64_t i) { return at(i, e); });
-            if (lane == 0) out[e] = total;
+    }
+};
+
+// What a warp works with, in shared memory.
+struct WarpMemory {
+    MomentTile tile;
+    double* set;      // [entries] zeros at first
+    double* partial;  // [entries] its result, zeros at first
+};
+
+// What becomes of combined entries: log Z, and what mean and covariance must be divided by. Not valid where a
+// log-weight is NaN or +inf, or a set has none that is finite.
+struct Outcome {
+    bool valid;
+    double log_z, mean_divisor, covariance_divisor;
+};
+
+// ---- weights that sum to 1 within each prefix --------------------------------------------------------------------
+
+// Entries are sums over prefixes: 0 is NaN if a log-weight is bad, 1 of log Z_i, then of mean_i and covariance_i.
+struct PerPrefix {
+    static __host__ __device__ int64_t units(const MomentShape& shape) { return shape.N; }
+
+    // Prefixes [begin, end), by one warp.
+    template <class Input>
+    static __device__ __forceinline__ void add_up(
+        const Input& input, int64_t begin, int64_t end, const MomentShape& shape, const uint32_t* pairs,
+        const WarpMemory& warp) {
+        const int lane = threadIdx.x % kWarp, K = shape.K;
+        Moments prefix{minus_infinity(), 0, warp.set, warp.set + K};
+        double log_z = 0, bad = 0;
+        for (int64_t i = begin; i < end; ++i) {
+            prefix.max = minus_infinity();
+            prefix.sum = 0;
+            for (int64_t j = 0; j < shape.M; j += kWarp) {
+                const int count = static_cast<int>(shape.M - j < kWarp ? shape.M - j : kWarp);
+                double max, sum;
+                chunk_moments(input, i * shape.M + j, count, shape, warp.tile, max, sum);
+                if (sum > 0)
+                    merge_chunk(prefix, warp.tile, max, sum, count, shape, pairs);
+                else if (max != minus_infinity())
+                    bad = nan_double();
+            }
+            // Without any weight: -inf, and so no result.
+            log_z += prefix.max + log(prefix.sum / static_cast<double>(shape.M));
+            for (int e = lane; e < K + shape.pairs(); e += kWarp) {
+                warp.partial[2 + e] += e < K ? prefix.mean[e] : prefix.scatter[e - K] / prefix.sum;
+                warp.set[e] = 0;
+            }
+        }
+        if (lane == 0) {
+            warp.partial[0] = bad;
+            warp.partial[1] = log_z;
+        }
+    }
+
+    // By the whole block, a warp an entry.
+    static __device__ __forceinline__ void combine(
+        const Partials& partials, const MomentShape& shape, const uint32_t*, double* out) {
+        for (int e = threadIdx.x / kWarp; e < shape.entries(); e += blockDim.x / kWarp) {
+            const double total = partials.reduce(0.0, Sum(), [&](int64_t i) { return partials.at(i, e); });
+            if (threadIdx.x % kWarp == 0) out[e] = total;
         }
         __syncthreads();
-        return;
     }
-    const double max = reduce(minus_infinity(), MaxOrNan(), [&](int64_t i) { return at(i, 0); });
-    const auto scale = [&](int64_t i) { return at(i, 1) > 0 ? exp(at(i, 0) - max) : 0.0; };
-    const double sum = reduce(0.0, Sum(), [&](int64_t i) { return at(i, 1) * scale(i); });
-    if (threadIdx.x == 0) {
-        out[0] = max;
-        out[1] = sum;
+
+    static __device__ __forceinline__ Outcome outcome(const double* out, const MomentShape& shape) {
+        const double n = static_cast<double>(shape.N);
+        return {is_finite(out[0]) && is_finite(out[1]), out[1] / n, n, n};
     }
-    for (int k = warp; k < shape.K; k += warps) {
-        const double total = reduce(0.0, Sum(), [&](int64_t i) { return at(i, 1) * scale(i) * at(i, 2 + k); });
-        if (lane == 0) out[2 + k] = sum > 0 ? total / sum : 0.0;
+};
+
+// ---- weights that sum to 1 over all samples ----------------------------------------------------------------------
+
+// Entries: 0 is the maximum of the log-weights, NaN if one is bad; 1 the sum of exp(log w - max); then the mean and the
+// summed outer products about it.
+struct Global {
+    static __host__ __device__ int64_t units(const MomentShape& shape) {
+        return (shape.N * shape.M + kWarp - 1) / kWarp;
     }
-    __syncthreads();
-    for (int p = warp; p < shape.pairs(); p += warps) {
-        const int a = 2 + static_cast<int>(pairs[p] >> 16), b = 2 + static_cast<int>(pairs[p] & 0xffff);
-        const double total = reduce(0.0, Sum(), [&](int64_t i) {
-            const double shift = (at(i, a) - out[a]) * (at(i, b) - out[b]);
-            return scale(i) * (at(i, 2 + shape.K + p) + at(i, 1) * shift);
-        });
-        if (lane == 0) out[2 + shape.K + p] = total;
+
+    // Chunks [begin, end) of 32 samples, by one warp.
+    template <class Input>
+    static __device__ __forceinline__ void add_up(
+        const Input& input, int64_t begin, int64_t end, const MomentShape& shape, const uint32_t* pairs,
+        const WarpMemory& warp) {
+        Moments all{minus_infinity(), 0, warp.partial + 2, warp.partial + 2 + shape.K};
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t left = shape.N * shape.M - i * kWarp;
+            const int count = static_cast<int>(left < kWarp ? left : kWarp);
+            double max, sum;
+            chunk_moments(input, i * kWarp, count, shape, warp.tile, max, sum);
+            if (sum > 0)
+                merge_chunk(all, warp.tile, max, sum, count, shape, pairs);
+            else
+                all.max = MaxOrNan()(all.max, max);  // NaN and +inf stay, -inf changes nothing
+        }
+        if (threadIdx.x % kWarp == 0) {
+            warp.partial[0] = all.max;
+            warp.partial[1] = all.sum;
+        }
     }
-    __syncthreads();
-}
+
+    // By the whole block, a warp an entry.
+    static __device__ __forceinline__ void combine(
+        const Partials& partials, const MomentShape& shape, const uint32_t* pairs, double* out) {
+        const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+        const auto at = [&](int64_t i, int entry) { return partials.at(i, entry); };
+        const double max = partials.reduce(minus_infinity(), MaxOrNan(), [&](int64_t i) { return at(i, 0); });
+        const auto scale = [&](int64_t i) { return at(i, 1) > 0 ? exp(at(i, 0) - max) : 0.0; };
+        const double sum = partials.reduce(0.0, Sum(), [&](int64_t i) { return at(i, 1) * scale(i); });
+        if (threadIdx.x == 0) {
+            out[0] = max;
+            out[1] = sum;
+        }
+        for (int k = warp; k < shape.K; k += warps) {
+            const double total =
+                partials.reduce(0.0, Sum(), [&](int64_t i) { return at(i, 1) * scale(i) * at(i, 2 + k); });
+            if (lane == 0) out[2 + k] = sum > 0 ? total / sum : 0.0;
+        }
+        __syncthreads();
+        for (int p = warp; p < shape.pairs(); p += warps) {
+            const int a = 2 + static_cast<int>(pairs[p] >> 16), b = 2 + static_cast<int>(pairs[p] & 0xffff);
+            const double total = partials.reduce(0.0, Sum(), [&](int64_t i) {
+                const double shift = (at(i, a) - out[a]) * (at(i, b) - out[b]);
+                return scale(i) * (at(i, 2 + shape.K + p) + at(i, 1) * shift);
+            });
+            if (lane == 0) out[2 + shape.K + p] = total;
+        }
+        __syncthreads();
+    }
+
+    static __device__ __forceinline__ Outcome outcome(const double* out, const MomentShape& shape) {
+        const double samples = static_cast<double>(shape.N) * static_cast<double>(shape.M);
+        return {is_finite(out[0]) && out[1] > 0, out[0] + log(out[1] / samples), 1.0, out[1]};
+    }
+};
+
+// ---- kernels -----------------------------------------------------------------------------------------------------
 
 // pairs[p] = a << 16 | b, a <= b, row by row of the upper triangle.
 __device__ __forceinline__ void list_pairs(int K, uint32_t* pairs) {
@@ -166,91 +280,47 @@ __device__ __forceinline__ void list_pairs(int K, uint32_t* pairs) {
 }
 
 // partial[entries, gridDim.x]
-template <class Feature, class Base>
-__global__ void __launch_bounds__(kMaxMomentWarps* kWarp, 1) tilted_moments_kernel(
-    const Feature* features, const double* mu, const Base* base, MomentShape shape, double* partial) {
+template <class Normalization, class Feature, class Base>
+__global__ void __launch_bounds__(kMaxMomentWarps* kWarp, 1)
+    tilted_moments_kernel(MomentInput<Feature, Base> input, MomentShape shape, double* partial) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-    const int K = shape.K, entries = shape.entries();
+    const int entries = shape.entries();
     uint32_t* const pairs = reinterpret_cast<uint32_t*>(dynamic_shared());
     double* const totals = reinterpret_cast<double*>(dynamic_shared() + align16(int64_t{shape.pairs()} * 4));
     double* const combined = totals + warps * entries;
     double* const own = combined + entries + warp * (shape.warp_doubles() - entries);
-    const MomentTile tile{
-        own + entries, own + entries + kWarp * shape.tile_stride(), own + entries + kWarp * (shape.tile_stride() + 1)};
-    double* const total = totals + warp * entries;
-    for (int e = lane; e < entries; e += kWarp) total[e] = own[e] = 0;
-    list_pairs(K, pairs);
+    double* const tile = own + entries;
+    const WarpMemory memory{
+        {tile, tile + kWarp * shape.tile_stride(), tile + kWarp * (shape.tile_stride() + 1)},
+        own,
+        totals + warp * entries};
+    for (int e = lane; e < entries; e += kWarp) memory.partial[e] = memory.set[e] = 0;
+    list_pairs(shape.K, pairs);
 
     const int64_t workers = int64_t{gridDim.x} * warps, worker = int64_t{blockIdx.x} * warps + warp;
-    const int64_t begin = shape.units() * worker / workers, end = shape.units() * (worker + 1) / workers;
-    if (shape.per_prefix) {
-        Moments prefix{minus_infinity(), 0, own + 2, own + 2 + K};
-        double log_z = 0, flag = 0;
-        for (int64_t i = begin; i < end; ++i) {
-            prefix.max = minus_infinity();
-            prefix.sum = 0;
-            for (int64_t j = 0; j < shape.M; j += kWarp) {
-                const int count = static_cast<int>(shape.M - j < kWarp ? shape.M - j : kWarp);
-                const int64_t sample = i * shape.M + j;
-                double max, sum;
-                chunk_moments(features + sample * K, mu, base ? base + sample : nullptr, count, shape, tile, max, sum);
-                if (sum > 0)
-                    merge_chunk(prefix, tile, max, sum, count, shape, pairs);
-                else if (max != minus_infinity())
-                    flag = nan_double();
-            }
-            // Without any weight: -inf, and so no result.
-            log_z += prefix.max + log(prefix.sum / static_cast<double>(shape.M));
-            for (int e = lane; e < K + shape.pairs(); e += kWarp) {
-                total[2 + e] += e < K ? prefix.mean[e] : prefix.scatter[e - K] / prefix.sum;
-                own[2 + e] = 0;
-            }
-        }
-        if (lane == 0) {
-            total[0] = flag;
-            total[1] = log_z;
-        }
-    } else {
-        Moments all{minus_infinity(), 0, total + 2, total + 2 + K};
-        for (int64_t i = begin; i < end; ++i) {
-            const int64_t sample = i * kWarp, left = shape.N * shape.M - sample;
-            const int count = static_cast<int>(left < kWarp ? left : kWarp);
-            double max, sum;
-            chunk_moments(features + sample * K, mu, base ? base + sample : nullptr, count, shape, tile, max, sum);
-            if (sum > 0)
-                merge_chunk(all, tile, max, sum, count, shape, pairs);
-            else
-                all.max = MaxOrNan()(all.max, max);  // NaN and +inf stay, -inf changes nothing
-        }
-        if (lane == 0) {
-            total[0] = all.max;
-            total[1] = all.sum;
-        }
-    }
+    const int64_t units = Normalization::units(shape);
+    Normalization::add_up(input, units * worker / workers, units * (worker + 1) / workers, shape, pairs, memory);
     __syncthreads();
-    combine(totals, warps, entries, 1, shape, pairs, combined);
+    Normalization::combine(Partials{totals, warps, entries, 1}, shape, pairs, combined);
     for (int e = threadIdx.x; e < entries; e += blockDim.x) partial[int64_t{e} * gridDim.x + blockIdx.x] = combined[e];
 }
 
-// One block: the results, from the blocks' partial ones. All NaN where a log-weight is NaN or +inf, or a set has none
-// that is finite.
-static __global__ void __launch_bounds__(1024) finish_tilted_moments_kernel(
+// One block: the results, from the partial ones of `count` blocks; all NaN where there are none.
+template <class Normalization>
+__global__ void __launch_bounds__(1024) finish_tilted_moments_kernel(
     const double* partial, int64_t count, MomentShape shape, double* log_z, double* mean, double* covariance) {
     uint32_t* const pairs = reinterpret_cast<uint32_t*>(dynamic_shared());
     double* const out = reinterpret_cast<double*>(dynamic_shared() + align16(int64_t{shape.pairs()} * 4));
     list_pairs(shape.K, pairs);
-    combine(partial, count, 1, count, shape, pairs, out);
-    const bool valid = shape.per_prefix ? is_finite(out[0]) && is_finite(out[1]) : is_finite(out[0]) && out[1] > 0;
-    const double n = static_cast<double>(shape.N), samples = n * static_cast<double>(shape.M);
-    const double mean_of = shape.per_prefix ? n : 1.0, covariance_of = shape.per_prefix ? n : out[1];
-    if (threadIdx.x == 0)
-        *log_z = !valid ? nan_double() : shape.per_prefix ? out[1] / n : out[0] + log(out[1] / samples);
-    for (int k = threadIdx.x; k < shape.K; k += blockDim.x) mean[k] = valid ? out[2 + k] / mean_of : nan_double();
+    Normalization::combine(Partials{partial, count, 1, count}, shape, pairs, out);
+    const Outcome result = Normalization::outcome(out, shape);
+    const auto value = [&](double x) { return result.valid ? x : nan_double(); };
+    if (threadIdx.x == 0) *log_z = value(result.log_z);
+    for (int k = threadIdx.x; k < shape.K; k += blockDim.x) mean[k] = value(out[2 + k] / result.mean_divisor);
     for (int p = threadIdx.x; p < shape.pairs(); p += blockDim.x) {
         const int a = static_cast<int>(pairs[p] >> 16), b = static_cast<int>(pairs[p] & 0xffff);
-        const double value = valid ? out[2 + shape.K + p] / covariance_of : nan_double();
-        covariance[a * shape.K + b] = value;
-        covariance[b * shape.K + a] = value;
+        covariance[a * shape.K + b] = covariance[b * shape.K + a] =
+            value(out[2 + shape.K + p] / result.covariance_divisor);
     }
 }
 

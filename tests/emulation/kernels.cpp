@@ -139,17 +139,22 @@ void emulate_sir_select(
 void emulate_tilted_moments(
     const float* features, const double* mu, const double* base, int64_t N, int64_t M, int64_t K, int per_prefix,
     int warps, int64_t blocks, int order, double* log_z, double* mean, double* covariance) {
-    const MomentShape shape{N, M, static_cast<int>(K), per_prefix != 0};
+    const MomentShape shape{N, M, static_cast<int>(K)};
     if (warps == 0) warps = shape.warps();
-    if (blocks == 0) blocks = shape.blocks();
-    Scratch partial(shape.entries() * blocks * 8);
-    emulation::launch(
-        static_cast<unsigned>(blocks), static_cast<unsigned>(warps * kWarp),
-        static_cast<size_t>(shape.shared_bytes(warps)), order,
-        [&] { tilted_moments_kernel<float, double>(features, mu, base, shape, partial.data<double>()); });
-    emulation::launch(1, 128, static_cast<size_t>(shape.finish_bytes()), order, [&] {
-        finish_tilted_moments_kernel(partial.data<double>(), blocks, shape, log_z, mean, covariance);
-    });
+    const auto run = [&](auto how) {
+        using Normalization = decltype(how);
+        if (blocks == 0) blocks = shape.blocks(Normalization::units(shape));
+        Scratch partial(shape.entries() * blocks * 8);
+        const MomentInput<float, double> input{features, mu, base};
+        emulation::launch(
+            static_cast<unsigned>(blocks), static_cast<unsigned>(warps * kWarp),
+            static_cast<size_t>(shape.shared_bytes(warps)), order,
+            [&] { tilted_moments_kernel<Normalization, float, double>(input, shape, partial.data<double>()); });
+        emulation::launch(1, 128, static_cast<size_t>(shape.finish_bytes()), order, [&] {
+            finish_tilted_moments_kernel<Normalization>(partial.data<double>(), blocks, shape, log_z, mean, covariance);
+        });
+    };
+    per_prefix ? run(PerPrefix{}) : run(Global{});
 }
 
 }  // extern "C"
