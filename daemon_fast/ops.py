@@ -31,6 +31,41 @@ def _fake_of(operator: str) -> Callable[[_Kernel], _Kernel]:
     return decorator
 
 
+# For the fake kernels, what csrc/checks.h checks of shapes and dtypes, in its words. `argument` is "operator: name".
+
+
+def _require(condition: bool, message: Callable[[], str]) -> None:
+    torch._check(condition, message)  # type: ignore[no-untyped-call]
+
+
+def _check(argument: str, tensor: Tensor, layout: str, *dtypes: torch.dtype) -> None:
+    dimensions = [shape.count(",") + 1 for shape in layout.split(" or ")]
+    got = list(tensor.shape)
+    _require(tensor.dim() in dimensions, lambda: f"{argument} must have shape {layout}, got {got}")
+    allowed = " or ".join(str(dtype) for dtype in dtypes).replace("torch.", "")
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    _require(tensor.dtype in dtypes, lambda: f"{argument} must be {allowed}, got {dtype}")
+
+
+def _check_size(argument: str, tensor: Tensor, dimension: int, size: int, expected: str) -> None:
+    got = list(tensor.shape)
+    _require(
+        tensor.shape[dimension] == size,
+        lambda: f"{argument} must have {expected} = {size} at dimension {dimension}, got shape {got}",
+    )
+
+
+def _check_tilt(operator: str, features: Tensor, mu: Tensor, base_log_w: Tensor | None) -> None:
+    _check(f"{operator}: features", features, "[G, M, K]", torch.float32, torch.float64)
+    _check(f"{operator}: mu", mu, "[K]", torch.float64)
+    _check_size(f"{operator}: mu", mu, 0, features.shape[2], "features.shape[2]")
+    if base_log_w is not None:
+        _check(f"{operator}: base_log_w", base_log_w, "[G, M]", torch.float32, torch.float64)
+        for dimension in (0, 1):
+            size = features.shape[dimension]
+            _check_size(f"{operator}: base_log_w", base_log_w, dimension, size, f"features.shape[{dimension}]")
+
+
 class ImportanceWeights(NamedTuple):
     weights: Tensor  # [G, M], each row sums to 1
     log_mean: Tensor  # [G]
@@ -107,6 +142,9 @@ def repetition(
 
 @_fake_of("repetition")
 def _(tokens: Tensor, lengths: Tensor, ngrams: Sequence[int], windows: Sequence[int]) -> Tensor:
+    _check("repetition: tokens", tokens, "[R, T]", torch.int32, torch.int64)
+    _check("repetition: lengths", lengths, "[R]", torch.int32, torch.int64)
+    _check_size("repetition: lengths", lengths, 0, tokens.shape[0], "tokens.shape[0]")
     return tokens.new_empty((tokens.shape[0], len(ngrams) + len(windows)), dtype=torch.float32)
 
 
@@ -144,6 +182,9 @@ def token_logprobs(
 
 @_fake_of("token_logprobs")
 def _(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    _check("token_logprobs: logits", logits, "[R, V]", torch.float16, torch.bfloat16, torch.float32)
+    _check("token_logprobs: ids", ids, "[R]", torch.int32, torch.int64)
+    _check_size("token_logprobs: ids", ids, 0, logits.shape[0], "logits.shape[0]")
     return (
         logits.new_empty(logits.shape[:1], dtype=torch.float32),
         logits.new_empty(logits.shape[:1], dtype=torch.float32),
@@ -184,6 +225,9 @@ def sample_tokens(
 
 @_fake_of("sample_tokens")
 def _(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    _check("sample_tokens: logits", logits, "[R, V]", torch.float16, torch.bfloat16, torch.float32)
+    _check("sample_tokens: uniforms", uniforms, "[R]", torch.float64)
+    _check_size("sample_tokens: uniforms", uniforms, 0, logits.shape[0], "logits.shape[0]")
     rows = logits.shape[:1]
     return (
         logits.new_empty(rows, dtype=torch.int64),
@@ -221,7 +265,8 @@ def importance_weights(
 
 @_fake_of("importance_weights")
 def _(log_w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(log_w), log_w.new_empty(log_w.shape[:1]), log_w.new_empty(log_w.shape[:1])
+    _check("importance_weights: log_w", log_w, "[G, M]", torch.float32, torch.float64)
+    return log_w.new_empty(log_w.shape), log_w.new_empty(log_w.shape[:1]), log_w.new_empty(log_w.shape[:1])
 
 
 def sir_select(
@@ -266,6 +311,9 @@ def sir_select(
 def _(
     features: Tensor, mu: Tensor, uniforms: Tensor, base_log_w: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_tilt("sir_select", features, mu, base_log_w)
+    _check("sir_select: uniforms", uniforms, "[G] or [G, S]", torch.float64)
+    _check_size("sir_select: uniforms", uniforms, 0, features.shape[0], "features.shape[0]")
     groups = features.shape[:1]
     return (
         features.new_empty(uniforms.shape, dtype=torch.int64),
@@ -314,5 +362,10 @@ def tilted_moments(
 def _(
     features: Tensor, mu: Tensor, base_log_w: Tensor | None = None, normalization: str = "per_prefix"
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_tilt("tilted_moments", features, mu, base_log_w)
+    _require(
+        normalization in ("per_prefix", "global"),
+        lambda: f"tilted_moments: normalization = '{normalization}' must be 'per_prefix' or 'global'",
+    )
     k = features.shape[2]
     return tuple(features.new_empty(shape, dtype=torch.float64) for shape in ((), (k,), (k, k)))  # type: ignore[return-value]

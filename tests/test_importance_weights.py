@@ -79,6 +79,7 @@ def test_opcheck(device):
     for dtype in (torch.float32, torch.float64):
         log_w = torch.randn(3, 5, dtype=dtype, device=device)
         torch.library.opcheck(torch.ops.daemon_fast.importance_weights.default, (log_w,))
+        torch.library.opcheck(torch.ops.daemon_fast.importance_weights.default, (log_w.t(),))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -97,14 +98,19 @@ def test_bad_rows_are_named(row, message, dtype):
         daemon_fast.importance_weights(log_w)
 
 
+@pytest.mark.parametrize("place", ["cpu", "meta"])  # on meta it is the fake kernel that says so
 @pytest.mark.parametrize(
     ("log_w", "message"),
     [
         (torch.zeros(3), r"log_w must have shape \[G, M\], got \[3\]"),
         (torch.zeros(3, 4).half(), "log_w must be float32 or float64, got float16"),
-        (torch.zeros(3, 0), r"no candidates \(M = 0\): shape \[3, 0\]"),
     ],
 )
-def test_bad_input_is_named(log_w, message):
+def test_a_wrong_shape_or_dtype_is_named(log_w, message, place):
     with pytest.raises(RuntimeError, match=message):
-        daemon_fast.importance_weights(log_w)
+        daemon_fast.importance_weights(log_w.to(place))
+
+
+def test_no_candidates_are_named():
+    with pytest.raises(RuntimeError, match=r"no candidates \(M = 0\): shape \[3, 0\]"):
+        daemon_fast.importance_weights(torch.zeros(3, 0))

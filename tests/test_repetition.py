@@ -150,13 +150,25 @@ def test_opcheck(device):
     torch.library.opcheck(torch.ops.daemon_fast.repetition.default, (tokens.int(), lengths.int(), [], []))
 
 
+@pytest.mark.parametrize("place", ["cpu", "meta"])  # on meta it is the fake kernel that says so
 @pytest.mark.parametrize(
     ("tokens", "lengths", "ngrams", "windows", "message"),
     [
         (torch.zeros(3), torch.zeros(3).long(), [2], [8], r"tokens must have shape \[R, T\], got \[3\]"),
         (torch.zeros(3, 4), torch.zeros(3).long(), [2], [8], "tokens must be int32 or int64, got float32"),
+        (torch.zeros(3, 4).long(), torch.zeros(3, 1).long(), [2], [8], r"lengths must have shape \[R\], got \[3, 1\]"),
         (torch.zeros(3, 4).long(), torch.zeros(3), [2], [8], "lengths must be int32 or int64, got float32"),
         (torch.zeros(3, 4).long(), torch.zeros(2).long(), [2], [8], r"tokens.shape\[0\] = 3 .* got shape \[2\]"),
+    ],
+)
+def test_a_wrong_shape_or_dtype_is_named(tokens, lengths, ngrams, windows, message, place):
+    with pytest.raises(RuntimeError, match=message):
+        daemon_fast.repetition(tokens.to(place), lengths.to(place), ngrams, windows)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lengths", "ngrams", "windows", "message"),
+    [
         (torch.zeros(3, 4).long(), torch.tensor([4, 5, 4]), [2], [8], r"lengths\[1\] = 5 exceeds tokens.* = 4"),
         (torch.zeros(3, 4).long(), torch.tensor([4, 4, -1]).int(), [2], [8], r"lengths\[2\] = -1 is negative"),
         (torch.zeros(3, 4).long(), torch.zeros(3).long(), [2, 0], [8], r"ngrams\[1\] = 0 is below the minimum 1"),

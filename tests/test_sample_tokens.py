@@ -85,14 +85,26 @@ def test_opcheck(device):
 HALF = torch.full((3,), 0.5, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("place", ["cpu", "meta"])  # on meta it is the fake kernel that says so
 @pytest.mark.parametrize(
     ("logits", "uniforms", "temperature", "message"),
     [
         (torch.zeros(3), HALF, 1.0, r"sample_tokens: logits must have shape \[R, V\], got \[3\]"),
-        (torch.zeros(3, 0), HALF, 1.0, r"empty vocabulary: shape \[3, 0\]"),
+        (torch.zeros(3, 4).double(), HALF, 1.0, "logits must be float16 or bfloat16 or float32, got float64"),
         (torch.zeros(3, 4), HALF.float(), 1.0, "uniforms must be float64, got float32"),
         (torch.zeros(3, 4), HALF[:2], 1.0, r"logits.shape\[0\] = 3"),
         (torch.zeros(3, 4), HALF[:, None], 1.0, r"uniforms must have shape \[R\]"),
+    ],
+)
+def test_a_wrong_shape_or_dtype_is_named(logits, uniforms, temperature, message, place):
+    with pytest.raises(RuntimeError, match=message):
+        daemon_fast.sample_tokens(logits.to(place), uniforms.to(place), temperature)
+
+
+@pytest.mark.parametrize(
+    ("logits", "uniforms", "temperature", "message"),
+    [
+        (torch.zeros(3, 0), HALF, 1.0, r"empty vocabulary: shape \[3, 0\]"),
         (torch.zeros(3, 4), HALF * 2, 1.0, r"uniforms\[0\] = 1 is outside \[0, 1\)"),
         (torch.zeros(3, 4), HALF * math.nan, 1.0, r"uniforms\[0\] = nan is outside"),
         (torch.zeros(3, 4), HALF, 0.0, "sample_tokens: temperature = 0 must be positive and finite"),

@@ -126,21 +126,47 @@ def test_bad_rows_are_named():
         daemon_fast.sir_select(features, mu, uniforms, base)
 
 
+FEATURES, MU, UNIFORMS = torch.zeros(3, 4, 1), torch.zeros(1, dtype=F64), torch.zeros(3, dtype=F64)
+
+
+@pytest.mark.parametrize("place", ["cpu", "meta"])  # on meta it is the fake kernel that says so
 @pytest.mark.parametrize(
     ("features", "mu", "uniforms", "base", "message"),
     [
-        (torch.zeros(3, 4), torch.zeros(1, dtype=F64), torch.zeros(3, dtype=F64), None, r"features must have shape"),
-        (torch.zeros(3, 4, 1).long(), torch.zeros(1, dtype=F64), torch.zeros(3, dtype=F64), None, "features must be"),
-        (torch.zeros(3, 0, 1), torch.zeros(1, dtype=F64), torch.zeros(3, dtype=F64), None, r"no candidates \(M = 0\)"),
-        (torch.zeros(3, 4, 1), torch.zeros(2, dtype=F64), torch.zeros(3, dtype=F64), None, r"features.shape\[2\] = 1"),
-        (torch.zeros(3, 4, 1), torch.zeros(1), torch.zeros(3, dtype=F64), None, "mu must be float64, got float32"),
-        (torch.zeros(3, 4, 1), torch.zeros(1, dtype=F64), torch.zeros(3), None, "uniforms must be float64, got"),
-        (torch.zeros(3, 4, 1), torch.zeros(1, dtype=F64), torch.zeros(2, dtype=F64), None, r"features.shape\[0\] = 3"),
-        (torch.zeros(3, 4, 1), torch.zeros(1, dtype=F64), torch.tensor([0, 1, 0.5], dtype=F64), None, "row 1 hold 1,"),
-        (torch.zeros(1, 4, 1), torch.zeros(1, dtype=F64), torch.tensor([math.nan], dtype=F64), None, "row 0 hold nan"),
-        (torch.zeros(3, 4, 1), torch.zeros(1, dtype=F64), torch.zeros(3, dtype=F64), torch.zeros(3, 5), "base_log_w"),
+        (torch.zeros(3, 4), MU, UNIFORMS, None, r"features must have shape \[G, M, K\], got \[3, 4\]"),
+        (FEATURES.long(), MU, UNIFORMS, None, "features must be float32 or float64, got int64"),
+        (FEATURES, MU[None], UNIFORMS, None, r"mu must have shape \[K\], got \[1, 1\]"),
+        (FEATURES, MU.float(), UNIFORMS, None, "mu must be float64, got float32"),
+        (
+            FEATURES,
+            torch.zeros(2, dtype=F64),
+            UNIFORMS,
+            None,
+            r"mu must have features.shape\[2\] = 1 .* got shape \[2\]",
+        ),
+        (FEATURES, MU, UNIFORMS[:, None, None], None, r"uniforms must have shape \[G\] or \[G, S\], got \[3, 1, 1\]"),
+        (FEATURES, MU, UNIFORMS.float(), None, "uniforms must be float64, got float32"),
+        (FEATURES, MU, UNIFORMS[:2], None, r"uniforms must have features.shape\[0\] = 3 .* got shape \[2\]"),
+        (FEATURES, MU, UNIFORMS, torch.zeros(3), r"base_log_w must have shape \[G, M\], got \[3\]"),
+        (FEATURES, MU, UNIFORMS, torch.zeros(3, 4).half(), "base_log_w must be float32 or float64, got float16"),
+        (FEATURES, MU, UNIFORMS, torch.zeros(2, 4), r"base_log_w must have features.shape\[0\] = 3 at dimension 0"),
+        (FEATURES, MU, UNIFORMS, torch.zeros(3, 5), r"base_log_w must have features.shape\[1\] = 4 at dimension 1"),
     ],
 )
-def test_bad_input_is_named(features, mu, uniforms, base, message):
+def test_a_wrong_shape_or_dtype_is_named(features, mu, uniforms, base, message, place):
+    base = None if base is None else base.to(place)
     with pytest.raises(RuntimeError, match=message):
-        daemon_fast.sir_select(features, mu, uniforms, base)
+        daemon_fast.sir_select(features.to(place), mu.to(place), uniforms.to(place), base)
+
+
+@pytest.mark.parametrize(
+    ("features", "uniforms", "message"),
+    [
+        (torch.zeros(3, 0, 1), UNIFORMS, r"no candidates \(M = 0\)"),
+        (FEATURES, torch.tensor([0, 1, 0.5], dtype=F64), "row 1 hold 1,"),
+        (FEATURES, torch.tensor([math.nan, 0, 0], dtype=F64), "row 0 hold nan"),
+    ],
+)
+def test_bad_input_is_named(features, uniforms, message):
+    with pytest.raises(RuntimeError, match=message):
+        daemon_fast.sir_select(features, MU, uniforms)

@@ -128,24 +128,36 @@ def test_bad_rows_are_named(normalization):
         daemon_fast.tilted_moments(torch.zeros(3, 2, 1), mu, base, normalization)
 
 
+FEATURES, MU = torch.zeros(3, 4, 2), torch.zeros(2, dtype=F64)
+
+
+@pytest.mark.parametrize("place", ["cpu", "meta"])  # on meta it is the fake kernel that says so
 @pytest.mark.parametrize(
-    ("features", "mu", "base", "message"),
+    ("features", "mu", "base", "normalization", "message"),
     [
-        (torch.zeros(0, 4, 1), torch.zeros(1, dtype=F64), None, r"no prefixes \(N = 0\)"),
-        (torch.zeros(3, 0, 1), torch.zeros(1, dtype=F64), None, r"no candidates \(M = 0\)"),
-        (torch.zeros(3, 4, 2), torch.zeros(1, dtype=F64), None, r"features.shape\[2\] = 2"),
-        (torch.zeros(3, 4, 1), torch.zeros(1, dtype=F64), torch.zeros(2, 4), r"features.shape\[0\] = 3"),
-        (torch.zeros(3, 4, 1), torch.zeros(1, dtype=F64), torch.zeros(3, 4).long(), "base_log_w must be float32 or"),
+        (torch.zeros(3, 4), MU, None, "per_prefix", r"features must have shape \[G, M, K\], got \[3, 4\]"),
+        (FEATURES, MU.float(), None, "per_prefix", "mu must be float64, got float32"),
+        (FEATURES, MU[:1], None, "per_prefix", r"mu must have features.shape\[2\] = 2 at dimension 0, got shape \[1\]"),
+        (FEATURES, MU, torch.zeros(2, 4), "per_prefix", r"base_log_w must have features.shape\[0\] = 3"),
+        (FEATURES, MU, torch.zeros(3, 5), "per_prefix", r"base_log_w must have features.shape\[1\] = 4"),
+        (FEATURES, MU, torch.zeros(3, 4).long(), "per_prefix", "base_log_w must be float32 or float64, got int64"),
+        (FEATURES, MU, None, "prefix", "normalization = 'prefix' must be 'per_prefix' or 'global'"),
     ],
 )
-def test_bad_input_is_named(features, mu, base, message):
+def test_a_wrong_shape_dtype_or_name_is_named(features, mu, base, normalization, message, place):
+    base = None if base is None else base.to(place)
     with pytest.raises(RuntimeError, match=message):
-        daemon_fast.tilted_moments(features, mu, base)
+        daemon_fast.tilted_moments(features.to(place), mu.to(place), base, normalization)
 
 
-def test_another_normalization_is_named():
-    message = "normalization = 'prefix' must be 'per_prefix' or 'global'"
+@pytest.mark.parametrize(
+    ("shape", "message"), [((0, 4, 2), r"no prefixes \(N = 0\)"), ((3, 0, 2), r"no candidates \(M = 0\)")]
+)
+def test_nothing_to_weigh_is_named(shape, message):
     with pytest.raises(RuntimeError, match=message):
-        daemon_fast.tilted_moments(torch.zeros(3, 4, 1), torch.zeros(1, dtype=F64), normalization="prefix")
-    with pytest.raises(ValueError, match=message):
+        daemon_fast.tilted_moments(torch.zeros(shape), MU)
+
+
+def test_the_definition_names_another_normalization():
+    with pytest.raises(ValueError, match="normalization = 'prefix' must be 'per_prefix' or 'global'"):
         reference.tilted_moments([[[0.0]]], [0.0], normalization="prefix")

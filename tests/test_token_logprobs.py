@@ -99,14 +99,26 @@ def test_opcheck(device):
     torch.library.opcheck(torch.ops.daemon_fast.token_logprobs.default, (logits.bfloat16(), ids.int(), 1.0))
 
 
+@pytest.mark.parametrize("place", ["cpu", "meta"])  # on meta it is the fake kernel that says so
 @pytest.mark.parametrize(
     ("logits", "ids", "temperature", "message"),
     [
         (torch.zeros(3), torch.zeros(3).long(), 1.0, r"logits must have shape \[R, V\], got \[3\]"),
         (torch.zeros(3, 4).double(), torch.zeros(3).long(), 1.0, "logits must be float16 or bfloat16 or float32"),
-        (torch.zeros(3, 0), torch.zeros(3).long(), 1.0, r"empty vocabulary: shape \[3, 0\]"),
+        (torch.zeros(3, 4), torch.zeros(3, 1).long(), 1.0, r"ids must have shape \[R\], got \[3, 1\]"),
         (torch.zeros(3, 4), torch.zeros(3), 1.0, "ids must be int32 or int64, got float32"),
         (torch.zeros(3, 4), torch.zeros(2).long(), 1.0, r"logits.shape\[0\] = 3"),
+    ],
+)
+def test_a_wrong_shape_or_dtype_is_named(logits, ids, temperature, message, place):
+    with pytest.raises(RuntimeError, match=message):
+        daemon_fast.token_logprobs(logits.to(place), ids.to(place), temperature)
+
+
+@pytest.mark.parametrize(
+    ("logits", "ids", "temperature", "message"),
+    [
+        (torch.zeros(3, 0), torch.zeros(3).long(), 1.0, r"empty vocabulary: shape \[3, 0\]"),
         (torch.zeros(3, 4), torch.tensor([0, 4, 0]), 1.0, r"ids\[1\] = 4 is outside the vocabulary \[0, 4\)"),
         (torch.zeros(3, 4), torch.tensor([0, 0, -1]), 1.0, r"ids\[2\] = -1 is outside"),
         (torch.zeros(3, 4), torch.zeros(3).long(), 0.0, "temperature = 0 must be positive and finite"),
