@@ -213,9 +213,11 @@ class Block {
 
     std::vector<Fiber> fibers_;
     ucontext_t main_{};
+#if defined(__SANITIZE_ADDRESS__)
     void* main_fake_stack_ = nullptr;
     const void* main_stack_ = nullptr;
     size_t main_stack_size_ = 0;
+#endif
     unsigned current_ = 0;
     int order_ = 0;
     std::mt19937 random_;
