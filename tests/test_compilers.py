@@ -16,7 +16,17 @@ ROOT = Path(__file__).parents[1]
 AARCH64 = "aarch64-linux-gnu-g++"
 COMPILERS = [*(f"g++-{n}" for n in range(11, 15)), *(f"clang++-{n}" for n in range(14, 20)), AARCH64]
 # As CMakeLists.txt has them, but for -O3, which only takes longer.
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fno-math-errno"]
+FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-falign-loops=32",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-psabi",
+    "-fno-math-errno",
+    "-fPIC",
+]
 
 
 def found(program):
