@@ -21,7 +21,9 @@ from daemon_fast import reference
 
 HERE = Path(__file__).parent
 SANITIZED = "EMULATION_SANITIZED" in os.environ
-ORDERS = [0, 1, 2, 3]  # first warp ahead, last warp ahead, two shuffles of all threads
+# First warp ahead, last warp ahead, two shuffles of all threads. Values are compared in all of them; which memory a
+# kernel touches, which is what sanitizers see, does not depend on the order.
+ORDERS = [3] if SANITIZED else [0, 1, 2, 3]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
