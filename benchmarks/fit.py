@@ -19,8 +19,10 @@ from common import finish, table, zipf_tokens
 from torch import Tensor
 from tqdm import tqdm
 
-from daemon_fast import ops, repetition, solvers
-from daemon_fast.samples import Block, InMemory
+from daemon_fast import ops, repetition
+from daemon_fast.fit.dual import Problem
+from daemon_fast.fit.newton import adam, newton
+from daemon_fast.fit.samples import Block, InMemory
 
 NAMES = ("sr_2", "sr_3", "sr_4", "tr_8", "tr_16", "tr_32", "div", "coh", "ent")
 N, M, T = 40_000, 25, 64
@@ -35,7 +37,7 @@ class OutOfTime(Exception):
 
 
 @dataclass(frozen=True)
-class Watched(solvers.Problem):
+class Watched(Problem):
     """A problem that notes, at each pass over the features, the seconds since it was made and the largest residual."""
 
     begin: float = field(default_factory=time.perf_counter)
@@ -83,15 +85,15 @@ def features() -> Tensor:
     return torch.column_stack([counted, div, coh, ent]).reshape(N, M, len(NAMES))
 
 
-def problem() -> solvers.Problem:
+def problem() -> Problem:
     """Its targets are the means of a known tilt, so that a solution exists; coh moves by about 0.8 deviations."""
     values = features()
     truth = torch.tensor([-0.1, 0.1, -0.1, 0.2, -0.2, -0.1, 0.1, -0.8, 0.2], dtype=torch.float64)
-    start = solvers.Problem.standardised(InMemory(Block(values)), torch.zeros_like(truth), True, NAMES, 0.0)
+    start = Problem.standardised(InMemory(Block(values)), torch.zeros_like(truth), "per_prefix", NAMES, 0.0)
     return replace(start, targets=start.tilted(truth).mean)
 
 
-def gradient_descent(p: solvers.Problem) -> None:
+def gradient_descent(p: Problem) -> None:
     nu = torch.zeros_like(p.scale)
     while True:
         residual = (p.tilted(nu).mean - p.targets) / p.scale
@@ -100,16 +102,16 @@ def gradient_descent(p: solvers.Problem) -> None:
         nu = nu + LEARNING_RATE * residual
 
 
-METHODS: dict[str, Callable[[solvers.Problem], Any]] = {
-    "newton": lambda p: solvers.newton(p, tolerance=TOLERANCES[-1]),
-    "rmse (Adam)": lambda p: solvers.adam(p, LEARNING_RATE, TOLERANCES[-1]),
+METHODS: dict[str, Callable[[Problem], Any]] = {
+    "newton": lambda p: newton(p, tolerance=TOLERANCES[-1]),
+    "rmse (Adam)": lambda p: adam(p, LEARNING_RATE, TOLERANCES[-1]),
     "gradient descent": gradient_descent,
 }
 
 
 def main() -> None:
     base = problem()
-    known = {f.name: getattr(base, f.name) for f in fields(solvers.Problem)}
+    known = {f.name: getattr(base, f.name) for f in fields(Problem)}
     runs: dict[str, list[Watched]] = {name: [] for name in METHODS}
     for name in tqdm(list(METHODS) * ROUNDS, desc="fits", unit="fit"):
         watched = Watched(**known)

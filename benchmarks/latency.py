@@ -135,7 +135,7 @@ def models() -> dict[str, Callable[[], tuple[Any, Any, list[int]]]]:
 
 
 def smollm2() -> tuple[Any, Any, list[int]]:
-    from daemon_fast.data import read_texts
+    from daemon_fast.data.texts import read_texts
     from daemon_fast.models import load_language_model
 
     model, tokenizer = load_language_model(device=DEVICE)

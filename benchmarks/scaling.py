@@ -21,10 +21,11 @@ import torch
 from common import finish, table
 from tqdm import tqdm
 
-from daemon_fast import Energy, SIRDecoder, cluster, metrics
-from daemon_fast.data import read_texts
-from daemon_fast.proposals.engines import Engine
-from daemon_fast.samples import tilted_moments
+from daemon_fast import Energy, SIRDecoder, metrics
+from daemon_fast.data.texts import read_texts
+from daemon_fast.fit.samples import tilted_moments
+from daemon_fast.integrations import ray as cluster
+from daemon_fast.proposals.load import EngineSpec
 
 ROUNDS = 2
 WORKERS = (1, 2)
@@ -66,15 +67,15 @@ def random_block(seed: int) -> pyarrow.Table:
 def measure(workers: int, energy: Energy) -> dict[str, float]:
     one = {"num_cpus": 1, "compute": ray.data.ActorPoolStrategy(size=workers), "batch_size": BATCH}
     drawn = {"prefix_tokens": PREFIX, "new_tokens": TOKENS, "num_candidates": M}
-    engine, encoder = Engine(dtype=DTYPE), "all-minilm-l6-v2"
+    engine = EngineSpec(dtype=DTYPE)
     decoded, start = rate(cluster.decode(prompts(workers), energy, engine, **one))
-    measured, _ = rate(cluster.measure(texts(workers), NAMES, engine, encoder, **drawn, **one))
+    measured, _ = rate(cluster.measure(texts(workers), NAMES, engine, **drawn, **one))
     blocks = [random_block(i) for i in range(workers * BLOCKS)]
-    samples = cluster.Measured(ray.data.from_arrow(blocks))
+    samples = cluster.RaySamples(ray.data.from_arrow(blocks))
     mu, seconds = torch.zeros(len(NAMES), dtype=torch.float64), []
     for _ in range(5):
         begin = time.perf_counter()
-        tilted_moments(samples, mu, per_prefix=True)
+        tilted_moments(samples, mu, "per_prefix")
         seconds.append(time.perf_counter() - begin)
     step = statistics.median(seconds)
     begin = time.perf_counter()
@@ -92,9 +93,8 @@ def measure(workers: int, energy: Energy) -> dict[str, float]:
 
 def parts(energy: Energy) -> dict[str, float]:
     """Milliseconds per prefix of each part of a decode, in this process, on one thread."""
-    engine = Engine(dtype=DTYPE)
-    settings = {k: v for k, v in energy.proposal.to_json().items() if k not in ("model", "vocabulary")}
-    decoder = SIRDecoder(energy, engine.proposal(**settings), BATCH)
+    engine = EngineSpec(dtype=DTYPE)
+    decoder = SIRDecoder(energy, engine.proposal(**energy.proposal_settings.sampling()), BATCH)
     found: dict[str, list[float]] = {}
     prefixes = [" ".join(text.split()[:24]) for text in read_texts("wikipedia")[: (ROUNDS + 1) * BATCH]]
     for i in range(ROUNDS + 1):
@@ -105,7 +105,7 @@ def parts(energy: Energy) -> dict[str, float]:
 
 def main() -> None:
     known = metrics.parse(NAMES, "all-minilm-l6-v2")
-    settings = Engine().settings(num_candidates=M, max_new_tokens=TOKENS, min_new_tokens=TOKENS, temperature=0.97)
+    settings = EngineSpec().settings(num_candidates=M, max_new_tokens=TOKENS, min_new_tokens=TOKENS, temperature=0.97)
     zeros = torch.zeros(len(NAMES), dtype=torch.float64)
     energy = Energy(known, zeros, zeros, settings)  # what mu is costs no time
     runs: dict[int, list[dict[str, float]]] = {workers: [] for workers in WORKERS}

@@ -5,17 +5,18 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from daemon_fast import errors, metrics
-from daemon_fast.candidates import Candidates
 from daemon_fast.decode import Decoded, SIRDecoder
 from daemon_fast.energy import Energy
 from daemon_fast.extension import build_info
 from daemon_fast.fit import FitResult, fit
+from daemon_fast.fit.from_texts import fit_energy
+from daemon_fast.integrations.reward import RepetitionReward
 from daemon_fast.ops import importance_weights, repetition, sample_tokens, sir_select, tilted_moments, token_logprobs
-from daemon_fast.proposals import Proposal, ProposalSettings
-from daemon_fast.rewards import RepetitionReward
+from daemon_fast.proposals.base import Proposal, ProposalSettings
+from daemon_fast.proposals.candidates import Candidates
 
 if TYPE_CHECKING:
-    from daemon_fast.generation import generate
+    from daemon_fast.integrations.generate import generate
     from daemon_fast.proposals.openai import ServerProposal
     from daemon_fast.proposals.transformers import TransformersProposal
     from daemon_fast.proposals.vllm import VLLMProposal
@@ -38,6 +39,7 @@ __all__ = [
     "build_info",
     "errors",
     "fit",
+    "fit_energy",
     "generate",
     "importance_weights",
     "metrics",
@@ -54,7 +56,7 @@ _LATER = {
     "ServerProposal": "daemon_fast.proposals.openai",
     "TransformersProposal": "daemon_fast.proposals.transformers",
     "VLLMProposal": "daemon_fast.proposals.vllm",
-    "generate": "daemon_fast.generation",
+    "generate": "daemon_fast.integrations.generate",
 }
 
 

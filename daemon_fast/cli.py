@@ -18,9 +18,7 @@ from daemon_fast.errors import DaemonFastError, InvalidInput
 
 if TYPE_CHECKING:
     from daemon_fast.decode import SIRDecoder
-    from daemon_fast.proposals.engines import Engine
-
-DEFAULT_METRICS = "sr_2,sr_3,sr_4,tr_8,tr_16,tr_32,coh,ent"
+    from daemon_fast.proposals.load import EngineSpec
 
 
 class _OneLineErrors(click.Group):
@@ -55,8 +53,10 @@ engine_options = _shared(
         help="What draws: transformers, vllm, or the address of an OpenAI-compatible server, http://host:8000/v1.",
     ),
     click.option(
-        "--engine-args", metavar="JSON", help="""For vLLM, such as '{"tensor_parallel_size": 2}': see its LLM class.""",
+        "--engine-args", metavar="JSON",
+        help="""For vLLM, such as '{"tensor_parallel_size": 2}', see its LLM class; for a server, '{"timeout": 60}'.""",
     ),
+    click.option("--served-model", help="The server's name for the model.  [default: the only one that it serves]"),
 )  # fmt: skip
 data_option = click.option("--field", default="text", help="Of each object of a .jsonl file.")
 
@@ -69,8 +69,10 @@ def main() -> None:
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 
 
-def _engine(name: str, arguments: str | None, model: str, device: str | None, dtype: str) -> Engine:
-    from daemon_fast.proposals.engines import Engine
+def _engine(
+    name: str, arguments: str | None, served_model: str | None, model_id: str, device: str | None, dtype: str
+) -> EngineSpec:
+    from daemon_fast.proposals.load import EngineSpec
 
     try:
         parsed = json.loads(arguments or "{}")
@@ -78,7 +80,9 @@ def _engine(name: str, arguments: str | None, model: str, device: str | None, dt
         raise InvalidInput(f"--engine-args is not JSON: {error}") from error
     if not isinstance(parsed, dict):
         raise InvalidInput(f"--engine-args = {arguments} must be a JSON object")
-    return Engine(name, model, device, dtype, parsed)
+    if served_model is not None:
+        parsed["served_model"] = served_model
+    return EngineSpec(name, model_id, device, dtype, parsed)
 
 
 def _quiet_transformers() -> None:
@@ -92,7 +96,7 @@ def _quiet_transformers() -> None:
 @click.option("--model", default="smollm2-135m-instruct", help="Hugging Face id, folder or GGUF file.")
 @click.option("--data", default="wikipedia", help="Human text: a .jsonl or text file.")
 @data_option
-@click.option("--metrics", "names", default=DEFAULT_METRICS, help="Comma-separated.")
+@click.option("--metrics", "names", help="Comma-separated.  [default: sr_2 to sr_4, tr_8, tr_16, tr_32, coh, ent]")
 @click.option("--encoder", default="all-minilm-l6-v2", help="Sentence encoder for coh.")
 @click.option("--num-prefixes", type=click.IntRange(1), default=96)
 @click.option("--num-targets", type=click.IntRange(1), help="Human texts for the targets.  [default: one per prefix]")
@@ -114,33 +118,40 @@ def _quiet_transformers() -> None:
 @engine_options
 @model_options
 def fit(
-    names: str, data: str, field: str, output: Path, work_dir: Path | None, engine_name: str, engine_args: str | None,
-    model: str, device: str | None, dtype: str, **options: Any,
+    names: str | None, data: str, field: str, output: Path, work_dir: Path | None, engine_name: str,
+    engine_args: str | None, served_model: str | None, model: str, device: str | None, dtype: str, new_tokens: int,
+    num_candidates: int, temperature: float, top_k: int, top_p: float, encoder: str, **options: Any,
 ) -> None:  # fmt: skip
     """Fit mu: make a model's expected metrics equal those of human text. Interrupted, it resumes.
 
     Records of --data that can't be used are named and left out; the exit code is then 1.
     """
-    from daemon_fast.metrics import parse
-    from daemon_fast.pipeline import fit_energy
+    from daemon_fast.data.texts import read_texts
+    from daemon_fast.fit.from_texts import fit_energy
+    from daemon_fast.metrics import DEFAULT, parse
 
     _quiet_transformers()
-    metrics = parse([name.strip() for name in names.split(",") if name.strip()], options.pop("encoder"))
-    engine = _engine(engine_name, engine_args, model, device, dtype)
-    fitted = fit_energy(
-        metrics=metrics, engine=engine, data=data, field=field, directory=work_dir or _candidates_of(output), **options
-    )
-    result = fitted.result
-    fitted.energy.save(output)
+    listed = DEFAULT if names is None else [name.strip() for name in names.split(",") if name.strip()]
+    metrics = parse(listed, encoder)
+    engine = _engine(engine_name, engine_args, served_model, model, device, dtype)
+    texts = read_texts(data, field)
+    proposal = engine.proposal(
+        num_candidates=num_candidates, max_new_tokens=new_tokens, min_new_tokens=new_tokens, temperature=temperature,
+        top_k=top_k, top_p=top_p,
+    )  # fmt: skip
+    energy = fit_energy(proposal, texts, metrics, directory=work_dir or _candidates_of(output), **options)
+    energy.save(output)
+    found = energy.diagnostics
+    assert found is not None
     click.echo(f"{'metric':>8} {'target':>12} {'mu':>12} {'residual':>12}")
-    for i, name in enumerate(result.names):
-        click.echo(f"{name:>8} {result.targets[i]:12.6g} {result.mu[i]:12.6g} {result.residual[i]:12.2g}")
+    for name, target, mu, residual in zip(energy.names, energy.targets, energy.mu, found.residual, strict=True):
+        click.echo(f"{name:>8} {target:12.6g} {mu:12.6g} {residual:12.2g}")
     click.echo(
-        f"ridge {result.ridge:g}; {result.iterations} steps; effective sample size {result.ess_mean:.1f} of "
-        f"{result.num_candidates} on average, {result.ess_min:.1f} at least; KL(p_mu || p_theta) {result.kl:.3f} nats; "
+        f"ridge {found.ridge:g}; {found.iterations} steps; effective sample size {found.ess_mean:.1f} of "
+        f"{num_candidates} on average, {found.ess_min:.1f} at least; KL(p_mu || p_theta) {found.kl:.3f} nats; "
         f"written to {output}"
     )
-    sys.exit(1 if fitted.problems else 0)  # a warning has named them
+    sys.exit(1 if texts.problems else 0)  # a warning has named them
 
 
 def _ridge(text: str) -> float | str:
@@ -171,7 +182,8 @@ def generate(
     """Continue prompts with a fitted artefact. For files of them, see decode."""
     _quiet_transformers()
     decoder = _decoder(path, batch_size, **options)
-    decoded, energy = decoder(prompts, num_samples, seed, progress=len(prompts) > batch_size), decoder.energy
+    decoded = decoder(prompts, num_samples=num_samples, seed=seed, progress=len(prompts) > batch_size)
+    names = decoder.energy.names
     for i, (prompt, chosen) in enumerate(zip(prompts, decoded.texts, strict=True)):
         if as_json:
             record = {
@@ -179,7 +191,7 @@ def generate(
                 "texts": chosen,
                 "ess": float(decoded.ess[i]),
                 "log_z": float(decoded.log_z[i]),
-                "metrics": [dict(zip(energy.names, row, strict=True)) for row in decoded.features[i].tolist()],
+                "metrics": [dict(zip(names, row, strict=True)) for row in decoded.features[i].tolist()],
             }
             click.echo(json.dumps(record, ensure_ascii=False))
         else:
@@ -188,17 +200,16 @@ def generate(
 
 
 def _decoder(
-    path: Path, batch_size: int, engine_name: str, engine_args: str | None, model: str | None, device: str | None,
-    dtype: str,
+    path: Path, batch_size: int, engine_name: str, engine_args: str | None, served_model: str | None,
+    model: str | None, device: str | None, dtype: str,
 ) -> SIRDecoder:  # fmt: skip
     from daemon_fast.decode import SIRDecoder
     from daemon_fast.energy import Energy
 
     energy = Energy.load(path)
-    settings = energy.proposal.to_json()
-    fitted_model, _ = settings.pop("model"), settings.pop("vocabulary")
-    engine = _engine(engine_name, engine_args, model or fitted_model, device, dtype)
-    return SIRDecoder(energy, engine.proposal(**settings), batch_size)
+    fitted = energy.proposal_settings
+    engine = _engine(engine_name, engine_args, served_model, model or fitted.model_id, device, dtype)
+    return SIRDecoder(energy, engine.proposal(**fitted.sampling()), batch_size)
 
 
 @main.command()
@@ -218,14 +229,13 @@ def decode(
     Each record gets a field "daemon": texts, metrics, ess, log_z; or error, if it can't be used: then the exit code
     is 1. Records keep their order. A file of any size; interrupted, it resumes, to the same bytes.
     """
-    from daemon_fast.pipeline import decode_records
-    from daemon_fast.records import process
+    from daemon_fast.data.records import decode_records, process
 
     _quiet_transformers()
     decoder = _decoder(path, batch_size, **options)
     energy = json.loads(path.read_text(encoding="utf-8"))
     used = {"energy": energy, "num_samples": num_samples, "seed": seed}
-    used |= {name: options[name] for name in ("model", "dtype", "engine_name", "engine_args")}
+    used |= {name: options[name] for name in ("model", "dtype", "engine_name", "engine_args", "served_model")}
     work = decode_records(decoder, field, num_samples, seed)
     chunk_size = -(-64 // batch_size) * batch_size  # whole batches
     summary = process(source, output, work, used | {"batch_size": batch_size}, field, chunk_size, "decode")
@@ -246,14 +256,14 @@ def decode(
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per text instead of the means.")
 def metrics(file: str, field: str, tokenizer: str | None, ngrams: str, windows: str, as_json: bool) -> None:
     """Repetition metrics of each text of FILE (.jsonl, or one text a line)."""
-    from daemon_fast.data import read_texts
-    from daemon_fast.pipeline import repetition_of_texts
+    from daemon_fast.data.texts import read_texts
+    from daemon_fast.metrics import repetition_of_texts
 
     _quiet_transformers()
     sizes = _sizes(ngrams, "--ngrams"), _sizes(windows, "--windows")
     texts = read_texts(file, field)
     names, table = repetition_of_texts(texts, *sizes, tokenizer)
-    status = 1 if getattr(texts, "problems", ()) else 0  # a warning has named them
+    status = 1 if texts.problems else 0  # a warning has named them
     if as_json:
         for row in table.tolist():
             click.echo(json.dumps(dict(zip(names, row, strict=True))))
@@ -303,16 +313,16 @@ def evaluate(
     """
     import torch
 
-    from daemon_fast import evaluate as evaluation
     from daemon_fast.energy import Energy
+    from daemon_fast.experiments import run as evaluation
     from daemon_fast.models import load_language_model
 
     _quiet_transformers()
     if len(energies) != len(data):
         raise InvalidInput(f"--data is given {len(data)} times for {len(energies)} --energy: give one for each")
     loaded = [Energy.load(path) for path in energies]
-    reference = model or loaded[0].proposal.model
-    language_model, tokenizer = load_language_model(reference, device, getattr(torch, dtype))
+    model_id = model or loaded[0].proposal_settings.model_id
+    language_model, tokenizer = load_language_model(model_id, device, getattr(torch, dtype))
     domains = [
         evaluation.Domain(path.stem, source, energy, field, kept if (kept := _candidates_of(path)).exists() else None)
         for path, source, energy in zip(energies, data, loaded, strict=True)
@@ -355,7 +365,7 @@ def doctor() -> None:
 @click.option("--seed", default=0)
 def demo(quick: bool, output: Path, device: str | None, seed: int) -> None:
     """Align SmolLM2-135M with Wikipedia: fit, decode held-out prefixes, compare. Interrupted, it resumes."""
-    from daemon_fast.demo import run
+    from daemon_fast.experiments.demo import run
 
     _quiet_transformers()
     run(output, quick=quick, device=device, seed=seed, echo=click.echo)

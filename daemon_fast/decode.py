@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from daemon_fast import ops
-from daemon_fast.candidates import Candidates
-from daemon_fast.collect import batch_seed
 from daemon_fast.energy import Energy
 from daemon_fast.errors import ArtefactError, InvalidInput, LowEffectiveSampleSize
-from daemon_fast.proposals import Prefix, Proposal, ProposalSettings
+from daemon_fast.proposals.base import Prefix, Proposal, ProposalSettings
+from daemon_fast.proposals.candidates import Candidates
+from daemon_fast.seeds import batch_seed
 
 __all__ = ["Decoded", "SIRDecoder"]
 
@@ -90,16 +89,6 @@ class SIRDecoder:
         Where candidates come from. It must have the vocabulary that the artefact was fitted for.
     batch_size : int
         Prefixes whose candidates are drawn together.
-    target_ess, max_candidates : float and int, optional, together
-        Draw M more candidates of each prefix whose effective sample size lies below `target_ess`, again and again, to
-        at most `max_candidates`. Stopping by the weights biases the draw: on a model that can be listed, M = 4 with a
-        target of 3 takes 6.8 candidates on average, and its expected metrics are off by 0.028 and 0.015, where 4 fixed
-        ones give 0.032 and 0.013, and 8 fixed ones 0.013 and 0.007. For the mean, then, a larger M is the better use
-        of the same time; this is for the prefixes whose draw would else be next to no choice.
-    give_up_below : float
-        Give up a candidate while it is drawn once its weight can't reach this share of its prefix's any more, as the
-        bounds of the metrics tell. The probabilities of the draw change by less than M times this share, in total
-        variation. 0 is off. Metrics without bounds (your own, unless they have `bounds`) are an error.
 
     Examples
     --------
@@ -109,36 +98,16 @@ class SIRDecoder:
     Source: Ji et al. 2024 (arXiv 2310.01041), algorithm 2.
     """
 
-    def __init__(
-        self,
-        energy: Energy,
-        proposal: Proposal,
-        batch_size: int = 4,
-        *,
-        target_ess: float | None = None,
-        max_candidates: int | None = None,
-        give_up_below: float = 0.0,
-    ) -> None:
-        m = proposal.settings.num_candidates
+    def __init__(self, energy: Energy, proposal: Proposal, batch_size: int = 4) -> None:
         if batch_size < 1:
             raise InvalidInput(f"batch_size = {batch_size} must be >= 1")
-        if (target_ess is None) != (max_candidates is None):
-            raise InvalidInput("target_ess and max_candidates are given together or not at all")
-        if target_ess is not None and not 1 <= target_ess <= (max_candidates or 0):
-            raise InvalidInput(f"target_ess = {target_ess} must be from 1 to max_candidates = {max_candidates}")
-        if max_candidates is not None and max_candidates < m:
-            raise InvalidInput(f"max_candidates = {max_candidates} must be >= the proposal's num_candidates = {m}")
-        if not 0 <= give_up_below < 1 / m:
-            raise InvalidInput(
-                f"give_up_below = {give_up_below} must be from 0 to below 1 / num_candidates = {1 / m:g}"
-            )
-        check_compatible(energy.proposal, proposal.settings)
+        check_compatible(energy.proposal_settings, proposal.settings)
         self.energy, self.proposal, self.batch_size = energy, proposal, batch_size
-        self.target_ess, self.max_candidates, self.give_up_below = target_ess, max_candidates, give_up_below
 
     def __call__(
         self,
         prefixes: str | Sequence[Prefix],
+        *,
         num_samples: int = 1,
         seed: int = 0,
         progress: bool = False,
@@ -169,20 +138,19 @@ class SIRDecoder:
         if not batch:
             raise InvalidInput("there are no prefixes")
         begin = time.perf_counter()
-        parts: list[Candidates] = []
-        owners: list[Tensor] = []  # the prefix of each row
-        for i, start in enumerate(tqdm(starts, desc="decode", unit="batch", disable=not progress)):
-            for drawn, rows in self._draw_candidates(batch[start : start + self.batch_size], batch_seed(seed, i)):
-                parts.append(drawn)
-                owners.append(start + rows)
-        candidates = Candidates.concatenate(parts)
-        if self.target_ess is not None:
-            candidates = candidates.regrouped(torch.cat(owners))
-        decoded = self.choose(candidates, num_samples, seed, replacement)
+        parts = [
+            self.proposal.propose(batch[start : start + self.batch_size], batch_seed(seed, i))
+            for i, start in enumerate(tqdm(starts, desc="decode", unit="batch", disable=not progress))
+        ]
+        decoded = self.choose(
+            Candidates.concatenate(parts), num_samples=num_samples, seed=seed, replacement=replacement
+        )
         decoded.seconds["propose"] = time.perf_counter() - begin - sum(decoded.seconds.values())
         return decoded
 
-    def choose(self, candidates: Candidates, num_samples: int = 1, seed: int = 0, replacement: bool = True) -> Decoded:
+    def choose(
+        self, candidates: Candidates, *, num_samples: int = 1, seed: int = 0, replacement: bool = True
+    ) -> Decoded:
         """Choose from candidates that are there already. The same seed chooses the same on CPU and CUDA."""
         if num_samples < 1:
             raise InvalidInput(f"num_samples = {num_samples} must be >= 1")
@@ -197,50 +165,9 @@ class SIRDecoder:
         _check_drawn(selection.index)
         if not replacement:
             selection = selection._replace(index=_without_replacement(selection.weights, num_samples, generator))
-        if candidates.num_drawn is not None:  # log Z is a mean over those that were drawn
-            share = candidates.num_drawn / candidates.shape[1]
-            selection = selection._replace(log_z=selection.log_z - share.log())
         self._warn_of_low_ess(selection.ess)
         seconds = {"metrics": measured - begin, "select": time.perf_counter() - measured}
         return Decoded(candidates, features, *selection, seconds=seconds)
-
-    def _draw_candidates(self, prefixes: list[Prefix], seed: int) -> Iterator[tuple[Candidates, Tensor]]:
-        """M candidates of each prefix, then M more of those that need them; and which prefix each row belongs to."""
-        options: dict[str, Any] = {"losing": self._losing} if self.give_up_below > 0 else {}
-        m, low = self.proposal.settings.num_candidates, list(range(len(prefixes)))
-        log_w = [torch.empty(0, dtype=torch.float64) for _ in prefixes]
-        for draw in range((self.max_candidates or m) // m):
-            drawn = self.proposal.propose(
-                [prefixes[i] for i in low], batch_seed(seed, draw) if draw else seed, **options
-            )
-            yield drawn, torch.tensor(low).repeat_interleave(m)
-            if self.target_ess is None:
-                return
-            for i, more in zip(low, self._log_w(drawn).cpu(), strict=True):
-                log_w[i] = torch.cat([log_w[i], more])
-            low = [i for i in low if float(ops.importance_weights(log_w[i][None]).ess) < self.target_ess]
-            if not low:
-                return
-
-    def _log_w(self, candidates: Candidates) -> Tensor:
-        """[N, M] float64"""
-        features = self.energy.features(candidates).double()
-        log_w = -(features @ self.energy.mu.to(features.device))
-        base = self.energy.base_log_w(candidates)
-        return log_w if base is None else log_w + base
-
-    def _losing(self, candidates: Candidates, running: Tensor) -> Tensor:
-        """[R] bool: the greatest share that a candidate can end with lies below the limit."""
-        low, high = self.energy.bounds(candidates, running, self.proposal.settings.max_new_tokens)
-        greatest, least = -low, -high  # log-weights
-        if candidates.excluded is not None:
-            excluded = candidates.excluded.reshape(candidates.shape)
-            greatest, least = (x.masked_fill(excluded, -torch.inf) for x in (greatest, least))
-        top = greatest.amax(1, keepdim=True)
-        others = torch.exp(least - top)
-        others = others.sum(1, keepdim=True) - others
-        own = torch.exp(greatest - top)
-        return (own < self.give_up_below * (own + others)).flatten()
 
     def _warn_of_low_ess(self, ess: Tensor) -> None:
         low = int((ess < LOW_ESS).sum())
@@ -292,8 +219,8 @@ def check_compatible(fitted: ProposalSettings, used: ProposalSettings) -> None:
     """
     if fitted.vocabulary != used.vocabulary:
         raise ArtefactError(
-            f"the artefact was fitted for the vocabulary of {fitted.model} ({fitted.vocabulary}), the proposal's is "
-            f"that of {used.model} ({used.vocabulary}): token metrics don't carry over; fit again for this model"
+            f"the artefact was fitted for the vocabulary of {fitted.model_id} ({fitted.vocabulary}), the proposal's is "
+            f"that of {used.model_id} ({used.vocabulary}): token metrics don't carry over; fit again for this model"
         )
     names = [f.name for f in fields(ProposalSettings) if f.name != "vocabulary"]
     changed = [

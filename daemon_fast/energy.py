@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,16 +15,36 @@ import torch
 from torch import Tensor
 
 from daemon_fast import metrics as metrics_module
-from daemon_fast.candidates import Candidates
-from daemon_fast.errors import ArtefactError, InvalidInput, writing
-from daemon_fast.fit import FitResult, Normalization
-from daemon_fast.metrics import Metric
-from daemon_fast.proposals import ProposalSettings
+from daemon_fast.errors import ArtefactError, InvalidInput
+from daemon_fast.files import write_text, writing
+from daemon_fast.metrics import Function, Metric
+from daemon_fast.ops import Normalization
+from daemon_fast.proposals.base import ProposalSettings
+from daemon_fast.proposals.candidates import Candidates
 
-__all__ = ["Base", "Energy"]
+__all__ = ["Base", "Diagnostics", "Energy", "weightless"]
 
-SCHEMA = 1
+SCHEMA = 2
 Base = Literal["proposal", "model"]
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """What the fit found out about itself; see `FitResult` for what each means."""
+
+    ridge: float
+    residual: list[float]  # [K]
+    scale: list[float]  # [K]
+    confidence_interval: list[list[float]] | None  # [2, K]
+    ess_mean: float
+    ess_min: float
+    kl: float
+    condition_number: float | None  # None: infinite
+    iterations: int
+    converged: bool
+    num_prefixes: int
+    num_targets: int
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -38,23 +57,22 @@ class Energy:
     mu : [K] float64
     targets : [K] float64
         The human means that it was fitted to.
-    proposal : ProposalSettings
+    proposal_settings : ProposalSettings
         How the candidates it was fitted on were drawn.
     normalization : "per_prefix" or "global"
     base : "proposal" or "model"
         What is tilted: the proposal itself (base log-weights 0, as in the paper) or p_theta (log p - log q).
-    diagnostics : dict or None
-        Of the fit: ridge, residual, scale, confidence_interval, ess_mean, ess_min, kl, condition_number, iterations,
-        converged, num_prefixes, num_targets, seed.
+    diagnostics : Diagnostics or None
+        Of the fit.
     """
 
     metrics: Sequence[Metric]
     mu: Tensor
     targets: Tensor
-    proposal: ProposalSettings
+    proposal_settings: ProposalSettings
     normalization: Normalization = "per_prefix"
     base: Base = "proposal"
-    diagnostics: dict[str, Any] | None = None
+    diagnostics: Diagnostics | None = None
 
     def __post_init__(self) -> None:
         k = len(self.names)
@@ -68,77 +86,24 @@ class Energy:
         """K metric names."""
         return metrics_module.column_names(self.metrics)
 
-    @classmethod
-    def from_fit(
-        cls,
-        result: FitResult,
-        metrics: Sequence[Metric],
-        proposal: ProposalSettings,
-        base: Base = "proposal",
-        seed: int = 0,
-        num_targets: int | None = None,
-    ) -> Energy:
-        """`seed` is the one that drew the candidates of the fit; `num_targets`, how many human texts gave the targets
-        (default: as many as prefixes)."""
-        interval = result.confidence_interval
-        return cls(
-            metrics=list(metrics),
-            mu=result.mu,
-            targets=result.targets,
-            proposal=proposal,
-            normalization=result.normalization,
-            base=base,
-            diagnostics={
-                "ridge": result.ridge,
-                "residual": result.residual.tolist(),
-                "scale": result.scale.tolist(),
-                "confidence_interval": None if interval is None else interval.tolist(),
-                "ess_mean": result.ess_mean,
-                "ess_min": result.ess_min,
-                "kl": result.kl,
-                "condition_number": result.condition_number if math.isfinite(result.condition_number) else None,
-                "iterations": result.iterations,
-                "converged": result.converged,
-                "num_prefixes": result.num_prefixes,
-                "num_targets": result.num_prefixes if num_targets is None else num_targets,
-                "seed": seed,
-            },
-        )
-
     def features(self, candidates: Candidates) -> Tensor:
         """[N, M, K] float32 metrics of the candidates."""
         return metrics_module.features(self.metrics, candidates)
 
     def base_log_w(self, candidates: Candidates) -> Tensor | None:
-        """[N, M] float64 base log-weights, -inf of excluded candidates; None where all are 0."""
-        base = None if self.base == "proposal" else candidates.log_p - candidates.log_q
-        if candidates.excluded is None:
-            return base
-        base = torch.zeros_like(candidates.log_p) if base is None else base
-        return base.masked_fill(candidates.excluded.reshape(base.shape), -torch.inf)
-
-    def bounds(self, candidates: Candidates, running: Tensor, max_new_tokens: int) -> tuple[Tensor, Tensor]:
-        """[N, M] least and greatest energy that candidates can end with, of which `running` [R] still grow.
+        """[N, M] float64 base log-weights; None where all are 0.
 
         Raises
         ------
         InvalidInput
-            A metric without bounds, or base log-weights, which have none.
+            A prefix that they leave without weights.
         """
-        if self.base != "proposal":
-            raise InvalidInput(
-                f"base = {self.base!r}: its log-weights have no bounds; candidates can't be given up early"
-            )
-        k = len(self.names)
-        value = self.features(candidates).reshape(-1, k)
-        ends = [metric.bounds(candidates, max_new_tokens) for metric in self.metrics]
-        mu = self.mu.to(value.device)
-        terms = []
-        for end in zip(*ends, strict=True):
-            bound = torch.cat([x.reshape(len(value), -1) for x in end], dim=1)
-            terms.append(mu * bound.where(running[:, None], value).where(mu != 0, 0))
-        low, high = (pick(*terms).sum(1).reshape(candidates.shape) for pick in (torch.minimum, torch.maximum))
-        return low, high
+        if self.base == "proposal":
+            return None
+        base = candidates.log_p - candidates.log_q
+        if (problem := weightless(base, per_prefix=True)) is not None:
+            raise InvalidInput(problem)
+        return base
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the artefact; the file appears whole or not at all.
@@ -157,23 +122,21 @@ class Energy:
             "mu": self.mu.tolist(),
             "normalization": self.normalization,
             "base": self.base,
-            "proposal": self.proposal.to_json(),
-            "diagnostics": self.diagnostics,
+            "proposal_settings": self.proposal_settings.to_json(),
+            "diagnostics": None if self.diagnostics is None else dataclasses.asdict(self.diagnostics),
         }
         text = json.dumps(document, indent=2, allow_nan=False) + "\n"
-        temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
         with writing(f"artefact {os.fspath(path)}"):
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
+            write_text(path, text)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], custom: Iterable[Metric] = ()) -> Energy:
+    def load(cls, path: str | os.PathLike[str], metrics: Iterable[Metric | Function] = ()) -> Energy:
         """Read an artefact.
 
         Parameters
         ----------
         path : file written by `save`
-        custom : your own metrics, and `coh` with an encoder object, if the artefact uses them
+        metrics : your own, objects or plain functions, and `coh` with an encoder object, if the artefact uses them
 
         Raises
         ------
@@ -187,18 +150,18 @@ class Energy:
         except (ValueError, RecursionError) as error:
             raise ArtefactError(f"artefact {os.fspath(path)} is not JSON: {error}") from error
         try:
-            return cls._from_document(document, custom)
+            return cls._from_document(document, metrics)
         except ArtefactError as error:
             raise ArtefactError(f"artefact {os.fspath(path)}: {error}") from None
 
     @classmethod
-    def _from_document(cls, document: Any, custom: Iterable[Metric]) -> Energy:
+    def _from_document(cls, document: Any, own: Iterable[Metric | Function]) -> Energy:
         if isinstance(document, dict) and "schema" in document and document["schema"] != SCHEMA:
             raise ArtefactError(f"schema is {document['schema']!r}; this version reads schema {SCHEMA}")
         _check_fields("", document, FIELDS)
-        _check_fields("proposal.", document["proposal"], PROPOSAL_FIELDS)
+        _check_fields("proposal_settings.", document["proposal_settings"], _fields_of(ProposalSettings))
         if document["diagnostics"] is not None:
-            _check_fields("diagnostics.", document["diagnostics"], DIAGNOSTIC_FIELDS)
+            _check_fields("diagnostics.", document["diagnostics"], _fields_of(Diagnostics))
         for i, spec in enumerate(document["metrics"]):
             if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
                 raise ArtefactError(f"metrics[{i}] must be an object with a name, got {_short(spec)}")
@@ -206,7 +169,7 @@ class Energy:
                 raise ArtefactError(f"field {_short(f'metrics[{i}].{unknown[0]}')} is unknown")
             if not isinstance(spec.get("encoder"), str | None):
                 raise ArtefactError(f"metrics[{i}].encoder must be a string or null, got {_short(spec['encoder'])}")
-        metrics = metrics_module.from_specs(document["metrics"], custom)
+        metrics = metrics_module.from_specs(document["metrics"], own)
         names = metrics_module.column_names(metrics)
         if not names:
             raise ArtefactError("metrics is empty")
@@ -216,18 +179,36 @@ class Energy:
             if len(document[name]) != len(names):
                 raise ArtefactError(f"{name} has {len(document[name])} numbers for {len(names)} metrics")
         try:
-            proposal = ProposalSettings(**document["proposal"])
+            settings = ProposalSettings(**document["proposal_settings"])
         except InvalidInput as error:
-            raise ArtefactError(f"proposal.{error}") from error
+            raise ArtefactError(f"proposal_settings.{error}") from error
+        diagnostics = document["diagnostics"]
         return cls(
             metrics=metrics,
             mu=torch.tensor([float(value) for value in document["mu"]], dtype=torch.float64),
             targets=torch.tensor([float(value) for value in document["targets"]], dtype=torch.float64),
-            proposal=proposal,
+            proposal_settings=settings,
             normalization=document["normalization"],
             base=document["base"],
-            diagnostics=document["diagnostics"],
+            diagnostics=None if diagnostics is None else Diagnostics(**diagnostics),
         )
+
+
+def weightless(base_log_w: Tensor | None, per_prefix: bool) -> str | None:
+    """What is wrong with base log-weights [N, M]: a prefix whose candidates can't be weighed; None if nothing is.
+
+    Parameters
+    ----------
+    per_prefix : whether each prefix needs weights of its own, or all together some
+    """
+    if base_log_w is None:
+        return None
+    if len(bad := (base_log_w.isnan() | (base_log_w == torch.inf)).any(1).nonzero()):
+        return f"base log-weights of prefix {int(bad[0])} hold NaN or +infinity"
+    none = (base_log_w == -torch.inf).all(1)
+    if per_prefix and none.any():
+        return f"all {base_log_w.shape[1]} base log-weights of prefix {int(none.nonzero()[0])} are -infinity"
+    return "all base log-weights are -infinity" if none.all() else None
 
 
 # ---- the schema -----------------------------------------------------------------------------------------------------
@@ -268,29 +249,26 @@ FIELDS: dict[str, Check] = {
     "mu": NUMBERS,
     "normalization": _one_of(get_args(Normalization)),
     "base": _one_of(get_args(Base)),
-    "proposal": OBJECT,
+    "proposal_settings": OBJECT,
     "diagnostics": (lambda v: v is None or isinstance(v, dict), "an object or null"),
 }
-_BY_ANNOTATION = {"str": TEXT, "int": INTEGER, "float": NUMBER, "bool": TRUTH}
-PROPOSAL_FIELDS = {f.name: _BY_ANNOTATION[str(f.type)] for f in dataclasses.fields(ProposalSettings)}
-DIAGNOSTIC_FIELDS: dict[str, Check] = {
-    "ridge": NUMBER,
-    "residual": NUMBERS,
-    "scale": NUMBERS,
-    "confidence_interval": (
+_BY_ANNOTATION: dict[str, Check] = {
+    "str": TEXT,
+    "int": INTEGER,
+    "float": NUMBER,
+    "bool": TRUTH,
+    "list[float]": NUMBERS,
+    "float | None": (lambda v: v is None or _number(v), "a finite number or null"),
+    "list[list[float]] | None": (
         lambda v: v is None or (isinstance(v, list) and len(v) == 2 and all(map(_numbers, v))),
         "two lists of finite numbers, or null",
     ),
-    "ess_mean": NUMBER,
-    "ess_min": NUMBER,
-    "kl": NUMBER,
-    "condition_number": (lambda v: v is None or _number(v), "a finite number or null"),
-    "iterations": INTEGER,
-    "converged": TRUTH,
-    "num_prefixes": INTEGER,
-    "num_targets": INTEGER,
-    "seed": INTEGER,
 }
+
+
+def _fields_of(dataclass: type) -> dict[str, Check]:
+    """The checks that a dataclass's annotations ask for."""
+    return {field.name: _BY_ANNOTATION[str(field.type)] for field in dataclasses.fields(dataclass)}
 
 
 def _check_fields(prefix: str, value: Any, fields: dict[str, Check]) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
 
 __all__ = [
     "ArtefactError",
@@ -14,12 +12,14 @@ __all__ = [
     "DeviceUnavailable",
     "EngineError",
     "FitDidNotConverge",
+    "FitError",
     "InfeasibleTargets",
     "InvalidInput",
     "LowEffectiveSampleSize",
+    "MissingPackage",
     "ModelUnavailable",
     "UnknownMetric",
-    "writing",
+    "require",
 ]
 
 
@@ -43,6 +43,10 @@ class ModelUnavailable(DaemonFastError, OSError):
     """A language model, tokenizer or sentence encoder can't be loaded."""
 
 
+class MissingPackage(DaemonFastError, ImportError):
+    """An optional package is not installed. Says what it is for and how to install it."""
+
+
 class DeviceUnavailable(DaemonFastError, RuntimeError):
     """A device was asked for that this machine, or this torch, doesn't have."""
 
@@ -55,11 +59,15 @@ class ArtefactError(DaemonFastError, ValueError):
     """A fitted artefact is unreadable, malformed, or fitted for another model. Names the field."""
 
 
-class InfeasibleTargets(DaemonFastError, ValueError):
+class FitError(DaemonFastError):
+    """A fit has no answer: the targets are out of reach, or it did not converge."""
+
+
+class InfeasibleTargets(FitError, ValueError):
     """No weighting of the candidates reaches the target means: the fit has no solution (see `fit`)."""
 
 
-class FitDidNotConverge(DaemonFastError, RuntimeError):
+class FitDidNotConverge(FitError, RuntimeError):
     """The fit neither reached its tolerance nor proved the targets infeasible."""
 
 
@@ -67,12 +75,22 @@ class LowEffectiveSampleSize(UserWarning):
     """A few candidates carry nearly all the weight, so that the draw has little to choose from."""
 
 
-@contextmanager
-def writing(path: str | os.PathLike[str], kept: str = "") -> Iterator[None]:
-    """Turns what the system says of a file that can't be written into a DataError; `kept` tells what is not lost."""
+def require(module: str, purpose: str, install: str) -> Any:
+    """Import a module of an optional package.
+
+    Parameters
+    ----------
+    module : such as "pyarrow.parquet"
+    purpose : what needs it, with its verb: "Parquet files need"
+    install : what to give to pip: "'daemon-fast[parquet]'"
+
+    Raises
+    ------
+    MissingPackage
+    """
     try:
-        yield
-    except OSError as error:
-        full = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        after = f"; {kept}, and the same command goes on from there" if kept else ""
-        raise DataError(f"{os.fspath(path)} can't be written: {full}{after}") from error
+        return import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0]
+        why = "" if isinstance(error, ModuleNotFoundError) else f" (which can't be imported: {error})"
+        raise MissingPackage(f"{purpose} the package {package}{why}: pip install {install}") from error

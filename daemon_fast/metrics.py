@@ -1,4 +1,4 @@
-"""Metrics of continuations: small objects with a name, what they need, and a batch evaluation.
+"""Metrics of continuations: small objects with a name and a batch evaluation.
 
 Built in: `sr_n`, `tr_w`, `div`, `ent` and `coh` (definitions in `daemon_fast.reference`). Your own: a subclass of
 `Metric`, or `FunctionMetric` around any callable from `Candidates` to `[R]` or `[R, k]`.
@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from daemon_fast import ops
-from daemon_fast.candidates import Candidates
 from daemon_fast.errors import ArtefactError, InvalidInput, UnknownMetric
-from daemon_fast.models import Encoder, load_encoder
+from daemon_fast.models import Encoder, load_encoder, load_tokenizer
+from daemon_fast.proposals.candidates import Candidates
 
 __all__ = [
+    "DEFAULT",
     "Coherence",
     "Diversity",
     "FunctionMetric",
@@ -32,10 +34,13 @@ __all__ = [
     "features",
     "from_specs",
     "parse",
+    "repetition_of_texts",
 ]
 
 Function = Callable[[Candidates], Tensor]
 KNOWN = "sr_<n>, tr_<w>, div, ent, coh"
+DEFAULT = ("sr_2", "sr_3", "sr_4", "tr_8", "tr_16", "tr_32", "coh", "ent")  # what a fit takes unless told
+BATCH_TOKENS = 1 << 22  # of texts whose repetition is counted in one call
 MAX_CACHED_PREFIXES = 4096
 
 
@@ -46,14 +51,11 @@ class Metric(ABC):
     ----------
     name : str
         What it is called in tables, artefacts and on the command line.
-    needs : set of "tokens", "log_probs", "texts"
-        What it reads of the candidates.
     names : tuple of str
         One per column that it returns; `(name,)` unless it returns several.
     """
 
     name: str
-    needs: frozenset[str] = frozenset({"tokens"})
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -68,29 +70,12 @@ class Metric(ABC):
     def evaluate(self, candidates: Candidates) -> Tensor:
         """[R] or [R, k] float32 values of R candidates."""
 
-    def bounds(self, candidates: Candidates, max_new_tokens: int) -> tuple[Tensor, Tensor]:
-        """Least and greatest value, each [R] or [R, k], that R candidates which still grow can end with.
-
-        Parameters
-        ----------
-        candidates : of at least one token each
-        max_new_tokens : the length that none exceeds
-
-        Raises
-        ------
-        InvalidInput
-            The metric knows no bound.
-        """
-        raise InvalidInput(f"metric {self.name} has no bounds: candidates can't be given up early by it")
-
 
 class RepetitionMetric(Metric):
     """A function of n-gram and token repetition. All of one evaluation share a single kernel call."""
 
     ngrams: tuple[int, ...] = ()
     windows: tuple[int, ...] = ()
-    # Whether `combine` rises with all of its columns, or falls with all: then it has bounds, because they have.
-    monotone = False
 
     @abstractmethod
     def combine(self, sr: Mapping[int, Tensor], tr: Mapping[int, Tensor]) -> Tensor:
@@ -99,28 +84,9 @@ class RepetitionMetric(Metric):
     def evaluate(self, candidates: Candidates) -> Tensor:
         return _repetition_columns([self], candidates)[0]
 
-    def bounds(self, candidates: Candidates, max_new_tokens: int) -> tuple[Tensor, Tensor]:
-        if not self.monotone:
-            return super().bounds(candidates, max_new_tokens)
-        lengths = candidates.lengths.float()[:, None]
-        table = ops.repetition(candidates.tokens, candidates.lengths, self.ngrams, self.windows)
-        shorter = table.new_tensor([n - 1 for n in self.ngrams] + [0] * len(self.windows))
-        # At worst none of what is to come repeats, at best all of it does; either way the last length counts most.
-        repeats, most = table * (lengths - shorter).clamp_min(0), (max_new_tokens - shorter).clamp_min(1)
-        columns = repeats / most, ((repeats + max_new_tokens - lengths) / most).clamp_max(1)
-        ends = torch.stack([self.combine(*self._split(column)) for column in columns])
-        return ends.amin(0), ends.amax(0)
-
-    def _split(self, table: Tensor) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        columns = table.unbind(1)
-        n = len(self.ngrams)
-        return dict(zip(self.ngrams, columns[:n], strict=True)), dict(zip(self.windows, columns[n:], strict=True))
-
 
 class SequenceRepetition(RepetitionMetric):
     """sr_n: the share of n-grams that repeat an earlier one."""
-
-    monotone = True
 
     def __init__(self, n: int) -> None:
         if n < 1:
@@ -134,8 +100,6 @@ class SequenceRepetition(RepetitionMetric):
 class TokenRepetition(RepetitionMetric):
     """tr_w: the share of tokens that occur among the w tokens before them."""
 
-    monotone = True
-
     def __init__(self, w: int) -> None:
         if w < 1:
             raise InvalidInput(f"tr_w needs w >= 1, got w = {w}")
@@ -148,7 +112,7 @@ class TokenRepetition(RepetitionMetric):
 class Diversity(RepetitionMetric):
     """div: the product of (1 - sr_n) over n = 2, 3, 4."""
 
-    name, ngrams, monotone = "div", (2, 3, 4), True
+    name, ngrams = "div", (2, 3, 4)
 
     def combine(self, sr: Mapping[int, Tensor], tr: Mapping[int, Tensor]) -> Tensor:
         return (1 - sr[2]) * (1 - sr[3]) * (1 - sr[4])
@@ -157,26 +121,17 @@ class Diversity(RepetitionMetric):
 class Information(Metric):
     """ent: perplexity of the continuation under the language model at temperature 1."""
 
-    name, needs = "ent", frozenset({"log_probs"})
+    name = "ent"
 
     def evaluate(self, candidates: Candidates) -> Tensor:
         _require_tokens(self.name, candidates.lengths)
-        return torch.exp(self._nats(candidates) / candidates.lengths).float()
-
-    def bounds(self, candidates: Candidates, max_new_tokens: int) -> tuple[Tensor, Tensor]:
-        least = torch.exp(self._nats(candidates) / max_new_tokens).float()  # if all that is to come is certain
-        return least, torch.full_like(least, torch.inf)
-
-    @staticmethod
-    def _nats(candidates: Candidates) -> Tensor:
-        """[R] float64: minus the log-probability of each continuation."""
         lengths = candidates.lengths
         counted = torch.arange(candidates.tokens.shape[1], device=lengths.device) < lengths[:, None]
         nats = -(candidates.token_log_p.double() * counted).sum(-1)
         # Engines that may not tell give CPU tensors; on CUDA a look would wait for the device.
         if not nats.is_cuda and nats.isnan().any():
             raise InvalidInput("metric ent needs log-probabilities at temperature 1, which the engine does not give")
-        return nats
+        return torch.exp(nats / lengths).float()
 
 
 class Coherence(Metric):
@@ -188,7 +143,7 @@ class Coherence(Metric):
         A sentence-transformers model, or its id, path or embedded name (see `daemon_fast.models`), loaded on first use.
     """
 
-    name, needs = "coh", frozenset({"texts"})
+    name = "coh"
 
     def __init__(self, encoder: Encoder | str) -> None:
         self._reference = encoder if isinstance(encoder, str) else None
@@ -205,10 +160,6 @@ class Coherence(Metric):
         continuations = self._embed(candidates.texts)
         prefixes = prefixes.repeat_interleave(candidates.shape[1], dim=0)
         return torch.nn.functional.cosine_similarity(prefixes, continuations).to(candidates.tokens.device)
-
-    def bounds(self, candidates: Candidates, max_new_tokens: int) -> tuple[Tensor, Tensor]:
-        one = torch.ones(len(candidates.tokens), device=candidates.tokens.device)
-        return -one, one
 
     def _embed_prefixes(self, texts: list[str]) -> Tensor:
         """[N, d], each prefix embedded once, also across evaluations."""
@@ -235,18 +186,12 @@ class FunctionMetric(Metric):
     function : Candidates -> [R] or [R, k] tensor
     names : str or sequence of k str
         Default: the function's own name, for a function that returns [R].
-    needs : what it reads; informative.
     """
 
-    def __init__(
-        self,
-        function: Function,
-        names: str | Sequence[str] | None = None,
-        needs: Iterable[str] = ("tokens", "log_probs", "texts"),
-    ) -> None:
+    def __init__(self, function: Function, names: str | Sequence[str] | None = None) -> None:
         self._function = function
         self._names = (names,) if isinstance(names, str) else tuple(names or (function.__name__,))
-        self.name, self.needs = self._names[0], frozenset(needs)
+        self.name = self._names[0]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -304,25 +249,26 @@ def _parse_one(name: str | Metric | Function, encoder: Encoder | str | None) -> 
     raise UnknownMetric(f"unknown metric {name!r}; known: {KNOWN}")
 
 
-def from_specs(specs: Sequence[Mapping[str, Any]], custom: Iterable[Metric] = ()) -> list[Metric]:
-    """Metrics from what an artefact stores of them; custom ones, and encoders that were objects, are found by name.
+def from_specs(specs: Sequence[Mapping[str, Any]], own: Iterable[Metric | Function] = ()) -> list[Metric]:
+    """Metrics from what an artefact stores of them; users' own, and encoders that were objects, are found by name.
 
     Raises
     ------
     ArtefactError
-        A metric that is neither built in nor in `custom`.
+        A metric that is neither built in nor in `own`.
     """
-    own = {metric.name: metric for metric in custom}
+    given = [metric if isinstance(metric, Metric) else FunctionMetric(metric) for metric in own]
+    by_name = {metric.name: metric for metric in given}
     metrics = []
     for i, spec in enumerate(specs):
         name = spec["name"]
-        if name in own:
-            metrics.append(own[name])
+        if name in by_name:
+            metrics.append(by_name[name])
             continue
         try:
             metrics.append(_parse_one(name, spec.get("encoder")))
         except InvalidInput as error:
-            raise ArtefactError(f"metrics[{i}]: {error}; pass your own metric objects as custom=") from error
+            raise ArtefactError(f"metrics[{i}]: {error}; pass your own metrics as metrics=") from error
     return metrics
 
 
@@ -381,3 +327,29 @@ def _require_tokens(name: str, lengths: Tensor) -> None:
     if (lengths == 0).any():
         row = int((lengths == 0).nonzero()[0])
         raise InvalidInput(f"metric {name} is not defined for the empty continuation of candidate {row}")
+
+
+def repetition_of_texts(
+    texts: Sequence[str], ngrams: Sequence[int], windows: Sequence[int], tokenizer: str | None
+) -> tuple[list[str], Tensor]:
+    """Column names, and [texts, columns] float32 repetition metrics. Without a tokenizer, tokens are words."""
+    words: dict[str, int] = {}
+    encode = None if tokenizer is None else load_tokenizer(tokenizer)
+    rows: list[list[int]] = []
+    tables: list[Tensor] = []
+    widest = 0
+    for text in tqdm(texts, desc="texts", disable=len(texts) < 10_000):
+        row = [words.setdefault(w, len(words)) for w in text.split()] if encode is None else encode(text)["input_ids"]
+        # Texts of any length go in batches of bounded size: one long text must not widen all of them.
+        if rows and (len(rows) + 1) * max(widest, len(row)) > BATCH_TOKENS:
+            tables.append(_repetition_of_rows(rows, ngrams, windows))
+            rows, widest = [], 0
+        rows.append(row)
+        widest = max(widest, len(row))
+    tables.append(_repetition_of_rows(rows, ngrams, windows))
+    return [f"sr_{n}" for n in ngrams] + [f"tr_{w}" for w in windows], torch.cat(tables)
+
+
+def _repetition_of_rows(rows: list[list[int]], ngrams: Sequence[int], windows: Sequence[int]) -> Tensor:
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True)
+    return ops.repetition(tokens, torch.tensor([len(row) for row in rows]), ngrams, windows)

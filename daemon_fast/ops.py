@@ -2,8 +2,9 @@
 
 All are deterministic, run on the device of their arguments, and are also reachable as `torch.ops.daemon_fast.*`.
 A bad argument is a RuntimeError, as with torch's own operators, that names the argument, its value and the limit.
-On CUDA no operator waits for the device, and all can be captured in a CUDA graph. What only a value on the device can
-tell is therefore no exception there but a marked result, as each docstring says; the decoder and the fit check for it.
+On CUDA no operator waits for the device, and all can be captured in a CUDA graph. So they can't raise for a bad value
+that lies on the device: they mark the result instead, by NaN or -1, as each docstring says. The decoder and the fit
+check for these marks.
 `daemon_fast.reference` holds the definitions.
 """
 

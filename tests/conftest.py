@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# The models of the tests are so small that a second thread only waits for the first; for processes started here too.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -29,4 +34,13 @@ def threads():
     """Sets torch's thread count for a test, and restores it."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def all_cores():
+    """For real models."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    yield
     torch.set_num_threads(before)

@@ -22,7 +22,9 @@ def test_the_benchmark_of_the_fit_solves_its_problem(monkeypatch):
     fit = importlib.import_module("fit")
     monkeypatch.setattr(fit, "N", 400)
     problem = fit.problem()
-    known = {name: getattr(problem, name) for name in ("samples", "targets", "per_prefix", "names", "scale", "ridge")}
+    known = {
+        name: getattr(problem, name) for name in ("samples", "targets", "normalization", "names", "scale", "ridge")
+    }
     watched = fit.Watched(**known)
     fit.METHODS["newton"](watched)
     _, steps = watched.reached(1e-9)

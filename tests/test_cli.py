@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from daemon_fast import Energy, TransformersProposal
 from daemon_fast.cli import main
-from daemon_fast.fit import RIDGES
+from daemon_fast.fit.resample import RIDGES
 
 COMMAND = [sys.executable, "-c", "from daemon_fast.cli import main; main()"]
 NO_HUB = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -66,7 +66,7 @@ def fails(result, message):
 def test_fit_then_generate(energy, model):
     loaded = Energy.load(energy)
     assert loaded.names == ["sr_1", "tr_8", "ent"]
-    assert loaded.proposal.model == model
+    assert loaded.proposal_settings.model_id == model
     result = run("generate", "--energy", energy, "--prompt", "w1 w2", "--prompt", "w3", "--num-samples", 2, "--json")
     assert result.exit_code == 0, result.output
     records = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
@@ -98,7 +98,45 @@ def test_killed_and_run_again_gives_the_same_artefact(model, texts, tmp_path, en
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert list(folder.glob("batch-*.npz"))
-    subprocess.run(arguments, env=NO_HUB, check=True, capture_output=True)
+    assert run(*fit_arguments(model, texts, output, "--ridge", "0.01")).exit_code == 0
+    assert json.loads(output.read_text()) == json.loads(energy.read_text())
+
+
+def test_options_of_fit_reach_the_artefact(model, texts, tmp_path):
+    options = ["--base", "model", "--normalization", "global", "--top-k", "40", "--top-p", "0.9", "--seed", "3"]
+    kept = tmp_path / "elsewhere"
+    result = run(*fit_arguments(model, texts, tmp_path / "e.json", "--ridge", "1", "--work-dir", kept, *options))
+    assert result.exit_code == 0, result.output
+    fitted = Energy.load(tmp_path / "e.json")
+    assert (fitted.base, fitted.normalization, fitted.diagnostics.seed) == ("model", "global", 3)
+    settings = fitted.proposal_settings
+    assert (settings.top_k, settings.top_p, settings.temperature) == (40, 0.9, 0.97)
+    assert len(list(kept.glob("batch-*.npz"))) == 6
+    assert not (tmp_path / "e.json.candidates").exists()
+    plain = run(*fit_arguments(model, texts, tmp_path / "p.json", "--ridge", "1", "--seed", "3"))
+    assert plain.exit_code == 0
+    assert not torch.equal(fitted.mu, Energy.load(tmp_path / "p.json").mu)
+
+
+def test_ctrl_c_is_one_line_and_the_next_run_goes_on(model, texts, tmp_path, energy, monkeypatch):
+    propose, calls = TransformersProposal.propose, []
+
+    def interrupted(self, prefixes, seed):
+        calls.append(seed)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return propose(self, prefixes, seed)
+
+    output = tmp_path / "energy.json"
+    arguments = fit_arguments(model, texts, output, "--ridge", "0.01")
+    monkeypatch.setattr(TransformersProposal, "propose", interrupted)
+    result = run(*arguments)
+    assert result.exit_code == 130
+    assert result.output.splitlines()[-1] == "interrupted; run the same command again to go on from here"
+    assert "Traceback" not in result.output
+    assert not output.exists()
+    assert run(*arguments).exit_code == 0
+    assert len(calls) == 3 + 4  # of six batches two were kept
     assert json.loads(output.read_text()) == json.loads(energy.read_text())
 
 
@@ -142,7 +180,7 @@ def test_decode_continues_a_file(energy, tmp_path):
 
 def test_decode_killed_and_run_again_gives_the_same_bytes(energy, tmp_path):
     source, whole, cut = tmp_path / "in.jsonl", tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-    source.write_text("".join(json.dumps({"prompt": tiny.text(3, i)}) + "\n" for i in range(400)))
+    source.write_text("".join(json.dumps({"prompt": tiny.text(3, i)}) + "\n" for i in range(150)))
     assert run(*decode_arguments(energy, source, whole)).exit_code == 0
     arguments = [*COMMAND, *decode_arguments(energy, source, cut)]
     process = subprocess.Popen(arguments, env=NO_HUB, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -153,7 +191,7 @@ def test_decode_killed_and_run_again_gives_the_same_bytes(energy, tmp_path):
     process.wait()
     assert list(tmp_path.glob("cut.jsonl.parts/0*.jsonl"))
     assert not cut.exists()
-    subprocess.run(arguments, env=NO_HUB, check=True, capture_output=True)
+    assert run(*decode_arguments(energy, source, cut)).exit_code == 0
     assert cut.read_bytes() == whole.read_bytes()
 
 
@@ -175,7 +213,7 @@ def test_metrics_of_tokens(model, texts, tmp_path):
 
 
 def test_metrics_of_texts_of_any_length(tmp_path, monkeypatch):
-    monkeypatch.setattr("daemon_fast.pipeline.BATCH_TOKENS", 100)
+    monkeypatch.setattr("daemon_fast.metrics.BATCH_TOKENS", 100)
     lines = ["a b a " * n for n in (1, 2, 60, 1, 1, 30, 3)]
     (tmp_path / "a.txt").write_text("\n".join(lines))
     rows = [json.loads(line) for line in run("metrics", tmp_path / "a.txt", "--json").stdout.splitlines()]
@@ -284,8 +322,8 @@ def test_cross_validation_is_the_default_of_fit(tmp_path):
     result = run(*fit_arguments(model, tmp_path / "texts.txt", tmp_path / "e.json"))
     assert result.exit_code == 0, result.output
     fitted = Energy.load(tmp_path / "e.json")
-    assert fitted.diagnostics["ridge"] in RIDGES
-    assert f"ridge {fitted.diagnostics['ridge']:g};" in result.output
+    assert fitted.diagnostics.ridge in RIDGES
+    assert f"ridge {fitted.diagnostics.ridge:g};" in result.output
 
 
 @pytest.mark.parametrize("ngrams", ["0", "2,x", "-1"])
@@ -324,5 +362,5 @@ def test_more_human_texts_than_prefixes_give_the_targets(model, texts, tmp_path)
     arguments = fit_arguments(model, texts, tmp_path / "energy.json", "--ridge", "0.01", "--num-targets", "40")
     assert run(*arguments).exit_code == 0
     fitted = Energy.load(tmp_path / "energy.json")
-    assert (fitted.diagnostics["num_prefixes"], fitted.diagnostics["num_targets"]) == (24, 40)
+    assert (fitted.diagnostics.num_prefixes, fitted.diagnostics.num_targets) == (24, 40)
     fails(run(*fit_arguments(model, texts, tmp_path / "e.json", "--num-targets", "41")), "40 of 40 texts")

@@ -8,12 +8,11 @@ import warnings
 
 import numpy as np
 import pytest
-import tiny
 import torch
 import toy
 from scipy import stats
 
-from daemon_fast import Energy, ProposalSettings, SIRDecoder, TransformersProposal, metrics, ops
+from daemon_fast import Energy, ProposalSettings, SIRDecoder, metrics, ops
 from daemon_fast.errors import ArtefactError, InvalidInput, LowEffectiveSampleSize
 
 MU = torch.tensor([2.0, -1.5], dtype=torch.float64)
@@ -141,6 +140,18 @@ def test_bad_calls():
         SIRDecoder(energy(proposal), proposal, batch_size=0)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_prefix_without_weights_is_the_same_error_on_every_device(device, bad):
+    proposal = toy.ToyProposal(num_candidates=4)
+    candidates = proposal.propose(["x"] * 3, 0)
+    log_p = candidates.token_log_p.clone()
+    log_p[4:8, 0] = bad  # all candidates of prefix 1
+    moved = {name: getattr(candidates, name).to(device) for name in ("tokens", "lengths", "token_log_q")}
+    candidates = dataclasses.replace(candidates, token_log_p=log_p.to(device), **moved)
+    with pytest.raises(InvalidInput, match="base log-weights of prefix 1"):
+        SIRDecoder(energy(proposal, base="model"), proposal).choose(candidates)
+
+
 def test_a_row_that_a_gpu_marks_as_undrawable_is_an_error(monkeypatch):
     # A CUDA operator can't raise for what it finds on the device: it answers index -1 and NaN.
     proposal = toy.ToyProposal(num_candidates=4)
@@ -156,9 +167,6 @@ def test_a_row_that_a_gpu_marks_as_undrawable_is_an_error(monkeypatch):
         SIRDecoder(energy(proposal), proposal)(["x"] * 3)
 
 
-# ---- without replacement, adaptive numbers of candidates, giving up -------------------------------------------------
-
-
 def test_without_replacement_draws_are_those_of_successive_sampling():
     weights = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
     proposal = toy.ToyProposal(num_candidates=4)
@@ -169,7 +177,9 @@ def test_without_replacement_draws_are_those_of_successive_sampling():
     log_p = torch.zeros_like(candidates.token_log_p)
     log_p[:, 0] = base.repeat(20_000)
     candidates = dataclasses.replace(candidates, token_log_p=log_p, token_log_q=torch.zeros_like(log_p))
-    decoded = SIRDecoder(energy(proposal, base="model"), proposal).choose(candidates, 2, seed=0, replacement=False)
+    decoded = SIRDecoder(energy(proposal, base="model"), proposal).choose(
+        candidates, num_samples=2, seed=0, replacement=False
+    )
     np.testing.assert_allclose(decoded.weights[0].numpy(), weights, atol=1e-6)
     first, second = decoded.index.T
     assert (first != second).all()
@@ -186,115 +196,3 @@ def test_without_replacement_there_must_be_enough():
     assert torch.equal(rows.sort(1).values, torch.arange(3).expand(5, 3))
     with pytest.raises(InvalidInput, match="num_samples = 4 without replacement: prefix 0 has 3 candidates"):
         decoder(["x"] * 5, num_samples=4, replacement=False)
-
-
-STRONG = 3 * MU
-
-
-def expected_metrics(m, n=40_000, **options):
-    """[2] error of the expected metrics, and the mean number of candidates."""
-    features = metrics.features(METRICS, toy.as_candidates(toy.SEQUENCES, 1))[0].double()
-    tilted = toy.PROBABILITIES * torch.exp(-(features @ STRONG))
-    truth = tilted @ features / tilted.sum()
-    proposal = toy.ToyProposal(m)
-    decoded = SIRDecoder(energy(proposal, STRONG), proposal, batch_size=n, **options)(["x"] * n, seed=1)
-    got = (decoded.weights.double()[..., None] * decoded.candidate_features.double()).sum(1).mean(0)
-    drawn = decoded.candidates.num_drawn
-    return float((got - truth).norm()), m if drawn is None else float(drawn.double().mean()), decoded
-
-
-@pytest.mark.filterwarnings("ignore::daemon_fast.errors.LowEffectiveSampleSize")
-def test_more_candidates_are_drawn_where_the_effective_sample_size_is_low():
-    few, _, _ = expected_metrics(4)
-    many, _, _ = expected_metrics(16)
-    adaptive, mean, decoded = expected_metrics(4, target_ess=3, max_candidates=16)
-    drawn = decoded.candidates.num_drawn
-    assert {4, 8, 12} <= set(drawn.tolist()) <= {4, 8, 12, 16}
-    assert 6 < mean < 8
-    assert ((decoded.ess >= 3 - 1e-5) | (drawn == 16)).all()
-    absent = torch.arange(decoded.weights.shape[1]) >= drawn[:, None]
-    assert (decoded.weights[absent] == 0).all()
-    assert not absent.gather(1, decoded.index).any()
-    # The bias, as the docstring has it.
-    assert mean == pytest.approx(6.8, abs=0.1)
-    eight, _, _ = expected_metrics(8)
-    got = {"adaptive": adaptive, "4": few, "8": eight}
-    assert got == {
-        "adaptive": pytest.approx(math.hypot(0.028, 0.015), abs=0.0015),
-        "4": pytest.approx(math.hypot(0.032, 0.013), abs=0.0015),
-        "8": pytest.approx(math.hypot(0.013, 0.007), abs=0.0015),
-    }
-    assert many < eight
-    # log Z is a mean over those drawn, not over those that make up the number
-    log_w = -(decoded.candidate_features.double() @ STRONG)
-    log_w = log_w.masked_fill(absent, -torch.inf)
-    torch.testing.assert_close(decoded.log_z.double(), log_w.logsumexp(1) - drawn.log(), atol=1e-5, rtol=1e-5)
-
-
-def test_enough_at_once_draws_no_more():
-    proposal = toy.ToyProposal(10)
-    decoded = SIRDecoder(energy(proposal), proposal, target_ess=1, max_candidates=40)(["x"] * 3)
-    assert proposal.calls == 1
-    assert torch.equal(decoded.tokens and decoded.candidates.num_drawn, torch.tensor([10, 10, 10]))
-    plain = SIRDecoder(energy(proposal), proposal)(["x"] * 3)
-    assert torch.equal(plain.candidates.tokens, decoded.candidates.tokens)
-    assert torch.equal(plain.index, decoded.index)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"target_ess": 3}, "given together"),
-        ({"max_candidates": 30}, "given together"),
-        ({"target_ess": 0.5, "max_candidates": 30}, "target_ess = 0.5 must be from 1 to max_candidates = 30"),
-        ({"target_ess": 31, "max_candidates": 30}, "target_ess = 31 must be"),
-        ({"target_ess": 3, "max_candidates": 9}, "max_candidates = 9 must be >= the proposal's num_candidates = 10"),
-        ({"give_up_below": 0.1}, "give_up_below = 0.1 must be from 0 to below 1 / num_candidates = 0.1"),
-        ({"give_up_below": -1}, "give_up_below = -1 must be"),
-    ],
-)
-def test_options_are_checked(options, message):
-    proposal = toy.ToyProposal(10)
-    with pytest.raises(InvalidInput, match=message):
-        SIRDecoder(energy(proposal), proposal, **options)
-
-
-def looping(**settings):
-    """A tiny model whose candidates repeat themselves a lot, some more than others."""
-    settings = {"num_candidates": 12, "max_new_tokens": 48, "min_new_tokens": 8, "temperature": 0.5, **settings}
-    eos = list(range(12, 24))  # some end early, and leave no doubt of their weight
-    return TransformersProposal(tiny.model("gpt2"), tiny.tokenizer(), eos_token_ids=eos, **settings)
-
-
-def test_candidates_that_can_not_win_are_given_up():
-    proposal, share = looping(), 1e-3
-    fitted = Energy(METRICS, torch.tensor([200.0, 150.0], dtype=torch.float64), torch.zeros(2), proposal.settings)
-    prefixes = [[5, 9, 30], [7], [8, 8]]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LowEffectiveSampleSize)
-        whole = SIRDecoder(fitted, proposal)(prefixes, num_samples=50)
-        early = SIRDecoder(fitted, proposal, give_up_below=share)(prefixes, num_samples=50)
-    given_up = early.candidates.excluded.reshape(early.weights.shape)
-    assert 3 <= given_up.sum() < given_up.numel()
-    assert (early.candidates.lengths.reshape(given_up.shape)[given_up] < 48).all()
-    assert (early.weights[given_up] == 0).all()
-    # Those given up would have had less than the share, as promised; the others are what they are without.
-    assert (whole.weights[given_up] < share).all()
-    kept = ~given_up.flatten()
-    assert torch.equal(early.candidates.tokens[kept], whole.candidates.tokens[kept])
-    change = (early.weights - whole.weights).abs().sum(1) / 2
-    assert (change < 12 * share).all()
-
-
-def test_giving_up_needs_bounds():
-    proposal = looping(max_new_tokens=20, min_new_tokens=20)
-
-    def own(candidates):
-        return candidates.lengths.float()
-
-    for fitted, message in (
-        (Energy(metrics.parse([own]), torch.ones(1).double(), torch.zeros(1), proposal.settings), "own has no bounds"),
-        (energy(proposal, base="model"), "base = 'model': its log-weights have no bounds"),
-    ):
-        with pytest.raises(InvalidInput, match=message):
-            SIRDecoder(fitted, proposal, give_up_below=0.01)(["w1 w2"])

@@ -19,7 +19,7 @@ def artefact(names=("sr_2", "tr_8", "ent")) -> Energy:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(20, 10, len(names), generator=generator)
     result = fit(features, features[:, 0].mean(0), names=names, bootstrap=5)
-    return Energy.from_fit(result, metrics.parse(names, "all-minilm-l6-v2"), ProposalSettings("toy", "3-toy"), seed=7)
+    return result.energy(metrics.parse(names, "all-minilm-l6-v2"), ProposalSettings("toy", "3-toy"), seed=7)
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +34,10 @@ def test_round_trip(saved):
     assert torch.equal(again.mu, energy.mu)
     assert torch.equal(again.targets, energy.targets)
     assert again.names == energy.names
-    assert again.proposal == energy.proposal
+    assert again.proposal_settings == energy.proposal_settings
     assert (again.normalization, again.base) == (energy.normalization, energy.base)
     assert again.diagnostics == energy.diagnostics
-    assert again.diagnostics["seed"] == 7
+    assert again.diagnostics.seed == 7
 
 
 def test_the_encoder_of_coh_is_stored_by_name(tmp_path):
@@ -49,8 +49,17 @@ def test_own_metrics_are_found_by_name(tmp_path):
     length = metrics.FunctionMetric(lambda c: c.lengths, names="length")
     energy = Energy([length], torch.ones(1).double(), torch.ones(1).double(), ProposalSettings("m", "v"))
     energy.save(tmp_path / "e.json")
-    assert Energy.load(tmp_path / "e.json", custom=[length]).metrics == [length]
-    with pytest.raises(ArtefactError, match=r"metrics\[0\]: unknown metric 'length'.*custom="):
+    assert Energy.load(tmp_path / "e.json", metrics=[length]).metrics == [length]
+
+
+def test_plain_functions_are_found_by_their_names(tmp_path):
+    def length(candidates):
+        return candidates.lengths.float()
+
+    energy = Energy(metrics.parse([length]), torch.ones(1).double(), torch.ones(1).double(), ProposalSettings("m", "v"))
+    energy.save(tmp_path / "e.json")
+    assert Energy.load(tmp_path / "e.json", metrics=[length]).names == ["length"]
+    with pytest.raises(ArtefactError, match=r"metrics\[0\]: unknown metric 'length'.*metrics="):
         Energy.load(tmp_path / "e.json")
 
 
@@ -64,7 +73,7 @@ def test_coefficients_must_match_the_metrics():
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["schema"], 2, "schema is 2; this version reads schema 1"),
+        (["schema"], 1, "schema is 1; this version reads schema 2"),
         (["mu"], [1.0, 2.0], "mu has 2 numbers for 3 metrics"),
         (["mu", 1], math.nan, "mu must be a list of finite numbers"),
         (["mu", 1], "3", "mu must be a list of finite numbers"),
@@ -76,11 +85,11 @@ def test_coefficients_must_match_the_metrics():
         (["columns", 0], "sr_3", "columns is .* but metrics give"),
         (["normalization"], "none", "normalization must be one of per_prefix, global, got 'none'"),
         (["base"], 1, "base must be one of proposal, model, got 1"),
-        (["proposal", "temperature"], 0, "proposal.temperature = 0 must be positive"),
-        (["proposal", "top_p"], True, "proposal.top_p must be a finite number, got True"),
-        (["proposal", "num_candidates"], 2.5, "proposal.num_candidates must be an integer, got 2.5"),
-        (["proposal", "beam"], 4, "field 'proposal.beam' is unknown"),
-        (["proposal"], "x", "proposal must be an object, got 'x'"),
+        (["proposal_settings", "temperature"], 0, "proposal_settings.temperature = 0 must be positive"),
+        (["proposal_settings", "top_p"], True, "proposal_settings.top_p must be a finite number, got True"),
+        (["proposal_settings", "num_candidates"], 2.5, "proposal_settings.num_candidates must be an integer, got 2.5"),
+        (["proposal_settings", "beam"], 4, "field 'proposal_settings.beam' is unknown"),
+        (["proposal_settings"], "x", "proposal_settings must be an object, got 'x'"),
         (["diagnostics", "ess_min"], math.inf, "diagnostics.ess_min must be a finite number, got inf"),
         (["diagnostics", "confidence_interval"], [[1.0]], "diagnostics.confidence_interval must be two lists"),
         (["extra"], 1, "field 'extra' is unknown"),
@@ -99,7 +108,7 @@ def test_the_wrong_field_is_named(saved, tmp_path, path, value, message):
 
 def test_missing_fields_are_named(saved, tmp_path):
     document = json.loads(saved.read_text())
-    for section in ("", "proposal", "diagnostics"):
+    for section in ("", "proposal_settings", "diagnostics"):
         for name in document[section] if section else document:
             broken = copy.deepcopy(document)
             del (broken[section] if section else broken)[name]

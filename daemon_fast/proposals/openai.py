@@ -1,7 +1,7 @@
 """Candidates from a server that speaks the OpenAI completions protocol: vLLM, SGLang, llama.cpp, TGI, ...
 
-One request asks for all candidates of a prefix; several are under way at a time. Faults that pass are waited out, and
-what a reply lacks is asked for again, so that no prefix is lost and none answered twice.
+One request asks for all candidates of a prefix; several are under way at a time. The openai client waits out faults
+that pass; what a reply lacks is asked for again, so that no prefix is lost and none answered twice.
 """
 
 from __future__ import annotations
@@ -15,22 +15,21 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
-from math import isfinite, nan
+from math import nan
 from typing import Any, TypeVar
 
 import numpy as np
 
-from daemon_fast.candidates import Candidates
-from daemon_fast.errors import EngineError, InvalidInput, ModelUnavailable
+from daemon_fast.errors import EngineError, InvalidInput, require
 from daemon_fast.models import load_tokenizer
-from daemon_fast.proposals import Prefix, ProposalSettings, tokenize, vocabulary_fingerprint
+from daemon_fast.proposals.base import Prefix, ProposalSettings, tokenize, vocabulary_fingerprint
+from daemon_fast.proposals.candidates import Candidates
 
 __all__ = ["ServerProposal"]
 
 T = TypeVar("T")
 
-MAX_WAIT = 60.0  # seconds before the next attempt, whatever the server asks for
+FIRST_WAIT, MAX_WAIT = 0.5, 8.0  # seconds before the next attempt; each wait is twice the one before
 CONNECT_TIMEOUT = 10.0  # a server that thinks for minutes still accepts connections at once
 TOKEN_ID = "token_id:"  # what vLLM writes before an id where other servers write the token's text
 
@@ -58,14 +57,14 @@ class ServerProposal:
     Parameters
     ----------
     base_url : such as "http://localhost:8000/v1"
-    reference : the model's Hugging Face id, folder, GGUF file or embedded name; its tokenizer is loaded from there, and
+    model_id : the model's Hugging Face id, folder, GGUF file or embedded name; its tokenizer is loaded from there, and
         artefacts record it
-    model : the name under which the server serves the model; default: the only one that it serves
+    served_model : the name under which the server serves the model; default: the only one that it serves
     log_probs : whether to ask for log-probabilities; without them all metrics but `ent` can be measured
     max_in_flight : requests under way at a time
     timeout : seconds that a reply may take
-    max_retries : further attempts at a request that met a lost connection, a time-out, a reply cut short, or the
-        status 408, 409, 429 or 5xx; with waits that grow, or that the server's Retry-After sets
+    max_retries : further attempts at a request that met a lost connection, a time-out, a reply cut short or empty, or
+        the status 408, 409, 429 or 5xx; with waits that grow, or that the server's Retry-After sets
     **settings : the fields of `ProposalSettings`
 
     Raises
@@ -73,7 +72,9 @@ class ServerProposal:
     EngineError
         The server can't be reached, or serves another model.
     ModelUnavailable
-        The tokenizer can't be loaded, or the package openai is missing.
+        The tokenizer can't be loaded.
+    MissingPackage
+        openai is not installed.
 
     Notes
     -----
@@ -100,21 +101,16 @@ class ServerProposal:
     def __init__(
         self,
         base_url: str,
-        reference: str,
+        model_id: str,
         *,
-        model: str | None = None,
+        served_model: str | None = None,
         log_probs: bool = True,
         max_in_flight: int = 8,
         timeout: float = 600.0,
         max_retries: int = 5,
         **settings: Any,
     ) -> None:
-        try:
-            import openai
-        except ImportError as error:
-            raise ModelUnavailable(
-                "candidates from a server need the package openai: pip install 'daemon-fast[server]'"
-            ) from error
+        openai = require("openai", "candidates from a server need", "'daemon-fast[server]'")
         for name, value, valid in (
             ("max_in_flight", max_in_flight, max_in_flight >= 1),
             ("timeout", timeout, 0 < timeout < float("inf")),
@@ -124,27 +120,27 @@ class ServerProposal:
                 raise InvalidInput(f"{name} = {value} is out of range")
         self.base_url, self._log_probs = base_url, log_probs
         self._max_in_flight, self._max_retries = max_in_flight, max_retries
-        self.tokenizer = load_tokenizer(reference)
-        self.settings = ProposalSettings(reference, vocabulary_fingerprint(self.tokenizer), **settings)
+        self.tokenizer = load_tokenizer(model_id)
+        self.settings = ProposalSettings(model_id, vocabulary_fingerprint(self.tokenizer), **settings)
         added = self.tokenizer.added_tokens_decoder.items()
         self._special = {*self.tokenizer.all_special_ids, *(i for i, token in added if token.special)}
         self._client = openai.OpenAI(
             base_url=base_url,
             api_key=os.environ.get("OPENAI_API_KEY") or "none",
             timeout=openai.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT)),
-            max_retries=0,  # it would not repeat replies that are no JSON
+            max_retries=max_retries,
         )
         self._knows_extensions = True
         self._warned: set[str] = set()
-        self.model, self._context = self._served(model)
+        self.served_model, self._context = self._served(served_model)
 
     def _served(self, model: str | None) -> tuple[str, int | None]:
         """Name of the model asked for, or of the only one served, and its context where the server tells."""
-        entries = self._attempt(lambda: self._client.models.with_raw_response.list(), "data", threading.Event())
+        entries = self._ask(lambda: self._client.models.with_raw_response.list(), "data")
         served = {str(entry.get("id")): entry for entry in entries}
         names = ", ".join(map(repr, served))
         if model is None and len(served) > 1:
-            raise EngineError(f"{self.base_url} serves {names}: choose one by its name, model = ...")
+            raise EngineError(f"{self.base_url} serves {names}: choose one by its name, served_model = ...")
         name = model or next(iter(served))
         if name not in served:
             raise EngineError(f"{self.base_url} does not serve {name!r}, but {names}")
@@ -184,7 +180,7 @@ class ServerProposal:
         prefix_tokens = self.tokenize(prefixes)
         seed %= 2**64
 
-        def draw(i: int, stop: threading.Event) -> list[_Drawn]:
+        def draw(i: int) -> list[_Drawn]:
             drawn: list[_Drawn] = []
             for part in itertools.count():
                 missing = self.settings.num_candidates - len(drawn)
@@ -192,7 +188,7 @@ class ServerProposal:
                     break
                 # 30 bits: some servers hold a seed in 32, and add the candidate's number to it.
                 own_seed = int(np.random.SeedSequence([seed, i, part]).generate_state(1)[0] >> 2)
-                choices = self._draw({"prompt": prefix_tokens[i], "n": missing, "seed": own_seed}, stop)
+                choices = self._draw({"prompt": prefix_tokens[i], "n": missing, "seed": own_seed})
                 drawn += map(self._read, choices[:missing])
             return drawn
 
@@ -243,10 +239,10 @@ class ServerProposal:
                     f"{self._context}"
                 )
 
-        def prompt_log_p(i: int, stop: threading.Event) -> list[float] | str:
+        def prompt_log_p(i: int) -> list[float] | str:
             body = {"prompt": texts[i], "max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 1.0}
             try:
-                log_p = _log_probs(self._complete(body, {}, stop)[0])
+                log_p = _log_probs(self._complete(body, {})[0])
             except _Refused as refused:
                 return str(refused)
             if log_p is None or len(log_p) != len(texts[i]):
@@ -272,7 +268,7 @@ class ServerProposal:
         log_q = log_p if is_model else None
         return Candidates.from_rows(rows, log_p, log_q, lengths, prefix_tokens, self.detokenize)
 
-    def _draw(self, request: dict[str, Any], stop: threading.Event) -> list[dict[str, Any]]:
+    def _draw(self, request: dict[str, Any]) -> list[dict[str, Any]]:
         """Choices drawn as the settings say."""
         s = self.settings
         body = {
@@ -291,23 +287,21 @@ class ServerProposal:
         neutral = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
         ids = {"return_token_ids": True, "return_tokens_as_token_ids": True}
         if not self._knows_extensions:
-            return self._complete(body, needed, stop)
+            return self._complete(body, needed)
         try:
-            return self._complete(body, {**neutral, **ids, **needed}, stop)
+            return self._complete(body, {**neutral, **ids, **needed})
         except _Refused as refused:
             try:
-                choices = self._complete(body, needed, stop)
+                choices = self._complete(body, needed)
             except _Refused:
                 raise refused from None
             self._knows_extensions = False
             return choices
 
-    def _complete(
-        self, body: dict[str, Any], extensions: dict[str, Any], stop: threading.Event
-    ) -> list[dict[str, Any]]:
+    def _complete(self, body: dict[str, Any], extensions: dict[str, Any]) -> list[dict[str, Any]]:
         """The reply's choices, in order."""
         create = self._client.completions.with_raw_response.create
-        choices = self._attempt(lambda: create(model=self.model, **body, extra_body=extensions), "choices", stop)
+        choices = self._ask(lambda: create(model=self.served_model, **body, extra_body=extensions), "choices")
         return sorted(choices, key=lambda choice: choice.get("index") or 0)
 
     def _read(self, choice: dict[str, Any]) -> _Drawn:
@@ -358,14 +352,14 @@ class ServerProposal:
         other = [(row, text) for row, text in zip(given, here, strict=True) if _letters(row.text) != _letters(text)]
         # Half a character at the end, say, reads otherwise, too; but not in most texts.
         if 2 * len(other) > len(given):
-            (row, text), name = other[0], self.settings.model
+            (row, text), name = other[0], self.settings.model_id
             raise EngineError(
                 f"{self.base_url} reads the tokens {row.tokens[:4]} ... as {row.text[:40]!r}, the tokenizer of {name} "
                 f"as {text[:40]!r}: {name} is not the model that the server serves"
             )
 
-    def _attempt(self, ask: Callable[[], Any], field: str, stop: threading.Event) -> list[dict[str, Any]]:
-        """The list that a reply has under `field`; a fault that may pass is met by asking again.
+    def _ask(self, ask: Callable[[], Any], field: str) -> list[dict[str, Any]]:
+        """The list that a reply has under `field`; a reply that has none, though its status is 200, is asked for again.
 
         Raises
         ------
@@ -373,8 +367,10 @@ class ServerProposal:
         """
         import openai
 
-        for attempt in range(1, self._max_retries + 2):
-            asked_to_wait = None
+        none = f"{self.base_url} gave no answer in {self._max_retries + 1} attempts"
+        for attempt in range(self._max_retries + 1):
+            if attempt:  # spread out, so that requests which failed together don't come back together
+                time.sleep(min(MAX_WAIT, FIRST_WAIT * 2 ** (attempt - 1)) * random.uniform(0.5, 1))
             try:
                 reply = ask().http_response.json()
                 entries = reply.get(field) if isinstance(reply, dict) else None
@@ -383,21 +379,17 @@ class ServerProposal:
                     return found
                 problem = f"the reply has no {field}"
             except openai.APIStatusError as error:
-                status, problem = error.status_code, f"{error.status_code}: {self._message(error)}"
-                if status not in (408, 409, 429) and status < 500:
-                    kind = _Refused if status in (400, 422) else EngineError
-                    raise kind(f"{self.base_url} answers {problem}") from None  # whose message may tell the key
-                asked_to_wait = _retry_after(error.response.headers.get("retry-after"))
+                status, said = error.status_code, f"{error.status_code}: {self._message(error)}"
+                if status in (408, 409, 429) or status >= 500:
+                    raise EngineError(f"{none}: {said}") from None  # whose message may tell the key
+                kind = _Refused if status in (400, 422) else EngineError
+                raise kind(f"{self.base_url} answers {said}") from None
             except openai.APIConnectionError as error:
-                problem = " ".join(str(error.__cause__ or error).split()) or type(error.__cause__).__name__
+                said = " ".join(str(error.__cause__ or error).split()) or type(error.__cause__).__name__
+                raise EngineError(f"{none}: {said}") from None
             except ValueError:
                 problem = "the reply is no JSON"
-            if attempt <= self._max_retries:
-                # Spread out, so that requests which failed together don't come back together.
-                growing = min(MAX_WAIT, 0.25 * 2**attempt) * random.uniform(0.5, 1)
-                if stop.wait(growing if asked_to_wait is None else asked_to_wait):
-                    break
-        raise EngineError(f"{self.base_url} gave no answer in {attempt} attempts: {problem}")
+        raise EngineError(f"{none}: {problem}")
 
     def _message(self, error: Any) -> str:
         """What the server says, in one line and without the key."""
@@ -408,7 +400,7 @@ class ServerProposal:
         text = " ".join(str(body or error.message).split())
         return text if key == "none" else text.replace(key, "***")
 
-    def _map(self, work: Callable[[int, threading.Event], T], n: int) -> list[T]:
+    def _map(self, work: Callable[[int], T], n: int) -> list[T]:
         """work(0), ..., work(n - 1), as many at a time as may be in flight."""
         todo, done = iter(range(n)), queue.SimpleQueue[tuple[int, T | BaseException]]()
         taking, stop = threading.Lock(), threading.Event()
@@ -420,7 +412,7 @@ class ServerProposal:
                 if i is None:
                     return
                 try:
-                    done.put((i, work(i, stop)))
+                    done.put((i, work(i)))
                 except BaseException as error:
                     done.put((i, error))
 
@@ -468,17 +460,3 @@ def _token_ids(choice: dict[str, Any]) -> list[int] | None:
     if ids is None and names and all(name.startswith(TOKEN_ID) for name in names):
         ids = [name.removeprefix(TOKEN_ID) for name in names]
     return None if ids is None else [int(i) for i in ids]
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds, from a header that gives them or a date."""
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
-            return None
-    return min(max(seconds, 0.0), MAX_WAIT) if isfinite(seconds) else None

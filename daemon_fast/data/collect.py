@@ -1,0 +1,140 @@
+"""Candidates of many prefixes, saved batch by batch, so that a run can be killed anywhere and goes on from there."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from daemon_fast.data.texts import Pairs
+from daemon_fast.errors import InvalidInput
+from daemon_fast.files import check_same_run, digest, read_arrays, read_manifest, write_arrays, writing
+from daemon_fast.proposals.base import Prefix, Proposal
+from daemon_fast.proposals.candidates import Candidates
+from daemon_fast.seeds import batch_seed
+
+__all__ = ["batches", "collect", "human_folder", "saved_batch_size", "scores"]
+
+ARRAYS = ("tokens", "lengths", "token_log_p", "token_log_q")  # of candidates
+
+SCORE_TEXTS = 64  # human texts of a batch
+
+
+def collect(
+    proposal: Proposal,
+    prefixes: Sequence[Prefix],
+    directory: str | os.PathLike[str] | None,
+    seed: int = 0,
+    batch_size: int = 4,
+    description: str = "candidates",
+) -> tuple[Candidates, float]:
+    """Candidates of all prefixes, and the seconds that drawing them took, earlier runs included: see `batches`."""
+    parts, seconds = zip(*batches(proposal, prefixes, directory, seed, batch_size, description), strict=True)
+    return Candidates.concatenate(parts), sum(seconds)
+
+
+def batches(
+    proposal: Proposal,
+    prefixes: Sequence[Prefix],
+    directory: str | os.PathLike[str] | None,
+    seed: int = 0,
+    batch_size: int = 4,
+    description: str = "candidates",
+) -> Iterator[tuple[Candidates, float]]:
+    """Candidates, batch by batch; those that `directory` holds from an earlier run are read instead of drawn.
+
+    An interrupted run that is started again ends with the same candidates as one that was not interrupted.
+
+    Parameters
+    ----------
+    proposal, prefixes : what to draw
+    directory : made if missing; one .npz file per batch, and manifest.json. None: nothing is kept
+    seed : of the whole run; each batch has its own from it
+    batch_size : prefixes per batch
+
+    Yields
+    ------
+    Candidates of a batch, in order; seconds that drawing them took, in whichever run.
+
+    Raises
+    ------
+    InvalidInput
+        No prefixes; or the directory holds candidates of another run: other prefixes, settings, seed or batch size.
+    DataError
+        The directory can't be written, because the disk is full, say: the batches that are there are kept.
+    """
+    if len(prefixes) == 0:
+        raise InvalidInput("there are no prefixes")
+    groups = [prefixes[i : i + batch_size] for i in range(0, len(prefixes), batch_size)]
+    work = [(some, partial(proposal.propose, some, batch_seed(seed, i))) for i, some in enumerate(groups)]
+    manifest = _manifest(proposal, prefixes, seed=seed, batch_size=batch_size)
+    yield from _kept(proposal, directory, manifest, work, description)
+
+
+def scores(
+    proposal: Proposal, pairs: Pairs, directory: str | os.PathLike[str] | None, description: str = "human texts"
+) -> Iterator[Candidates]:
+    """What `proposal.score` makes of given continuations, batch by batch, kept in `directory` as `batches` are."""
+    if len(pairs) == 0:
+        raise InvalidInput("there are no continuations")
+    groups = [pairs[i : i + SCORE_TEXTS] for i in range(0, len(pairs), SCORE_TEXTS)]
+    work = [(some.prefixes, partial(proposal.score, some.prefixes, some.continuations)) for some in groups]
+    manifest = _manifest(proposal, pairs.prefixes, continuations=digest(pairs.continuations), batch_size=SCORE_TEXTS)
+    for scored, _ in _kept(proposal, directory, manifest, work, description):
+        yield scored
+
+
+def human_folder(directory: str | os.PathLike[str]) -> Path:
+    """Where a fit that keeps its candidates in `directory` keeps the human texts that it scored."""
+    return Path(directory, "human")
+
+
+def _kept(
+    proposal: Proposal,
+    directory: str | os.PathLike[str] | None,
+    manifest: dict[str, Any],
+    work: Sequence[tuple[Sequence[Prefix], Callable[[], Candidates]]],
+    description: str,
+) -> Iterator[tuple[Candidates, float]]:
+    """Batches of prefixes and what makes their candidates: read where the folder holds them, made and saved otherwise.
+
+    A batch that is damaged is made again, to the same result.
+    """
+    folder = None if directory is None else Path(directory)
+    if folder is not None:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            check_same_run(folder, manifest, "candidates")
+    for i, (prefixes, make) in enumerate(tqdm(work, desc=description, unit="batch")):
+        path = None if folder is None else folder / f"batch-{i:06d}.npz"
+        saved = None if path is None else read_arrays(path)
+        if saved is None or not {*ARRAYS, "seconds"} <= set(saved):
+            begin = time.perf_counter()
+            drawn = make()
+            saved = {name: getattr(drawn, name).cpu().numpy() for name in ARRAYS}
+            saved["seconds"] = np.array(time.perf_counter() - begin)
+            if path is not None:
+                with writing(path, f"the batches in {folder} are kept"):
+                    write_arrays(path, saved)
+        tensors = {name: torch.from_numpy(saved[name]) for name in ARRAYS}
+        candidates = Candidates(**tensors, prefix_tokens=proposal.tokenize(prefixes), detokenize=proposal.detokenize)
+        yield candidates, float(saved["seconds"])
+
+
+def saved_batch_size(directory: str | os.PathLike[str]) -> int | None:
+    """Prefixes per batch of the candidates that `directory` holds; None where it holds none."""
+    found = read_manifest(directory)
+    size = found.get("batch_size") if found else None
+    return size if isinstance(size, int) else None
+
+
+def _manifest(proposal: Proposal, prefixes: Sequence[Prefix], **more: Any) -> dict[str, Any]:
+    listed = [prefix if isinstance(prefix, str) else list(map(int, prefix)) for prefix in prefixes]
+    return {**proposal.settings.to_json(), **more, "num_prefixes": len(prefixes), "prefixes": digest(listed)}

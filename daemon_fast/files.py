@@ -1,0 +1,125 @@
+"""Files that appear whole or not at all, and folders that belong to one run."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from daemon_fast.errors import DataError, InvalidInput
+
+__all__ = [
+    "MANIFEST",
+    "check_same_run",
+    "digest",
+    "read_arrays",
+    "read_manifest",
+    "replacing",
+    "write_arrays",
+    "write_text",
+    "writing",
+]
+
+MANIFEST = "manifest.json"
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str], kept: str = "") -> Iterator[None]:
+    """Turns what the system says of a file that can't be written into a DataError; `kept` tells what is not lost."""
+    try:
+        yield
+    except OSError as error:
+        full = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        after = f"; {kept}, and the same command goes on from there" if kept else ""
+        raise DataError(f"{os.fspath(path)} can't be written: {full}{after}") from error
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A binary file to write; when it is closed, it takes the place of `path` in one step.
+
+    It is on disk before that, so that a crash leaves the old file or the new one, and no half of it.
+    """
+    temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """UTF-8, whole or not at all."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
+    """A compressed .npz, whole or not at all."""
+    with replacing(path) as file:
+        np.savez_compressed(file, **arrays)
+
+
+def read_arrays(path: str | os.PathLike[str]) -> Arrays | None:
+    """All arrays of an .npz; None if it is missing or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, EOFError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error):
+        return None
+
+
+def digest(*what: Any) -> str:
+    """64 hexadecimal digits of what JSON can hold."""
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What a folder says of the run that it belongs to; None if it says nothing that can be read."""
+    try:
+        found = json.loads(Path(folder, MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def check_same_run(folder: Path, run: Mapping[str, Any], what: str) -> None:
+    """Write the manifest of a new folder; hold that of an old one against `run`.
+
+    Parameters
+    ----------
+    run : all that the folder's files depend on
+    what : they are called in messages
+
+    Raises
+    ------
+    InvalidInput
+        The folder belongs to another run, or holds files without a readable manifest.
+    """
+    run = json.loads(json.dumps(run))
+    found = read_manifest(folder)
+    if found is None and any(path.suffix in (".npz", ".jsonl") for path in folder.iterdir()):
+        raise InvalidInput(f"{folder} holds {what} but no readable {MANIFEST}: delete it or choose another")
+    if found is None:
+        write_text(folder / MANIFEST, json.dumps(run, indent=2) + "\n")
+        return
+    for name, value in run.items():
+        if found.get(name) != value:
+            raise InvalidInput(
+                f"{folder} holds {what} of another run ({name} is {found.get(name)!r} there, {value!r} here): "
+                "choose another, or delete this one"
+            )

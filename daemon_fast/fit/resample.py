@@ -1,0 +1,84 @@
+"""What resampled prefixes and human texts say of a fit: which ridge to take, and how certain mu is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from daemon_fast.errors import FitError, InvalidInput
+from daemon_fast.fit.dual import Problem
+from daemon_fast.fit.newton import newton
+from daemon_fast.fit.samples import Block, InMemory
+
+__all__ = ["bootstrap", "cross_validated_ridge"]
+
+FOLDS = 5
+# In units of the fit's curvature, from hardly any tilt to the exact fit: each solution starts the next.
+RIDGES = (*(0.01 * 2.0**i for i in range(7, -3, -1)), 0.0)
+
+
+def cross_validated_ridge(problem: Problem, human: Tensor | None) -> float:
+    """The ridge with the lowest dual on prefixes and human texts that were left out of the fit.
+
+    The dual is the mean over human texts of -log p_mu(x) / p_0(x), so the lowest makes them the likeliest.
+    """
+    if human is None:
+        raise InvalidInput("ridge = 'cv' needs targets of shape [N', K], one row a human text, got [K] means")
+    if not isinstance(problem.samples, InMemory):
+        raise InvalidInput("ridge = 'cv' needs samples in one tensor: blocks can't be split")
+    if min(problem.samples.shape[0], len(human)) < FOLDS:
+        raise InvalidInput(
+            f"ridge = 'cv' needs at least {FOLDS} prefixes and {FOLDS} human texts, got {problem.samples.shape[0]} and "
+            f"{len(human)}: give a number"
+        )
+    newton(problem)  # raises where the targets are out of reach
+    of_prefix, of_text = (torch.arange(count) % FOLDS for count in (problem.samples.shape[0], len(human)))
+    loss = dict.fromkeys(RIDGES, 0.0)
+    for fold in range(FOLDS):
+        to_fit = _part(problem, of_prefix != fold, human[of_text != fold])
+        left_out = _part(problem, of_prefix == fold, human[of_text == fold])
+        nu = None
+        for ridge in RIDGES:
+            try:
+                nu, _ = newton(replace(to_fit, ridge=ridge), start=nu)
+                loss[ridge] += left_out.dual(nu)[0]
+            except FitError:
+                loss[ridge] = math.inf
+    return min(loss, key=lambda ridge: loss[ridge])
+
+
+def bootstrap(
+    problem: Problem, human: Tensor | None, nu: Tensor, replicates: int, seed: int, progress: bool
+) -> tuple[Tensor | None, int]:
+    """[2, K] quantiles of mu over resampled prefixes, and the number of replicates that had no solution."""
+    if not isinstance(problem.samples, InMemory):
+        raise InvalidInput(f"bootstrap = {replicates} needs samples in one tensor: blocks can't be resampled")
+    generator, n = torch.Generator().manual_seed(seed), problem.samples.shape[0]
+    fitted: list[Tensor] = []
+    for _ in tqdm(range(replicates), desc="bootstrap", disable=not progress):
+        drawn = torch.randint(n, (n,), generator=generator)
+        # Human values of the same prefixes are drawn with them; of other texts, by themselves.
+        of_human = drawn
+        if human is not None and len(human) != n:
+            of_human = torch.randint(len(human), (len(human),), generator=generator)
+        replicate = _part(problem, drawn, None if human is None else human[of_human])
+        try:
+            fitted.append(newton(replicate, start=nu)[0] / problem.scale)
+        except FitError:
+            continue
+    quantiles = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    interval = torch.stack(fitted).quantile(quantiles, dim=0) if fitted else None
+    return interval, replicates - len(fitted)
+
+
+def _part(problem: Problem, prefixes: Tensor, human: Tensor | None) -> Problem:
+    """The same problem of some prefixes (indices, or a mask) and human texts, in the same units."""
+    assert isinstance(problem.samples, InMemory)
+    block = problem.samples.block
+    base_log_w = None if block.base_log_w is None else block.base_log_w[prefixes]
+    targets = problem.targets if human is None else human.mean(0)
+    return replace(problem, samples=InMemory(Block(block.features[prefixes], base_log_w)), targets=targets)

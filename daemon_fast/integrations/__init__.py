@@ -1,0 +1,1 @@
+"""DAEMON inside other libraries: Transformers' `generate`, TRL's trainers, Ray Data."""

@@ -1,0 +1,72 @@
+"""Repetition as a reward for reinforcement learning, in the shape that TRL's GRPO trainer calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from daemon_fast import metrics as metrics_module
+from daemon_fast.errors import InvalidInput
+from daemon_fast.metrics import RepetitionMetric
+from daemon_fast.proposals.candidates import Candidates
+
+__all__ = ["RepetitionReward"]
+
+
+class RepetitionReward:
+    """reward = Σ_k weight_k · metric_k(completion), over exact repetition metrics of the completion's token ids.
+
+    Parameters
+    ----------
+    weights : mapping of metric name to weight
+        Of "sr_<n>", "tr_<w>" and "div", which are fractions. Repetition is punished by negative weights.
+    name : what training logs call it
+
+    Raises
+    ------
+    UnknownMetric, InvalidInput
+        A metric that isn't a function of token ids alone.
+
+    Examples
+    --------
+    >>> reward = RepetitionReward({"sr_4": -1.0, "tr_16": -0.5})
+    >>> reward(completion_ids=[[5, 6, 7, 8], [5, 5, 5, 5, 5, 5]])
+    [0.0, -1.0833333432674408]
+    >>> trl.GRPOTrainer(model, reward_funcs=[reward], train_dataset=dataset)
+    """
+
+    def __init__(self, weights: Mapping[str, float], name: str = "repetition") -> None:
+        self._metrics = metrics_module.parse(list(weights))
+        for metric in self._metrics:
+            if not isinstance(metric, RepetitionMetric):
+                raise InvalidInput(
+                    f"metric {metric.name} needs more than token ids: rewards are of sr_<n>, tr_<w>, div"
+                )
+        self._weights = torch.tensor(list(weights.values()), dtype=torch.float64)
+        if not self._weights.isfinite().all():
+            raise InvalidInput(f"weights = {dict(weights)} must be finite")
+        self.__name__ = name
+
+    def __call__(self, completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
+        """One reward per completion.
+
+        Parameters
+        ----------
+        completion_ids : B lists of token ids, without prompt and padding
+        **_ : what else TRL passes (prompts, completions, columns of the dataset, the trainer's state)
+        """
+        if len(completion_ids) == 0:
+            return []
+        rows = [torch.as_tensor(row, dtype=torch.int64) for row in completion_ids]
+        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        zeros = torch.zeros(tokens.shape)
+        lengths = torch.tensor([len(row) for row in rows])
+        candidates = Candidates(tokens, lengths, zeros, zeros, [[]] * len(rows), _no_text)
+        values = metrics_module.features(self._metrics, candidates)[:, 0].double()
+        return (values @ self._weights).tolist()
+
+
+def _no_text(rows: Sequence[Sequence[int]]) -> list[str]:
+    raise InvalidInput("rewards read token ids, not texts")

@@ -1,0 +1,157 @@
+"""What every engine that draws candidates meets: settings, the `Proposal` protocol, checks of prefixes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from daemon_fast.errors import InvalidInput
+from daemon_fast.proposals.candidates import Candidates
+
+__all__ = ["Prefix", "Proposal", "ProposalSettings", "eos_token_ids", "tokenize", "vocabulary_fingerprint"]
+
+Prefix = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class ProposalSettings:
+    """How candidates are drawn: what a fitted mu holds for, so the artefact stores it.
+
+    Attributes
+    ----------
+    model_id : Hugging Face id, path or embedded name of the language model
+    vocabulary : fingerprint of its tokenizer (see `vocabulary_fingerprint`)
+    num_candidates : M per prefix
+    max_new_tokens, min_new_tokens : bounds on the length; below the minimum, end-of-text is not drawn
+    temperature : > 0
+    top_k : number of likeliest tokens kept, 0 for all
+    top_p : probability mass kept, from the likeliest down, 1 for all
+    min_p : tokens kept have at least this share of the likeliest one's probability, 0 for all
+    count_eos : whether the end-of-text token itself belongs to the continuation and its length
+    """
+
+    model_id: str
+    vocabulary: str
+    num_candidates: int = 25
+    max_new_tokens: int = 64
+    min_new_tokens: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    count_eos: bool = False
+
+    def __post_init__(self) -> None:
+        limits = {
+            "num_candidates": self.num_candidates >= 1,
+            "max_new_tokens": self.max_new_tokens >= 1,
+            "min_new_tokens": 0 <= self.min_new_tokens <= self.max_new_tokens,
+            "temperature": 0 < self.temperature < float("inf"),
+            "top_k": self.top_k >= 0,
+            "top_p": 0 < self.top_p <= 1,
+            "min_p": 0 <= self.min_p <= 1,
+        }
+        expected = {
+            "num_candidates": ">= 1",
+            "max_new_tokens": ">= 1",
+            "min_new_tokens": f"from 0 to max_new_tokens = {self.max_new_tokens}",
+            "temperature": "positive and finite",
+            "top_k": ">= 0",
+            "top_p": "in (0, 1]",
+            "min_p": "from 0 to 1",
+        }
+        for name, valid in limits.items():
+            if not valid:
+                raise InvalidInput(f"{name} = {getattr(self, name)} must be {expected[name]}")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def sampling(self) -> dict[str, Any]:
+        """All but the model: what a proposal of any engine is made with."""
+        return {name: value for name, value in asdict(self).items() if name not in ("model_id", "vocabulary")}
+
+
+class Proposal(Protocol):
+    """Draws candidates.
+
+    Attributes
+    ----------
+    settings : how
+    tokenizer : of Transformers; or None if prefixes are token ids, and there are no texts
+    """
+
+    settings: ProposalSettings
+    tokenizer: Any
+
+    def propose(self, prefixes: Sequence[Prefix], seed: int) -> Candidates:
+        """M candidates of each prefix; the same seed gives the same ones again.
+
+        Raises
+        ------
+        InvalidInput
+            No prefixes, an empty one, or one too long for the model's context.
+        """
+        ...
+
+    def tokenize(self, prefixes: Sequence[Prefix]) -> list[list[int]]:
+        """Token ids of prefixes, with the same checks."""
+        ...
+
+    def detokenize(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Texts of token ids."""
+        ...
+
+    def score(self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> Candidates:
+        """Given continuations, one of each prefix, with the log-probabilities that the model gives them (M = 1)."""
+        ...
+
+
+def tokenize(
+    prefixes: Sequence[Prefix], tokenizer: Any, vocab_size: int, context: int | None, max_new_tokens: int
+) -> list[list[int]]:
+    """Token ids of prefixes, each of which can be continued by a model of this vocabulary and context.
+
+    Parameters
+    ----------
+    tokenizer : a Transformers tokenizer, or None if all prefixes are token ids
+    context : tokens that the model can hold; None: any number
+
+    Raises
+    ------
+    InvalidInput
+        No prefixes, an empty one, one too long, or a token outside the vocabulary.
+    """
+    if len(prefixes) == 0:
+        raise InvalidInput("there are no prefixes")
+    if any(isinstance(prefix, str) for prefix in prefixes) and tokenizer is None:
+        raise InvalidInput("a prefix is a string, and this proposal was made without a tokenizer: give token ids")
+    rows = [tokenizer(p)["input_ids"] if isinstance(p, str) else [int(i) for i in p] for p in prefixes]
+    for i, row in enumerate(rows):
+        if not row:
+            raise InvalidInput(f"prefix {i} is empty: a language model needs at least one token to continue")
+        if context is not None and len(row) + max_new_tokens > context:
+            raise InvalidInput(
+                f"prefix {i} has {len(row)} tokens; with max_new_tokens = {max_new_tokens} it exceeds the model's "
+                f"context of {context}"
+            )
+        if bad := [token for token in row if not 0 <= token < vocab_size]:
+            raise InvalidInput(f"prefix {i} has token {bad[0]}, outside the vocabulary of {vocab_size}")
+    return rows
+
+
+def eos_token_ids(configured: int | Sequence[int] | None, tokenizer: Any) -> list[int]:
+    """The tokens that end a text: those of the model's generation config, else the tokenizer's."""
+    ids = getattr(tokenizer, "eos_token_id", None) if configured is None else configured
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def vocabulary_fingerprint(tokenizer: Any) -> str:
+    """Size and hash of a tokenizer's vocabulary: token metrics of one vocabulary mean nothing in another."""
+    entries = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    digest = hashlib.sha256()
+    for token, index in entries:
+        digest.update(f"{index}\0{token}\0".encode())
+    return f"{len(entries)}-{digest.hexdigest()[:16]}"

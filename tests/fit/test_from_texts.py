@@ -1,0 +1,118 @@
+"""The fit in one call: on a language model that can be listed, and from texts to an artefact."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+import toy
+
+from daemon_fast import Energy, SIRDecoder, TransformersProposal, fit_energy, metrics
+from daemon_fast.data import Pairs
+from daemon_fast.errors import DataError, InfeasibleTargets, InvalidInput, UnknownMetric
+
+NAMES = ["sr_2", "tr_2"]
+
+
+def pairs_of_the_toy(n=200, seed=1):
+    """Continuations drawn by other probabilities than the model's: each sequence's, times 1 + its last token."""
+    odds = toy.PROBABILITIES * (1 + toy.SEQUENCES[:, -1])
+    drawn = torch.multinomial(odds, n, replacement=True, generator=torch.Generator().manual_seed(seed))
+    return Pairs([[0]] * n, toy.SEQUENCES[drawn].tolist())
+
+
+@pytest.mark.parametrize("normalization", ["per_prefix", "global"])
+def test_expected_metrics_of_the_fits_own_candidates_are_those_of_the_human_texts(normalization):
+    pairs, proposal = pairs_of_the_toy(), toy.ToyProposal(num_candidates=12)
+    energy = fit_energy(proposal, pairs, NAMES, num_prefixes=200, ridge=0, normalization=normalization, batch_size=7)
+    want = metrics.features(energy.metrics, toy.as_candidates(torch.tensor(pairs.continuations), 200)).mean((0, 1))
+    torch.testing.assert_close(energy.targets, want.double())
+    # Drawn a second time, batch by batch and seed by seed: the same candidates.
+    decoded = SIRDecoder(energy, toy.ToyProposal(num_candidates=12), batch_size=7)(["x"] * 200, seed=0)
+    if normalization == "per_prefix":
+        expected = (decoded.weights.double()[..., None] * decoded.candidate_features.double()).sum(1).mean(0)
+        torch.testing.assert_close(expected, energy.targets, atol=1e-6, rtol=0)
+    assert max(map(abs, energy.diagnostics.residual)) < 1e-9
+    assert (energy.normalization, energy.base) == (normalization, "proposal")
+    assert (energy.diagnostics.num_prefixes, energy.diagnostics.num_targets) == (200, 200)
+
+
+def test_mu_comes_near_the_one_that_the_model_itself_needs():
+    many = pairs_of_the_toy(4000)
+    energy = fit_energy(toy.ToyProposal(50), many, NAMES, num_prefixes=400, num_targets=4000, ridge=0, batch_size=400)
+    features = metrics.features(energy.metrics, toy.as_candidates(toy.SEQUENCES, 1))[0].double()
+    tilted = toy.PROBABILITIES * torch.exp(-(features @ energy.mu))
+    torch.testing.assert_close(tilted @ features / tilted.sum(), energy.targets, atol=0.01, rtol=0)
+    assert energy.diagnostics.num_targets == 4000
+
+
+@pytest.fixture(scope="module")
+def proposal():
+    settings = {"num_candidates": 6, "max_new_tokens": 8, "min_new_tokens": 8}
+    return TransformersProposal(tiny.model("gpt2"), tiny.tokenizer(), **settings)
+
+
+TEXTS = [tiny.text(16, seed) for seed in range(30)]
+
+
+def test_texts_a_file_of_them_and_pairs_give_the_same(proposal, tmp_path):
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    options = {"num_prefixes": 10, "prefix_tokens": 4, "ridge": 0.1}
+    listed = fit_energy(proposal, TEXTS, ["sr_1", "ent"], **options)
+    from_file = fit_energy(proposal, tmp_path / "texts.txt", ["sr_1", "ent"], **options)
+    assert torch.equal(listed.mu, from_file.mu)
+    assert listed.proposal_settings == proposal.settings
+    listed.save(tmp_path / "energy.json")
+    assert Energy.load(tmp_path / "energy.json").diagnostics == listed.diagnostics
+
+
+def test_own_metrics_and_an_encoder(proposal):
+    class Encoder:
+        def encode(self, sentences, **_):
+            return torch.tensor([[1.0, len(s), s.count("1")] for s in sentences])
+
+    def ones(candidates):
+        return (candidates.tokens == 3).float().sum(1)
+
+    energy = fit_energy(proposal, TEXTS, [ones, "coh"], encoder=Encoder(), num_prefixes=10, prefix_tokens=4, ridge=0.1)
+    assert energy.names == ["ones", "coh"]
+
+
+def test_candidates_are_kept_and_a_fit_that_was_cut_off_goes_on(proposal, tmp_path, monkeypatch):
+    options = {"num_prefixes": 10, "prefix_tokens": 4, "ridge": 0.1, "directory": tmp_path}
+    propose, calls = TransformersProposal.propose, []
+
+    def interrupted(self, prefixes, seed):
+        calls.append(seed)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return propose(self, prefixes, seed)
+
+    monkeypatch.setattr(TransformersProposal, "propose", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit_energy(proposal, TEXTS, ["sr_1"], **options)
+    resumed = fit_energy(proposal, TEXTS, ["sr_1"], **options)
+    assert len(calls) == 4  # of three batches the first was there
+    assert torch.equal(resumed.mu, fit_energy(proposal, TEXTS, ["sr_1"], **{**options, "directory": None}).mu)
+
+
+def test_the_model_itself_can_be_what_is_tilted(proposal):
+    warm = TransformersProposal(
+        proposal.model, proposal.tokenizer, num_candidates=40, max_new_tokens=8, min_new_tokens=8, temperature=1.3
+    )
+    options = {"num_prefixes": 20, "prefix_tokens": 4, "ridge": 0.1}
+    tilted = fit_energy(warm, TEXTS, ["sr_1", "ent"], base="model", **options)
+    assert tilted.base == "model"
+    assert not torch.equal(tilted.mu, fit_energy(warm, TEXTS, ["sr_1", "ent"], **options).mu)
+
+
+def test_bad_calls(proposal):
+    with pytest.raises(UnknownMetric):
+        fit_energy(proposal, TEXTS, ["perplexity"])
+    with pytest.raises(DataError, match=r"30 of 30 texts have the 12 tokens .* that 96 pairs need"):
+        fit_energy(proposal, TEXTS, ["sr_1"], prefix_tokens=4)
+    with pytest.raises(InfeasibleTargets):
+        fit_energy(proposal, ["w1 " * 12] * 10, ["sr_1"], num_prefixes=10, prefix_tokens=4, ridge=0)
+    untold = TransformersProposal(proposal.model, None, num_candidates=2, max_new_tokens=2)
+    with pytest.raises(InvalidInput, match="need a proposal with a tokenizer"):
+        fit_energy(untold, TEXTS, ["sr_1"])

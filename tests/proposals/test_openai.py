@@ -1,0 +1,355 @@
+"""Candidates from a completions server: the protocol's variants, faults, bounds, secrets. The server is a fake one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections import Counter
+
+import contract
+import fault_proxy
+import pytest
+import tiny
+import torch
+from fault_proxy import KEY, FaultProxy, TinyServer
+
+from daemon_fast import TransformersProposal, metrics
+from daemon_fast.data.collect import collect
+from daemon_fast.errors import EngineError, InvalidInput, MissingPackage
+
+pytest.importorskip("openai", reason="needs the package openai: pip install 'daemon-fast[server]'")
+from daemon_fast.proposals import openai as module
+from daemon_fast.proposals.openai import ServerProposal
+
+MANY = [[i, i + 1, i + 2] for i in range(2, 42)]
+
+
+@pytest.fixture(autouse=True)
+def no_proxies(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch):
+    monkeypatch.setattr(module, "MAX_WAIT", 0.05)
+    for name in ("INITIAL_RETRY_DELAY", "MAX_RETRY_DELAY"):  # the client's own waits
+        monkeypatch.setattr(f"openai._base_client.{name}", 0.02)
+
+
+@pytest.fixture(scope="module")
+def tiny_server():
+    return TinyServer()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer")
+    tiny.tokenizer().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def serve(tiny_server):
+    """Starts servers over the tiny model, and stops them."""
+    started = []
+
+    def start(**faults):
+        started.append(FaultProxy(tiny_server, **faults).__enter__())
+        return started[-1]
+
+    yield start
+    for proxy in started:
+        proxy.__exit__()
+
+
+@pytest.fixture
+def propose(folder):
+    def make(server, **options):
+        return ServerProposal(server.url, folder, **{**contract.SETTINGS, **options})
+
+    return make
+
+
+def teacher(server):
+    def logits(prefix, continuation):
+        with torch.inference_mode():
+            return server.model(torch.tensor([prefix + continuation])).logits[0, len(prefix) - 1 : -1]
+
+    return logits
+
+
+def same(a, b):
+    return torch.equal(a.tokens, b.tokens) and torch.equal(a.lengths, b.lengths)
+
+
+def test_it_meets_the_contract(serve, propose, tiny_server):
+    server = serve()
+    p = propose(server)
+    contract.shapes_and_lengths_are_right(p)
+    contract.log_probs_are_the_models(p, teacher(tiny_server))
+    contract.a_seed_gives_the_same_candidates_again(p)
+    contract.score_gives_what_drawing_gave(p)
+    contract.bad_prefixes_are_named(p, tiny.CONTEXT, tiny.VOCABULARY)
+    many = propose(server, num_candidates=5000, max_new_tokens=1)
+    contract.tokens_follow_the_distribution(many, teacher(tiny_server))
+    # The reply may lack some: the rest is drawn with another seed, and is no copy.
+    contract.tokens_follow_the_distribution(
+        propose(serve(fewer=1700), num_candidates=5000, max_new_tokens=1), teacher(tiny_server)
+    )
+    many = propose(server, num_candidates=500)
+    reference = TransformersProposal(
+        tiny_server.model, tiny_server.tokenizer, **{**contract.SETTINGS, "num_candidates": 500}
+    )
+    contract.expected_metrics_agree(many, reference)
+
+
+@pytest.mark.parametrize("always", [(), ("no ids",), ("chat form",)], ids=["vLLM", "text", "llama.cpp"])
+@pytest.mark.parametrize("count_eos", [False, True])
+def test_end_of_text_ends_a_candidate(serve, propose, always, count_eos):
+    p = propose(serve(always=always), num_candidates=200, count_eos=count_eos, min_new_tokens=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        c = p.propose([[5, 9]], seed=0)
+    known = ~c.token_log_p.isnan().any(1)
+    assert known.all() or always == ("no ids",)
+    assert known.sum() > 100
+    ended = 0
+    for row, length in zip(c.tokens[known].tolist(), c.lengths[known].tolist(), strict=True):
+        if 0 in row[:length] or length < 12:
+            ended += 1
+            assert row.index(0) == (length - 1 if count_eos else length)
+    assert 0 < ended < known.sum()
+    drawn = c.lengths if count_eos else c.lengths + (c.lengths < 12)
+    assert torch.equal((c.token_log_p != 0).sum(1)[known], drawn[known])  # its log-probability is kept either way
+    assert all("<eos>" not in text for text in c.texts)
+
+
+def test_what_is_not_known_under_the_proposal_is_nan(serve, propose):
+    server = serve()
+    known = propose(server, temperature=1.0).propose([[5]], 0)
+    assert torch.equal(known.token_log_q, known.token_log_p)
+    for setting in ({"temperature": 0.8}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}, {"min_new_tokens": 2}):
+        c = propose(server, **{"temperature": 1.0, **setting}).propose([[5]], 0)
+        assert not c.log_p.isnan().any()
+        with pytest.raises(InvalidInput, match="gives no log-probabilities under the proposal"):
+            _ = c.log_q
+
+
+def test_settings_reach_the_server_neutral_ones_too(serve, propose):
+    server = serve()
+    propose(server, top_k=7, min_p=0.1, min_new_tokens=2, top_p=0.9).propose([[5]], 0)
+    propose(server).propose([[5]], 0)
+    for body, settings in zip(
+        server.bodies,
+        [
+            {"top_k": 7, "min_p": 0.1, "min_tokens": 2, "top_p": 0.9},
+            {"top_k": -1, "min_p": 0.0, "top_p": 1.0, "repetition_penalty": 1.0},
+        ],
+        strict=True,
+    ):
+        assert body.items() >= {**settings, "n": 6, "max_tokens": 12, "temperature": 0.8, "prompt": [5]}.items()
+
+
+def test_faults_that_pass_change_nothing(serve, propose):
+    calm = propose(serve()).propose(MANY, seed=1)
+    for seed in (0, 1):
+        server = serve(rate=0.4, seed=seed)
+        c = propose(server, max_retries=20).propose(MANY, seed=1)
+        assert same(c, calm)
+        torch.testing.assert_close(c.token_log_p, calm.token_log_p)
+        assert set(server.met) == {None, *fault_proxy.PASSING}  # each fault was met
+        assert c.prefix_tokens == MANY
+
+
+def test_no_prefix_is_lost_and_none_answered_twice(serve, propose):
+    server = serve(rate=0.3, fewer=4)
+    c = propose(server, max_retries=20).propose(MANY, seed=1)
+    assert c.shape == (40, 6)
+    answered = Counter()
+    for key in server.requests:
+        body = json.loads(key)
+        answered[tuple(body["prompt"]), body["n"], body["seed"]] += 1
+    # Of each prefix 6 are asked for, 4 come, and 2 more are asked for, by another seed.
+    assert sorted((prompt, n) for prompt, n, _ in answered) == sorted((tuple(p), n) for p in MANY for n in (6, 2))
+    assert len({seed for *_, seed in answered}) == 80
+    calm = propose(serve(fewer=4)).propose(MANY, seed=1)
+    assert same(c, calm)
+
+
+def test_more_choices_than_asked_for_are_left(tiny_server, folder):
+    def generous(path, body):
+        return tiny_server(path, body if body is None else {**body, "n": body["n"] + 3})
+
+    with FaultProxy(generous) as server:
+        assert ServerProposal(server.url, folder, **contract.SETTINGS).propose(MANY, 0).shape == (40, 6)
+
+
+def test_equal_prefixes_get_candidates_of_their_own(serve, propose):
+    c = propose(serve()).propose([[5, 9], [5, 9]], 0)
+    assert not torch.equal(c.tokens[:6], c.tokens[6:])
+
+
+def test_requests_in_flight_are_bounded(serve, propose):
+    for bound in (1, 3):
+        server = serve(rate=1.0, faults=("delay",))
+        propose(server, max_in_flight=bound).propose(MANY[:12], 0)
+        assert server.most_in_flight == bound
+
+
+def test_what_a_server_lacks_is_told(serve, propose):
+    p = propose(serve(always=("no ids",)))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        c = p.propose(contract.PREFIXES, 0)
+        p.propose(contract.PREFIXES, 1)
+    assert sum("no token ids" in str(w.message) for w in told) == 1
+    reference = propose(serve()).propose(contract.PREFIXES, 0)
+    # <unk> is no text: where it was drawn, tokens and log-probabilities can't be brought together.
+    lost = torch.tensor([1 in row[:n] for row, n in zip(reference.tokens.tolist(), reference.lengths, strict=True)])
+    assert torch.equal(c.token_log_p.isnan().any(1), lost)
+    assert c.tokens.tolist()[0] == reference.tokens.tolist()[0] or lost[0]
+
+    p = propose(serve(always=("no log-probs",)))
+    with pytest.raises(EngineError, match="gives no log-probabilities: with log_probs = False"):
+        p.propose([[5]], 0)
+    with pytest.warns(UserWarning, match="Only no echo is supported"):
+        assert p.score([[5]], [[6, 7]]).token_log_p.isnan().all()
+    c = propose(serve(always=("no log-probs",)), log_probs=False).propose([[5]], 0)
+    assert same(c, propose(serve()).propose([[5]], 0))
+    assert metrics.features(metrics.parse(["sr_2"]), c).isfinite().all()
+    with pytest.raises(InvalidInput, match="ent needs log-probabilities"):
+        metrics.features(metrics.parse(["ent"]), c)
+
+
+def test_a_server_that_refuses_unknown_fields(serve, propose):
+    server = serve(always=("strict",))
+    p = propose(server)
+    with pytest.warns(UserWarning, match="only the fields that OpenAI defines"):
+        c = p.propose([[5]], 0)
+    assert same(c, propose(serve()).propose([[5]], 0))
+    asked = len(server.bodies)
+    p.propose([[5]], 0)
+    assert len(server.bodies) == asked + 1  # it was remembered
+    with pytest.raises(EngineError, match=r"400: Unrecognized request argument supplied: \w+$"):
+        propose(server, top_k=5).propose([[5]], 0)
+
+
+def test_a_minimum_that_the_server_ignores_is_an_error(tiny_server, folder):
+    def ignorant(path, body):
+        return tiny_server(path, body and {**body, "min_tokens": 0})
+
+    with FaultProxy(ignorant) as server, pytest.raises(EngineError, match="it needs min_new_tokens = 0"):
+        ServerProposal(server.url, folder, num_candidates=100, max_new_tokens=12, min_new_tokens=8).propose([[5]], 0)
+
+
+def test_models_are_checked(serve, propose, folder):
+    server = serve()
+    assert propose(server).served_model == "tiny"
+    assert propose(server).settings.model_id == folder
+    with pytest.raises(EngineError, match="does not serve 'other', but 'tiny'"):
+        propose(server, served_model="other")
+    with FaultProxy(lambda *_: (200, {"data": [{"id": "a"}, {"id": "b"}]})) as two:
+        with pytest.raises(EngineError, match="serves 'a', 'b': choose one"):
+            propose(two)
+        assert propose(two, served_model="b").served_model == "b"
+
+
+def test_another_vocabulary_is_an_error(tiny_server, folder):
+    def other(path, body):
+        status, reply = tiny_server(path, body)
+        for choice in reply.get("choices", []):
+            choice["text"] = choice["text"].replace("w", "v")
+        return status, reply
+
+    with FaultProxy(other) as server, pytest.raises(EngineError, match=r"is not the model that the server serves$"):
+        ServerProposal(server.url, folder, **contract.SETTINGS).propose(contract.PREFIXES, 0)
+
+
+def test_permanent_errors_come_at_once(serve, propose):
+    server = serve()
+    p = propose(server)
+    p.served_model = "gone"
+    with pytest.raises(EngineError, match=r"answers 404: The model `gone` does not exist\.$"):
+        p.propose([[5]], 0)
+    assert len(server.bodies) == 1
+
+
+def test_retries_end(serve, propose):
+    server = serve(rate=1.0, faults=("503",))
+    with pytest.raises(EngineError, match="gave no answer in 3 attempts: 503: engine is busy"):
+        propose(server, max_retries=2).propose([[5]], 0)
+    assert len(server.bodies) == 3
+    url = server.url
+    server._server.server_close()
+    with pytest.raises(EngineError, match=f"{url} gave no answer in 2 attempts"):
+        propose(server, max_retries=1)
+
+
+def test_a_reply_that_takes_too_long_is_asked_for_again(serve, propose):
+    server = serve(rate=1.0, faults=("delay",), delay=1.0)
+    with pytest.raises(EngineError, match="in 2 attempts"):
+        propose(server, timeout=0.2, max_retries=1).propose([[5]], 0)
+    assert len(server.bodies) == 2
+
+
+def test_the_key_is_nowhere(serve, propose, caplog, tmp_path):
+    caplog.set_level(logging.DEBUG)
+    told = []
+    p = propose(serve(always=("401",)))
+    with pytest.raises(EngineError, match=r"401: Incorrect API key provided: \*\*\*\. Try another\.$") as caught:
+        p.propose([[5]], 0)
+    error = caught.value
+    told += [repr(error), repr(error.__cause__), repr(p), repr(p.settings)]
+    p = propose(serve(rate=0.5), max_retries=20)
+    collect(p, MANY[:4], tmp_path)
+    told += [file.read_bytes().decode("latin-1") for file in tmp_path.iterdir()]
+    told += [caplog.text, *(str(record.__dict__) for record in caplog.records)]
+    assert any(record.name.startswith("openai") for record in caplog.records)
+    assert not any(KEY in text for text in told)
+
+
+@pytest.fixture
+def heeds_interrupts():
+    """What a script starts with & ignores SIGINT, and so would pytest."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_interrupts")
+def test_an_interrupted_run_goes_on(serve, propose, tmp_path):
+    whole, _ = collect(propose(serve()), MANY[:12], tmp_path / "whole", batch_size=4)
+    server = serve(faults=("delay",), delay=5.0)
+    p = propose(server)
+
+    def interrupt():
+        while len(server.bodies) < 6:
+            time.sleep(0.005)
+        server.rate = 1.0
+        while not server.met["delay"]:
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        collect(p, MANY[:12], tmp_path / "interrupted", batch_size=4)
+    assert time.monotonic() - begin < 3  # the request in flight, of 5 s, is not waited for
+    saved = len(list((tmp_path / "interrupted").glob("batch-*.npz")))
+    assert 1 <= saved < 3
+    server.rate = 0.0
+    resumed, _ = collect(p, MANY[:12], tmp_path / "interrupted", batch_size=4)
+    assert same(resumed, whole)
+
+
+def test_the_missing_package_is_named(monkeypatch, folder):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(MissingPackage, match=r"pip install 'daemon-fast\[server\]'"):
+        ServerProposal("http://127.0.0.1:1/v1", folder)

@@ -1,0 +1,250 @@
+"""The model's side of drawing: every way of holding the key-value cache gives the same logits, and the same tokens."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import tiny
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BloomConfig, BloomForCausalLM, Gemma2Config, Gemma2ForCausalLM
+
+from daemon_fast import TransformersProposal
+from daemon_fast.proposals import prompt_cache
+from daemon_fast.proposals import transformers as drawing
+from daemon_fast.proposals.prompt_cache import GrowingPromptCache, SharedPromptCache, process
+
+M, STEPS = 3, 7
+PROMPTS = {"padded": [[5, 9, 30], [7], [3, 4, 5, 6, 7, 8, 9, 10, 11]], "equal lengths": [[5, 9, 30], [8, 8, 2]]}
+OURS = [family for family in tiny.FAMILIES if "sliding" not in family]
+
+
+def logits_of(kind, prompts, ids, keep=None):
+    """[STEPS, R, V] logits of the same tokens, appended one by one."""
+    kind.load(prompts)
+    slot, out = torch.zeros(1, dtype=torch.int64), []
+    for t in range(STEPS):
+        if keep is not None and t == STEPS // 2:
+            kind.keep(keep)
+            ids = ids[:, keep]
+        out.append(kind.step(ids[t], slot, kind.window(t)))
+        slot += 1
+    return out
+
+
+def some_ids(prompts):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(tiny.VOCABULARY, (STEPS, M * len(prompts.tokens)), generator=generator)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("tokens", PROMPTS.values(), ids=PROMPTS)
+@pytest.mark.parametrize("family", OURS)
+@pytest.mark.parametrize("share", [False, True], ids=["copied", "shared"])
+@pytest.mark.parametrize("exact", [False, True], ids=["rounded up", "exact"])
+def test_our_cache_gives_the_models_own_logits(family, tokens, share, exact):
+    model = tiny.model(family)
+    prompts = process(model, tokens)
+    ids = some_ids(prompts)
+    want = logits_of(GrowingPromptCache(model, prompts, M), prompts, ids)
+    ours = SharedPromptCache(model, prompts, M, STEPS, share, exact)
+    before = model.config._attn_implementation
+    for got, wanted in zip(logits_of(ours, prompts, ids), want, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+    assert model.config._attn_implementation == before
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("share", [False, True], ids=["copied", "shared"])
+def test_rows_can_be_dropped(share):
+    model = tiny.model("llama")
+    prompts = process(model, PROMPTS["padded"])
+    ids, keep = some_ids(prompts), torch.tensor([2, 0, 3, 5, 7, 8])
+    want = logits_of(GrowingPromptCache(model, prompts, M), prompts, ids)
+    for kind in (SharedPromptCache(model, prompts, M, STEPS, share), GrowingPromptCache(model, prompts, M)):
+        for t, got in enumerate(logits_of(kind, prompts, ids, keep)):
+            wanted = want[t] if t < STEPS // 2 else want[t][keep]
+            torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("share", [False, True], ids=["copied", "shared"])
+def test_buffers_serve_other_prompts_of_the_same_rounded_size(share):
+    model = tiny.model("gpt2")
+    first, second = process(model, [[5] * 20, [6] * 3]), process(model, [[9, 8], [7, 7, 1]])
+    ours = SharedPromptCache(model, first, M, STEPS, share, exact=False)
+    assert ours.suits(second)
+    assert not ours.suits(process(model, [[5]]))
+    logits_of(ours, first, some_ids(first))
+    want = logits_of(GrowingPromptCache(model, second, M), second, some_ids(second))
+    for got, wanted in zip(logits_of(ours, second, some_ids(second)), want, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+def proposal(model=None, **settings):
+    settings = {"num_candidates": 8, "max_new_tokens": 40, "min_new_tokens": 0, "temperature": 1.1, **settings}
+    return TransformersProposal(model or tiny.model(), tiny.tokenizer(), **settings)
+
+
+def assert_same(a, b):
+    assert torch.equal(a.tokens, b.tokens)
+    assert torch.equal(a.lengths, b.lengths)
+    torch.testing.assert_close(a.token_log_p, b.token_log_p, atol=1e-4, rtol=1e-4)
+
+
+def test_dropping_what_has_ended_changes_nothing(monkeypatch):
+    for prefixes in ([[5, 9]], [[5, 9, 30], [7], [8, 8]]):
+        dropped = proposal(eos_token_ids=[0, 10, 20, 30]).propose(prefixes, seed=1)
+        assert (dropped.lengths < 30).float().mean() > 0.5  # many end early
+        monkeypatch.setattr(drawing, "DROP_ABOVE", 2.0)
+        assert_same(proposal(eos_token_ids=[0, 10, 20, 30]).propose(prefixes, seed=1), dropped)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tiny.model("mistral, sliding window"), "cache that ours can't replace.*SlidingWindow"),
+        (
+            lambda: BloomForCausalLM(
+                BloomConfig(vocab_size=tiny.VOCABULARY, hidden_size=32, n_layer=2, n_head=4, eos_token_id=0)
+            ).eval(),
+            "no attention function from outside",
+        ),
+        (
+            lambda: Gemma2ForCausalLM(
+                Gemma2Config(**{**tiny._ROPE, "bos_token_id": 0}, head_dim=8, layer_types=["full_attention"] * 2)
+            ).eval(),
+            "softcap",
+        ),
+    ],
+)
+def test_a_model_that_our_attention_does_not_suit_keeps_its_own(make, message):
+    with pytest.warns(UserWarning, match=message):
+        c = proposal(make(), max_new_tokens=6).propose([[5, 9, 30], [7]], seed=0)
+    assert c.shape == (2, 8)
+
+
+def test_a_model_with_other_logits_is_found_out(monkeypatch):
+    attend = SharedPromptCache.attend
+    monkeypatch.setattr(SharedPromptCache, "attend", lambda *args: 0.5 * attend(*args))
+    with pytest.warns(UserWarning, match="other logits"):
+        c = proposal(max_new_tokens=6).propose([[5, 9, 30]], seed=0)
+    monkeypatch.undo()
+    assert_same(c, proposal(max_new_tokens=6).propose([[5, 9, 30]], seed=0))
+
+
+# ---- what a CUDA graph asks for, checked where there is no CUDA -----------------------------------------------------
+
+
+class Watch(TorchDispatchMode):
+    """Collects the operators that read a value on the host, or whose shape depends on one."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "item")
+
+    def __init__(self):
+        super().__init__()
+        self.waiting = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__.split(".")[-1] in self.WAITING:
+            self.waiting.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.05}, {"min_new_tokens": 40}])
+@pytest.mark.parametrize("share", [False, True], ids=["copied", "shared"])
+def test_a_step_waits_for_nothing_and_moves_nothing(settings, share, monkeypatch):
+    monkeypatch.setattr(prompt_cache, "SHARE_FROM", {"cpu": 0 if share else 10**9})
+    p = proposal(**settings)
+    prompts = process(p.model, [[5, 9, 30], [7]])
+    batch = drawing._Batch(p, prompts)
+    batch._cache._exact = False
+    batch._cache.load(prompts)
+    batch._running.fill_(True)
+
+    def buffers():
+        owners = (batch, batch._cache)
+        tensors = [x for owner in owners for x in vars(owner).values() if isinstance(x, torch.Tensor)]
+        tensors += [x for layer in batch._cache._layers for x in (layer.keys, layer.values, *layer.prompt)]
+        return [x.data_ptr() for x in tensors]
+
+    before = buffers()
+    with Watch() as watch:
+        for _ in range(3):
+            batch._step(64, "min_new_tokens" in settings)
+    assert watch.waiting == []
+    assert buffers() == before
+    assert int(batch._slot) == 3
+    batch._cache.load(process(p.model, [[8, 8], [3, 4, 5]]))  # a graph must find other prompts where these were
+    assert buffers() == before
+    with Watch() as watch:  # the watch sees such an operator
+        bool(batch._running.any())
+    assert watch.waiting
+
+
+def fake_cuda(monkeypatch, captures=True):
+    """Stands in for what `_Graphs._capture` calls: a capture that changes nothing, a replay that takes the step."""
+    recorded, log = [], []
+
+    class Graph:
+        def replay(self):
+            log.append("replay")
+            self.step()
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    @contextlib.contextmanager
+    def graph(into):
+        if not captures:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        log.append("capture")
+        recorded.append(into)
+        yield
+
+    step = drawing._Batch._step
+
+    def recording_step(batch, window, below):
+        if recorded:
+            recorded.pop().step = lambda: step(batch, window, below)
+        else:
+            step(batch, window, below)
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(drawing._Batch, "_step", recording_step)
+    init = drawing._Batch.__init__
+
+    def capturing(batch, *args):
+        init(batch, *args)
+        batch._graphs.captures = True
+
+    monkeypatch.setattr(drawing._Batch, "__init__", capturing)
+    monkeypatch.setattr(drawing, "DROP_ABOVE", 2.0)
+    return log
+
+
+def test_graphs_are_replayed_to_the_same_result(monkeypatch):
+    plain = proposal(min_new_tokens=5).propose([[5, 9, 30]], seed=4)
+    log = fake_cuda(monkeypatch)
+    monkeypatch.setattr(SharedPromptCache, "window", lambda self, slot: max(16, 1 << slot.bit_length()))
+    init = SharedPromptCache.__init__
+    monkeypatch.setattr(SharedPromptCache, "__init__", lambda self, *args: init(self, *args, exact=False))
+    assert_same(proposal(min_new_tokens=5).propose([[5, 9, 30]], seed=4), plain)
+    assert log.count("capture") == 3 + 1  # windows of 16, 32 and 40 slots, and the first also below the minimum length
+    assert log.count("replay") >= 20
+
+
+def test_a_step_that_can_not_be_captured_runs_without(monkeypatch):
+    plain = proposal().propose([[5, 9, 30]], seed=4)
+    log = fake_cuda(monkeypatch, captures=False)
+    with pytest.warns(UserWarning, match=r"can't be captured in a CUDA graph \(operation not permitted when stream is"):
+        assert_same(proposal().propose([[5, 9, 30]], seed=4), plain)
+    assert log == []
