@@ -162,7 +162,7 @@ def test_bad_input_is_named(setting, tmp_path, change, error, message):
 
 def test_nothing_held_out_is_an_error(setting, tmp_path):
     domain = setting[0][0]
-    diagnostics = {**domain.energy.diagnostics, "num_targets": 40}
+    diagnostics = evaluate.replace(domain.energy.diagnostics, num_targets=40)
     used_up = Domain("cool", domain.data, evaluate.replace(domain.energy, diagnostics=diagnostics))
     with pytest.raises(DataError, match=re.escape("cool: 40 texts are long enough, and the fit took 40")):
         run(setting, tmp_path, domains=[used_up])
@@ -170,8 +170,8 @@ def test_nothing_held_out_is_an_error(setting, tmp_path):
 
 def test_another_models_artefact_is_refused(setting, tmp_path):
     domain = setting[0][0]
-    settings = evaluate.replace(domain.energy.proposal, vocabulary="other")
-    other = Domain("cool", domain.data, evaluate.replace(domain.energy, proposal=settings))
+    settings = evaluate.replace(domain.energy.proposal_settings, vocabulary="other")
+    other = Domain("cool", domain.data, evaluate.replace(domain.energy, proposal_settings=settings))
     assert isinstance(other.energy, Energy)
     with pytest.raises(InvalidInput, match="another vocabulary"):
         run(setting, tmp_path, domains=[other])
