@@ -24,6 +24,7 @@ from common import RESULTS, device_name, finish, machine, table
 from tqdm import tqdm
 
 from daemon_fast import Energy, SIRDecoder, TransformersProposal, metrics
+from daemon_fast.errors import require
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -32,6 +33,11 @@ GPU_GRID = [(256, 32, 25), *((256, 512, m) for m in (25,)), *((256, 32, m) for m
 ROUNDS, ENOUGH_SECONDS = 3, 60.0
 METRICS = ["sr_2", "sr_3", "sr_4", "tr_8", "tr_16", "tr_32", "ent"]  # of the paper's, all but coh
 TEMPERATURE = 0.97
+DRAWN = {
+    "b": ("M sequences by generate", "#c44e52", "s-"),
+    "d": ("DAEMON: M candidates, one chosen", "#2b6ca3", "o-"),
+    "a": ("1 sequence by generate", "0.45", "--"),
+}
 PARTS = ("prefill", "steps", "metrics", "weights and draw", "detokenising")
 
 
@@ -204,9 +210,27 @@ def report(cells: list[dict[str, Any]]) -> None:
     )
     finish(f"latency-{DEVICE}", text, cells)
     if "--save" in sys.argv:
-        from daemon_fast.plot import plot_latency
+        plot(cells)
 
-        plot_latency(cells, RESULTS / f"latency-{DEVICE}.png", device_name())
+
+def plot(cells: list[dict[str, Any]]) -> None:
+    """Seconds of a whole call against M, a panel per model and lengths."""
+    figure_class = require("matplotlib.figure", "the picture needs", "'daemon-fast[plot]'").Figure
+    panels = sorted({(c["model"], c["prefix"], c["new"]) for c in cells})
+    figure = figure_class(figsize=(3.2 * len(panels), 3.6), dpi=130, layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        own = sorted((c for c in cells if (c["model"], c["prefix"], c["new"]) == panel), key=lambda c: c["m"])
+        for method, (label, colour, style) in DRAWN.items():
+            seconds = [c["seconds"][method] for c in own]
+            axes.plot([c["m"] for c in own], seconds, style, color=colour, label=label)
+        axes.set_title(f"prefix {panel[1]}, {panel[2]} new tokens", fontsize=10)
+        axes.set_xlabel("M")
+        axes.set_ylim(bottom=0)
+        axes.grid(color="0.9")
+    figure.axes[0].set_ylabel("seconds a call")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+    figure.suptitle(f"{', '.join(sorted({p[0] for p in panels}))} on {device_name()}", fontsize=10)
+    figure.savefig(RESULTS / f"latency-{DEVICE}.png")
 
 
 if __name__ == "__main__":

@@ -328,19 +328,15 @@ def evaluate(
         for path, source, energy in zip(energies, data, loaded, strict=True)
     ]
     report = evaluation.evaluate(
-        domains, output, language_model, tokenizer, wanted=wanted or evaluation.STUDIES,
+        domains, output, language_model, tokenizer, wanted=wanted or tuple(evaluation.STUDIES),
         sizes=evaluation.Sizes(held_out, pool_prefixes, pool_candidates, sweep_prefixes),
         amateur=load_language_model(amateur, device, getattr(torch, dtype))[0] if amateur else None,
         featurizer=featurizer, prefix_tokens=prefix_tokens, batch_size=batch_size, seed=seed,
         command="daemon-fast " + " ".join(sys.argv[1:]),
     )  # fmt: skip
-    for name, found in report["domains"].items():
-        for row in found.get("alignment", []):
-            if "distance" in row:
-                low, high = row["interval"]
-                click.echo(
-                    f"{name:>12} {row['method']:>22} distance to human {row['distance']:.3f} ({low:.3f}, {high:.3f})"
-                )
+    for name, found in report.domains.items():
+        for sentence in found.verdict:
+            click.echo(f"{name}: {sentence}")
     click.echo(f"written to {output}: report.html, report.json")
 
 

@@ -347,12 +347,13 @@ def test_evaluate_writes_a_report(energy, model, texts, tmp_path):
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     (found,) = report["domains"].values()
-    assert found["prefixes"] == {"fit": 24, "targets": 24, "held_out": 10}
-    assert found["perplexity"]["model"] > 1
+    assert (found["fit_prefixes"], found["target_texts"], found["held_out"]) == (24, 24, 10)
+    assert found["studies"]["perplexity"]["model"] > 1
+    assert found["verdict"][0] in result.output
     # What the fit drew and scored is read where the fit left it: only the held-out part is new.
     made = sorted(path.name.split("-")[0] for path in (tmp_path / "out" / "energy").iterdir() if path.is_dir())
     assert made == ["held", "human"]
-    assert "8. The tail" in (tmp_path / "out" / "report.html").read_text()
+    assert "1.2 The tail" in (tmp_path / "out" / "report.html").read_text()
     fails(run(*arguments, "--held-out", 11, "--study", "luck"), "unknown study 'luck'")
     fails(run(*arguments, "--held-out", 11), "holds candidates of another run (num_prefixes is 10 there, 11 here)")
     fails(run(*arguments, "--data", texts), "--data is given 2 times for 1 --energy")

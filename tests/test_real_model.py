@@ -92,7 +92,7 @@ def test_demo_end_to_end_and_resumed(tmp_path, monkeypatch, proposal):
             "draw candidates", "load", "fit and metrics", "decode", "score human text", "metrics", "select",
         }  # fmt: skip
     assert whole == cut
-    assert whole["held-out prefixes"] == 4
+    assert whole["alignment"]["prefixes"] == 4
     assert len(whole["examples"]) == 3
     assert (tmp_path / "whole" / "alignment.png").read_bytes().startswith(b"\x89PNG")
     text = "\n".join(said)

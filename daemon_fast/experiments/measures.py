@@ -1,18 +1,23 @@
-"""How near a method comes to human text: distance, its noise floor, and the perplexity of human text."""
+"""How near a method comes to human text: distance, its noise floor, and MAUVE."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from daemon_fast.decode import Decoded
-from daemon_fast.energy import Energy
-from daemon_fast.errors import InvalidInput
-from daemon_fast.proposals.candidates import Candidates
+from daemon_fast.errors import InvalidInput, require
+from daemon_fast.models import DEFAULT_ENCODER, load_encoder
+from daemon_fast.proposals.transformers import TransformersProposal
 
-__all__ = ["Perplexity", "distance_to_human", "human_perplexity", "noise_floor", "relative_rmse", "weighted_mean"]
+__all__ = ["FEATURIZERS", "distance_to_human", "embed", "mauve_scores", "noise_floor", "relative_rmse", "weighted_mean"]
+
+FEATURIZERS = ("encoder", "model")
+EMBEDDED = 100  # texts at once
 
 
 def weighted_mean(features: Tensor, weights: Tensor) -> Tensor:
@@ -20,26 +25,23 @@ def weighted_mean(features: Tensor, weights: Tensor) -> Tensor:
     return (features.double() * weights.double()[..., None]).sum(1)
 
 
-def distance_to_human(method: Tensor, human: Tensor, spread: Tensor | None = None) -> float:
-    """Root mean square over metrics of (mean of method - mean of human) / (standard deviation of human).
+def distance_to_human(method: Tensor, human: Tensor, spread: Tensor) -> float:
+    """Root mean square over metrics of (mean of method - mean of human) / (standard deviation of human text).
 
     Parameters
     ----------
     method : [N, K] values, or expected values, per prefix
     human : [N', K] values per prefix
-    spread : [K], optional
-        Standard deviation of human text, where more of it is known than `human`.
+    spread : [K] standard deviation of all human text that was measured, `human` and more
 
     Raises
     ------
     InvalidInput
         A metric that doesn't vary over the human texts.
     """
-    human = human.double()
-    spread = human.std(0) if spread is None else spread
     if not (spread > 0).all():
         raise InvalidInput(f"metric {int((~(spread > 0)).nonzero()[0])} does not vary over the human texts")
-    return float(((method.double().mean(0) - human.mean(0)) / spread).square().mean().sqrt())
+    return float(((method.double().mean(0) - human.double().mean(0)) / spread).square().mean().sqrt())
 
 
 def noise_floor(num_human: int) -> float:
@@ -53,45 +55,43 @@ def relative_rmse(method: Tensor, human: Tensor) -> float:
     return float(((method.double().mean(0) - means) / means).square().mean().sqrt())
 
 
-@dataclass(frozen=True)
-class Perplexity:
-    """Of human text, per token.
-
-    Attributes
-    ----------
-    model : under p_theta at temperature 1
-    base : under what the artefact tilts: the proposal, or p_theta again
-    tilted : under p_mu
-    gain, gain_error : nats per token that p_mu gains over the base, and the standard error over prefixes
-    """
-
-    model: float
-    base: float
-    tilted: float
-    gain: float
-    gain_error: float
-
-
-def human_perplexity(energy: Energy, human: Candidates, human_features: Tensor, decoded: Decoded) -> Perplexity:
-    """Perplexity of human continuations, with log Z of each prefix from the decoder's candidates.
-
-    log p_mu(x | prefix) = log base(x | prefix) - E(x) - log Z(prefix)
+def mauve_scores(human: np.ndarray[Any, Any], others: np.ndarray[Any, Any], draws: int) -> list[float]:
+    """MAUVE of texts against human ones, by their embeddings: one score for each of `draws` seeds of its clustering.
 
     Parameters
     ----------
-    human : N continuations, scored (M = 1)
-    human_features : [N, 1, K]
-    decoded : of the same N prefixes
+    human : [N, d]
+    others : [draws or fewer, N, d], taken in turn
+
+    Raises
+    ------
+    MissingPackage
+        mauve-text is not installed.
     """
-    tokens = float(human.lengths.sum())
-    log_model = human.log_p[:, 0]
-    log_base = human.log_q[:, 0] if energy.base == "proposal" else log_model
-    gains = -(human_features[:, 0].double() @ energy.mu) - decoded.log_z.double()
-    error = float(gains.std() * math.sqrt(len(gains))) / tokens if len(gains) > 1 else math.nan
-    return Perplexity(
-        model=math.exp(-float(log_model.sum()) / tokens),
-        base=math.exp(-float(log_base.sum()) / tokens),
-        tilted=math.exp(-float((log_base + gains).sum()) / tokens),
-        gain=float(gains.sum()) / tokens,
-        gain_error=error,
-    )
+    compute = require("mauve", "MAUVE needs", "'daemon-fast[evaluate]'").compute_mauve
+    return [
+        float(compute(p_features=human, q_features=others[seed % len(others)], seed=seed, verbose=False).mauve)
+        for seed in range(draws)
+    ]
+
+
+@torch.inference_mode()
+def embed(
+    texts: Sequence[Sequence[int]], proposal: TransformersProposal, featurizer: str, encoder: str | None
+) -> np.ndarray[Any, Any]:
+    """[N, d] of N lists of token ids: sentence embeddings, or the language model's last hidden state.
+
+    featurizer : "encoder" or "model"
+    """
+    if featurizer == "encoder":
+        loaded = load_encoder(encoder or DEFAULT_ENCODER)
+        return np.asarray(loaded.encode(proposal.detokenize(texts), show_progress_bar=False), dtype=np.float32)
+    parts = []
+    for start in range(0, len(texts), EMBEDDED):
+        rows = [torch.tensor(row) for row in texts[start : start + EMBEDDED]]
+        # Padding stands behind, where causal attention does not look.
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(proposal.model.device)
+        states = proposal.model(ids, use_cache=False, output_hidden_states=True).hidden_states[-1]
+        last = torch.tensor([len(row) - 1 for row in rows], device=ids.device)
+        parts.append(states[torch.arange(len(rows), device=ids.device), last].float().cpu().numpy())
+    return np.concatenate(parts)

@@ -1,35 +1,34 @@
-"""Distance to human, and perplexity of human text under p_mu on a model that can be listed."""
+"""Distance to human, its noise floor, and MAUVE."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
+import tiny
 import torch
-import toy
 
-from daemon_fast import Energy, SIRDecoder, metrics
+from daemon_fast import TransformersProposal
 from daemon_fast.errors import InvalidInput
 from daemon_fast.experiments.measures import (
     distance_to_human,
-    human_perplexity,
+    embed,
+    mauve_scores,
     noise_floor,
     relative_rmse,
     weighted_mean,
 )
 
-MU = torch.tensor([2.0, -1.5], dtype=torch.float64)
-METRICS = metrics.parse(["sr_2", "tr_2"])
-
 
 def test_distance_by_hand():
     human = torch.tensor([[1.0, 10.0], [3.0, 30.0]])  # means 2 and 20, deviations sqrt(2) and sqrt(200)
     method = torch.tensor([[4.0, 20.0]])
-    assert distance_to_human(method, human) == pytest.approx(math.sqrt((2 / math.sqrt(2)) ** 2 / 2))
+    assert distance_to_human(method, human, human.std(0)) == pytest.approx(math.sqrt((2 / math.sqrt(2)) ** 2 / 2))
     assert distance_to_human(method, human, torch.tensor([1.0, 1.0])) == pytest.approx(math.sqrt(2))
     assert relative_rmse(method, human) == pytest.approx(math.sqrt(1.0 / 2))
     with pytest.raises(InvalidInput, match="metric 0 does not vary over the human texts"):
-        distance_to_human(method, torch.ones(3, 2))
+        distance_to_human(method, human, torch.tensor([0.0, 1.0]))
 
 
 def test_noise_floor_is_the_distance_of_a_perfect_method():
@@ -37,7 +36,7 @@ def test_noise_floor_is_the_distance_of_a_perfect_method():
     squares = []
     for _ in range(400):
         human = torch.randn(50, 8, generator=generator)
-        squares.append(distance_to_human(torch.zeros(1, 8), human) ** 2)
+        squares.append(distance_to_human(torch.zeros(1, 8), human, human.std(0)) ** 2)
     assert math.sqrt(sum(squares) / 400) == pytest.approx(noise_floor(50), rel=0.05)
 
 
@@ -46,25 +45,22 @@ def test_weighted_mean():
     torch.testing.assert_close(weighted_mean(features, weights), torch.einsum("nmk,nm->nk", features, weights).double())
 
 
-@pytest.mark.parametrize("base", ["proposal", "model"])
-def test_perplexity_of_text_from_p_mu_itself(base):
-    """Text from p_mu has cross-entropy H(p_mu) under p_mu, lower than under the model by KL(p_mu || p)."""
-    features = metrics.features(METRICS, toy.as_candidates(toy.SEQUENCES, 1))[0].double()
-    tilted = toy.PROBABILITIES * torch.exp(-(features @ MU))
-    p_mu = tilted / tilted.sum()
-    entropy = -float(p_mu @ p_mu.log()) / toy.LENGTH
-    kl = float(p_mu @ (p_mu / toy.PROBABILITIES).log()) / toy.LENGTH
+def test_mauve_tells_clouds_apart():
+    pytest.importorskip("mauve")
+    rng = np.random.default_rng(0)
+    cloud, same = rng.normal(size=(2, 100, 8)).astype(np.float32)
+    near, far, mixed = (mauve_scores(cloud, x, 2) for x in (same[None], same[None] + 5, np.stack([same, same + 5])))
+    assert len(near) == 2
+    assert min(near) > 0.8 > 0.1 > max(far)
+    assert mixed == [near[0], far[1]]  # each seed takes the next draw
 
-    generator = torch.Generator().manual_seed(1)
-    drawn = torch.multinomial(p_mu, 4000, replacement=True, generator=generator)
-    human = toy.as_candidates(toy.SEQUENCES[drawn], 4000)
-    proposal = toy.ToyProposal(num_candidates=400)
-    energy = Energy(METRICS, MU, torch.zeros(2), proposal.settings, base=base)
-    decoded = SIRDecoder(energy, proposal, batch_size=4000)(["x"] * 4000)
-    result = human_perplexity(energy, human, energy.features(human), decoded)
 
-    assert math.log(result.tilted) == pytest.approx(entropy, abs=0.02)
-    assert result.gain == pytest.approx(kl, abs=4 * result.gain_error)
-    assert math.log(result.base / result.tilted) == pytest.approx(result.gain, rel=1e-6)
-    assert result.model == pytest.approx(result.base)
-    assert 0 < result.gain_error < kl / 5
+@torch.inference_mode()
+def test_the_models_own_embedding_is_that_of_the_last_token():
+    model = tiny.model("gpt2")
+    proposal = TransformersProposal(model, tiny.tokenizer(), num_candidates=2, max_new_tokens=4)
+    texts = [[5, 9, 30], [8, 2], [40, 3, 7, 9]]
+    found = embed(texts, proposal, "model", None)
+    for text, got in zip(texts, found, strict=True):
+        want = model(torch.tensor([text]), output_hidden_states=True).hidden_states[-1][0, -1]
+        np.testing.assert_allclose(got, want, atol=1e-5)

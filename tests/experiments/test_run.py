@@ -2,43 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
+from dataclasses import asdict, replace
 
-import numpy as np
 import pytest
 import tiny
 import torch
 
-from daemon_fast import Energy, TransformersProposal, fit_energy
+from daemon_fast import TransformersProposal, fit_energy, ops
+from daemon_fast.data import collect
 from daemon_fast.data.texts import read_texts, split
 from daemon_fast.errors import DataError, InvalidInput
-from daemon_fast.experiments import run as evaluate
-from daemon_fast.experiments.run import Domain, Sizes
+from daemon_fast.experiments import baselines, measures
+from daemon_fast.experiments.collected import NotDone
+from daemon_fast.experiments.run import STUDIES, Domain, Sizes, evaluate
 
 pytest.importorskip("matplotlib")
-NAMES = ["sr_2", "tr_8", "ent"]
-SIZES = Sizes(held_out=12, pool_prefixes=2, pool_candidates=40, sweep_prefixes=6)
+NAMES = ["sr_2", "sr_4", "tr_8", "ent"]
+SIZES = Sizes(held_out=12, pool_prefixes=2, pool_candidates=40, sweep_prefixes=16)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def no_clustering():
     """MAUVE's clusterings take most of the time; they have a test of their own."""
-    before = evaluate._mauve_scores
-    evaluate._mauve_scores = lambda human, others: {"x": [float(np.abs(human.mean(0) - others.mean()).mean())] * 2}
-    yield before
-    evaluate._mauve_scores = before
-
-
-def test_mauve_tells_clouds_apart(no_clustering, monkeypatch):
-    pytest.importorskip("mauve")
-    monkeypatch.setattr(evaluate, "DRAWS", 2)
-    rng = np.random.default_rng(0)
-    cloud, same = rng.normal(size=(2, 100, 8)).astype(np.float32)
-    near, far, mixed = (no_clustering(cloud, x)["x"] for x in (same[None], same[None] + 5, np.stack([same, same + 5])))
-    assert len(near) == 2
-    assert min(near) > 0.8 > 0.1 > max(far)
-    assert mixed == [near[0], far[1]]  # each seed takes the next draw
+    before = measures.mauve_scores
+    measures.mauve_scores = lambda human, others, draws: [float(abs(human.mean(0) - others.mean()).mean())] * draws
+    yield
+    measures.mauve_scores = before
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +59,7 @@ def setting(tmp_path_factory):
 def run(setting, output, **options):
     domains, model, tokenizer = setting
     options = {"sizes": SIZES, "prefix_tokens": 4, "featurizer": "model", **options}
-    return evaluate.evaluate(options.pop("domains", domains), output, model, tokenizer, **options)
+    return evaluate(options.pop("domains", domains), output, model, tokenizer, **options)
 
 
 @pytest.fixture(scope="module")
@@ -78,36 +70,71 @@ def finished(setting, tmp_path_factory):
 
 def test_every_study_is_there(finished):
     folder, report = finished
-    for name in ("cool", "warm"):
-        domain = report["domains"][name]
-        assert set(evaluate.STUDIES) - {"one_metric", "transfer"} <= set(domain)  # sr_4 was not fitted
-        assert domain["prefixes"] == {"fit": 16, "targets": 20, "held_out": 12, "pool": 2}
-        assert domain["ridge"] == 1e-3  # the artefact's, which refits take over
-        table = {row["method"]: row for row in domain["alignment"]}
-        assert set(table) == {
-            "human", "sampling", "daemon", "sampling, expected", "daemon, expected", *evaluate.baselines.BASELINES
-        }  # fmt: skip
-        assert table["human"]["names"] == [*NAMES, "div"]
-        assert table["greedy"]["mean"][0] > table["sampling"]["mean"][0]  # it repeats itself
-        assert table["daemon"]["distance"] < table["greedy"]["distance"]
-        swept = [row["temperature"] for row in domain["temperatures"] if row["method"] == "sampling"]
+    for name, domain in report.domains.items():
+        assert list(domain.studies) == list(STUDIES)
+        assert not any(isinstance(found, NotDone) for found in domain.studies.values())
+        assert (domain.fit_prefixes, domain.target_texts, domain.held_out) == (16, 20, 12)
+        assert domain.studies["convergence"].prefixes == 2
+        assert domain.ridge == 1e-3  # the artefact's, which refits take over
+        table = domain.studies["alignment"]
+        assert table.names == [*NAMES, "div"]
+        assert {method.name for method in table.methods} == {"sampling", "daemon", *baselines.BASELINES}
+        assert table.of("greedy").means.mean[0] > table.of("sampling").means.mean[0]  # it repeats itself
+        swept = [row.temperature for row in domain.studies["temperatures"].rows]
         assert swept == [0.8, 0.85, 0.9, 0.95, 1.0]  # 0.9 is the artefact's own: nothing is drawn again for it
         assert not (folder / name / "temperature-0.9-fit").exists()
-    assert len(report["transfer"]) == 4
-    assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(report))
+    assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(asdict(report)))
     page = (folder / "report.html").read_text()
-    assert "Transfer" in page
-    assert page.count("; ridge 0.001.") == 2
+    assert re.findall(r"<h3[^>]*>(\d\.\d) ", page) == [f"{d}.{i + 1}" for d in (1, 2) for i in range(9)]
+    assert page.count("with a ridge of 0.001.") == 2
+
+
+def test_a_name_means_one_thing_in_all_of_a_report(finished):
+    """Distances in one unit, diversity as the mean of that of texts, gains a token."""
+    for name, domain in finished[1].domains.items():
+        found = domain.studies
+        table, swept = found["alignment"], {row.temperature: row for row in found["temperatures"].rows}
+        daemon, sampling = table.of("daemon", expected=True), table.of("sampling", expected=True)
+        own = {row.fitted_on: row for row in found["transfer"].rows}[name]
+        distances = [own.distance, swept[0.9].reused.distance, swept[0.9].refitted.distance]
+        distances += [found["ablation"].rows[0].distance]
+        assert distances == pytest.approx([daemon.distance] * 4, rel=1e-4)
+        assert swept[0.9].sampling.distance == found["transfer"].sampling == sampling.distance
+        div = table.names.index("div")
+        assert swept[0.9].sampling.diversity == sampling.means.mean[div]
+        assert found["temperatures"].human_diversity == table.human.mean[div]
+        assert swept[0.9].reused.gain == found["perplexity"].tilted.gain
+        assert swept[0.9].reused.ess == table.ess.mean == own.ess
+
+
+def test_one_metric_alone_is_the_fit_of_that_metric(finished):
+    for domain in finished[1].domains.values():
+        found = domain.studies["one_metric"]
+        assert found.metric == "sr_4"
+        assert found.human.mean[0] == domain.studies["alignment"].human.mean[NAMES.index("sr_4")]
+        assert abs(found.daemon.mean[0] - found.sampling.mean[0]) > 0
+        assert found.perplexity.base == domain.studies["perplexity"].base
+
+
+def test_the_verdict_is_on_the_page_and_in_the_file(finished):
+    folder, report = finished
+    page = (folder / "report.html").read_text()
+    for domain in report.domains.values():
+        daemon = domain.studies["alignment"].of("daemon", expected=True)
+        assert f"{daemon.distance:.3f} standard deviations" in domain.verdict[0]
+        assert any("nats a token" in sentence for sentence in domain.verdict)
+        assert not any("MAUVE" in sentence for sentence in domain.verdict)  # of 12 texts
+        assert all(sentence.replace("'", "&#39;") in page for sentence in domain.verdict)
+    assert "means little: 12 texts" in page
 
 
 def test_human_text_of_the_table_is_what_the_fit_did_not_see(setting, finished):
     domains, _, tokenizer = setting
-    texts = evaluate.read_texts(domains[0].data)
-    pairs = evaluate.split(texts, tokenizer, 4, 16, None, 0)[20:32]
-    tokens = torch.tensor(pairs.continuations)
-    want = evaluate.metrics_module.ops.repetition(tokens, torch.full((12,), 16), [2], [8]).double().mean(0)
-    row = finished[1]["domains"]["cool"]["alignment"][0]
-    assert row["mean"][:2] == pytest.approx(want.tolist(), abs=1e-6)
+    texts = read_texts(domains[0].data)
+    tokens = torch.tensor(split(texts, tokenizer, 4, 16, None, 0)[20:32].continuations)
+    want = ops.repetition(tokens, torch.full((12,), 16), [2, 4], [8]).double().mean(0)
+    human = finished[1].domains["cool"].studies["alignment"].human
+    assert human.mean[:3] == pytest.approx(want.tolist(), abs=1e-6)
 
 
 def test_killed_anywhere_it_ends_with_the_same_report(setting, finished, tmp_path, monkeypatch):
@@ -124,7 +151,7 @@ def test_killed_anywhere_it_ends_with_the_same_report(setting, finished, tmp_pat
         return wrapped
 
     monkeypatch.setattr(TransformersProposal, "propose", dying(TransformersProposal.propose))
-    monkeypatch.setattr(evaluate.baselines, "decode", dying(evaluate.baselines.decode))
+    monkeypatch.setattr(baselines, "decode", dying(baselines.decode))
     monkeypatch.setattr(TransformersProposal, "score", dying(TransformersProposal.score))
     runs = 0
     while True:
@@ -140,10 +167,70 @@ def test_killed_anywhere_it_ends_with_the_same_report(setting, finished, tmp_pat
 
 def test_one_study_alone(setting, tmp_path):
     report = run(setting, tmp_path, domains=setting[0][:1], wanted=["tail"])
-    (domain,) = report["domains"].values()
-    assert set(domain) & set(evaluate.STUDIES) == {"tail"}
-    assert "transfer" not in report
+    (domain,) = report.domains.values()
+    assert list(domain.studies) == ["tail"]
+    assert domain.verdict == []
     assert not list(tmp_path.glob("cool/baseline*"))
+
+
+def test_studies_that_do_not_apply_say_so_in_their_place(setting, tmp_path):
+    domain = setting[0][0]
+    fitted = domain.energy
+    alone = replace(fitted, metrics=fitted.metrics[:1], mu=fitted.mu[:1], targets=fitted.targets[:1])
+    wanted = ["one_metric", "ablation", "transfer"]
+    report = run(setting, tmp_path, domains=[replace(domain, energy=alone)], wanted=wanted)
+    found = report.domains["cool"].studies
+    assert [found[name].reason for name in wanted] == [
+        "the artefact has no sr_4.", "the artefact has a single metric.",
+        "no other domain was given that has the same metrics.",
+    ]  # fmt: skip
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("Not done: ") == 3
+    assert re.findall(r"<h3[^>]*>(\d\.\d) ", page) == ["1.1", "1.2", "1.3"]
+
+
+def test_a_study_without_a_solution_says_so_and_the_others_go_on(setting, tmp_path):
+    """Forward KL takes no ridge, and no weighting of these candidates repeats as much as this human text."""
+    domain, tokenizer = setting[0][0], setting[2]
+    rows = [[2 + (7 * i + j) % tiny.WORDS for j in range(4)] + [5 + i % 3] * (16 - i % 5) + [9] * 5 for i in range(40)]
+    path = tmp_path / "stutter.txt"
+    path.write_text("\n".join(tokenizer.batch_decode(rows)) + "\n")
+    stutter = replace(domain, data=str(path))
+    report = run(setting, tmp_path / "out", domains=[stutter], wanted=["forward_kl", "tail"])
+    found = report.domains["cool"].studies
+    assert "out of reach" in found["forward_kl"].reason
+    assert found["tail"].bins
+    saved = json.loads((tmp_path / "out" / "report.json").read_text())["domains"]["cool"]["studies"]["forward_kl"]
+    assert saved == {"reason": found["forward_kl"].reason}
+    assert (
+        "1.1 Reverse against forward KL</h3>\n<p>Not done: out of reach"
+        in (tmp_path / "out" / "report.html").read_text()
+    )
+
+
+@pytest.mark.parametrize("study", ["forward_kl", "ablation", "convergence", "temperatures"])
+def test_a_full_disk_is_no_answer_of_a_study(setting, tmp_path, monkeypatch, study):
+    """Studies draw candidates: what fails there ends the run."""
+    write_arrays = collect.write_arrays
+
+    def full(path, arrays):
+        if "held-out" not in str(path) and "human" not in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_arrays(path, arrays)
+
+    monkeypatch.setattr(collect, "write_arrays", full)
+    with pytest.raises(DataError, match="the disk is full"):
+        run(setting, tmp_path, domains=setting[0][:1], wanted=[study])
+    assert not list(tmp_path.glob("report.*"))
+
+
+def test_a_fault_of_the_system_ends_the_run(setting, tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError("the device went away")
+
+    monkeypatch.setattr(TransformersProposal, "propose", broken)
+    with pytest.raises(OSError, match="the device went away"):
+        run(setting, tmp_path, domains=setting[0][:1], wanted=["forward_kl"])
 
 
 @pytest.mark.parametrize(
@@ -162,16 +249,15 @@ def test_bad_input_is_named(setting, tmp_path, change, error, message):
 
 def test_nothing_held_out_is_an_error(setting, tmp_path):
     domain = setting[0][0]
-    diagnostics = evaluate.replace(domain.energy.diagnostics, num_targets=40)
-    used_up = Domain("cool", domain.data, evaluate.replace(domain.energy, diagnostics=diagnostics))
+    diagnostics = replace(domain.energy.diagnostics, num_targets=40)
+    used_up = Domain("cool", domain.data, replace(domain.energy, diagnostics=diagnostics))
     with pytest.raises(DataError, match=re.escape("cool: 40 texts are long enough, and the fit took 40")):
         run(setting, tmp_path, domains=[used_up])
 
 
 def test_another_models_artefact_is_refused(setting, tmp_path):
     domain = setting[0][0]
-    settings = evaluate.replace(domain.energy.proposal_settings, vocabulary="other")
-    other = Domain("cool", domain.data, evaluate.replace(domain.energy, proposal_settings=settings))
-    assert isinstance(other.energy, Energy)
+    settings = replace(domain.energy.proposal_settings, vocabulary="other")
+    other = Domain("cool", domain.data, replace(domain.energy, proposal_settings=settings))
     with pytest.raises(InvalidInput, match="another vocabulary"):
         run(setting, tmp_path, domains=[other])

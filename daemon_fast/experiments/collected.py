@@ -1,0 +1,174 @@
+"""What the studies read, human text and candidates as tensors, and what their results share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from daemon_fast import ops
+from daemon_fast.energy import Energy, Normalization
+from daemon_fast.errors import FitError
+from daemon_fast.experiments.measures import distance_to_human, weighted_mean
+from daemon_fast.fit import fit
+from daemon_fast.fit.samples import Block
+from daemon_fast.proposals.candidates import Candidates
+
+__all__ = ["Collected", "Ess", "Means", "NotDone", "attempt"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Means:
+    """Of K metrics, over prefixes; fractions, but for `ent`, a perplexity."""
+
+    mean: list[float]
+    standard_error: list[float]
+
+    @classmethod
+    def of(cls, values: Tensor) -> Means:
+        """Of values [N, K]."""
+        values = values.double()
+        return cls(values.mean(0).tolist(), (values.std(0) / math.sqrt(len(values))).tolist())
+
+
+@dataclass(frozen=True)
+class Ess:
+    """Effective sample size of the candidates of a prefix, over prefixes."""
+
+    mean: float
+    min: float
+    candidates: int
+
+    @classmethod
+    def of(cls, weights: Tensor) -> Ess:
+        """Of normalised weights [N, M]."""
+        ess = 1 / weights.square().sum(1)
+        return cls(float(ess.mean()), float(ess.min()), weights.shape[1])
+
+
+@dataclass(frozen=True)
+class NotDone:
+    """Stands where a result would: the study does not apply, or a fit of it has no solution."""
+
+    reason: str
+
+
+def attempt(study: Callable[[], T]) -> T | NotDone:
+    """What a study finds, or why its fit has no solution. Any other fault is one, and ends the run."""
+    try:
+        return study()
+    except FitError as error:
+        return NotDone(str(error))
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Human continuations of N prefixes, and M candidates of each.
+
+    Attributes
+    ----------
+    names : K' metric names
+    fitted : K, how many of them mu is for: the first. Others, such as `div`, are only reported
+    spread : [K'] standard deviation of all human text measured in this domain, the unit of distance
+    human : [N, K'] metrics of the human continuations
+    human_tokens : [N] their lengths
+    human_log_p : [N] their log-probability under p_theta at temperature 1, in nats
+    human_log_base : [N] the same under what is tilted: the proposal, or p_theta again
+    features : [N, M, K'] metrics of the candidates
+    log_p, log_q : [N, M] their log-probability under p_theta at temperature 1, and under what they were drawn from
+    lengths : [N, M]
+    base_log_w : [N, M] base log-weights, or None where they are 0
+    """
+
+    names: list[str]
+    fitted: int
+    spread: Tensor
+    human: Tensor
+    human_tokens: Tensor
+    human_log_p: Tensor
+    human_log_base: Tensor
+    features: Tensor
+    log_p: Tensor
+    log_q: Tensor
+    lengths: Tensor
+    base_log_w: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, energy: Energy, names: list[str], candidates: Candidates, features: Tensor, human: Candidates,
+        of_human: Tensor, spread: Tensor,
+    ) -> Collected:  # fmt: skip
+        """From candidates and scored human texts, whose metrics are [N, M, K'] and [N, K']: those of `energy` first."""
+        log_p = human.log_p[:, 0]
+        return cls(
+            names=names,
+            fitted=len(energy.names),
+            spread=spread,
+            human=of_human,
+            human_tokens=human.lengths,
+            human_log_p=log_p,
+            human_log_base=human.log_q[:, 0] if energy.base == "proposal" else log_p,
+            features=features,
+            log_p=candidates.log_p,
+            log_q=candidates.log_q,
+            lengths=candidates.lengths.reshape(candidates.shape),
+            base_log_w=energy.base_log_w(candidates),
+        )
+
+    @property
+    def fitted_names(self) -> list[str]:
+        return self.names[: self.fitted]
+
+    def columns(self, keep: Sequence[int]) -> Collected:
+        """The same with some of the fitted metrics only."""
+        at = list(keep)
+        return replace(
+            self, names=[self.names[k] for k in at], fitted=len(at), spread=self.spread[at], human=self.human[:, at],
+            features=self.features[:, :, at],
+        )  # fmt: skip
+
+    def first(self, prefixes: int, human: int | None = None) -> Collected:
+        """The same with the candidates of the first prefixes only, and the first human continuations only."""
+        cut: dict[str, Any] = {
+            name: getattr(self, name)[:prefixes] for name in ("features", "log_p", "log_q", "lengths")
+        }
+        cut |= {name: getattr(self, name)[:human] for name in vars(self) if name.startswith("human")}
+        base_log_w = None if self.base_log_w is None else self.base_log_w[:prefixes]
+        return replace(self, **cut, base_log_w=base_log_w)
+
+    def tilting_model(self) -> Collected:
+        """The same where p_theta itself is tilted, not the proposal."""
+        return replace(self, human_log_base=self.human_log_p, base_log_w=self.log_p - self.log_q)
+
+    def fit_mu(self, ridge: float, normalization: Normalization = "per_prefix") -> Tensor:
+        """[K] float64 mu of a fit of these candidates to these human texts; see `daemon_fast.fit`."""
+        block, human = self._block, self.human[:, : self.fitted]
+        return fit(
+            block.features, human, block.base_log_w, normalization=normalization, ridge=ridge, names=self.fitted_names
+        ).mu
+
+    @property
+    def _block(self) -> Block:
+        return Block(self.features[..., : self.fitted], self.base_log_w)
+
+    def log_w(self, mu: Tensor) -> Tensor:
+        """[N, M] float64"""
+        return self._block.log_w(mu)
+
+    def weights(self, mu: Tensor) -> Tensor:
+        """[N, M] float64 of each prefix's candidates."""
+        return ops.importance_weights(self.log_w(mu)).weights
+
+    def expected(self, mu: Tensor | None = None) -> Tensor:
+        """[N, K'] float64 metrics of one draw for each prefix by mu, or by the candidates as they come."""
+        return self.features.double().mean(1) if mu is None else weighted_mean(self.features, self.weights(mu))
+
+    def distance(self, values: Tensor) -> float:
+        """To human text, of values [N, K'], over the fitted metrics."""
+        k = self.fitted
+        return distance_to_human(values[:, :k], self.human[:, :k], self.spread[:k])

@@ -1,0 +1,367 @@
+"""The paper's main table: how near each way to decode comes to human text (Ji et al. 2024, section 4.2)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from daemon_fast import ops
+from daemon_fast.data.texts import Pairs
+from daemon_fast.decode import LOW_ESS
+from daemon_fast.errors import MissingPackage
+from daemon_fast.experiments import baselines, measures, page
+from daemon_fast.experiments.collected import Collected, Ess, Means
+from daemon_fast.experiments.domain import DomainData
+from daemon_fast.experiments.page import COLOURS, LABELS, Cell, Row, Section, Table, number
+from daemon_fast.seeds import batch_seed
+
+HEADING = "Alignment"
+BOOTSTRAP = 1000
+DRAWS = 5  # of MAUVE's clustering, and of the methods that it is cheap to draw again
+ENOUGH_TEXTS = 1000  # of each side, for MAUVE; its authors recommend thousands
+BASELINE_BATCH = 100  # prefixes that `generate` gets at once: a CPU draws faster in large batches
+
+
+@dataclass(frozen=True)
+class Mauve:
+    value: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to decode.
+
+    Attributes
+    ----------
+    expected : whether its values are expectations over its draw, or of one text a prefix
+    interval : of the distance, 95% by the bootstrap over prefixes
+    nearest : metrics in which no other method of single texts has a mean nearer to the human one
+    """
+
+    name: str
+    expected: bool
+    means: Means
+    distance: float
+    interval: tuple[float, float]
+    relative_rmse: float
+    nearest: list[str]
+    mauve: Mauve | None = None
+
+    @property
+    def label(self) -> str:
+        return LABELS.get(self.name, self.name) + (", expected" if self.expected else "")
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Of N held-out prefixes.
+
+    Attributes
+    ----------
+    names : K' metrics; distances are over the first `fitted`
+    spread : [K'] standard deviation of human text
+    tokens : mean length of the candidates; human_tokens : of the human continuations
+    """
+
+    names: list[str]
+    fitted: int
+    prefixes: int
+    noise_floor: float
+    spread: list[float]
+    tokens: float
+    human_tokens: float
+    ess: Ess
+    human: Means
+    methods: list[Method] = field(default_factory=list)
+
+    def of(self, name: str, expected: bool = False) -> Method | None:
+        return next((m for m in self.methods if (m.name, m.expected) == (name, expected)), None)
+
+
+def compute(
+    held_out: Collected,
+    mu: Tensor,
+    drawn: Mapping[str, Tensor],
+    mauve: Mapping[str, Mauve] | None = None,
+    seed: int = 0,
+) -> Alignment:
+    """Means of each method, and how far they lie from human text; of plain sampling and DAEMON, expectations too.
+
+    Parameters
+    ----------
+    mu : [K]
+    drawn : name -> [N, K'] metrics of one text a prefix
+    mauve : name -> MAUVE of the same texts
+    seed : of the bootstrap
+    """
+    human, names, k = held_out.human.double(), held_out.names, held_out.fitted
+    resamples = torch.randint(len(human), (BOOTSTRAP, len(human)), generator=torch.Generator().manual_seed(seed))
+    # Expectations have less noise than single texts: they don't compete with them.
+    gaps = {name: (values.double().mean(0) - human.mean(0)).abs() for name, values in drawn.items()}
+    nearest = {name: min(gaps, key=lambda method: float(gaps[method][i])) for i, name in enumerate(names)}
+
+    def described(name: str, values: Tensor, expected: bool) -> Method:
+        paired = ((values.double() - human) / held_out.spread)[:, :k]  # of the same prefix
+        distances = paired[resamples].mean(1).square().mean(1).sqrt()
+        low, high = torch.quantile(distances, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        return Method(
+            name=name,
+            expected=expected,
+            means=Means.of(values),
+            distance=held_out.distance(values),
+            interval=(low, high),
+            relative_rmse=measures.relative_rmse(values[:, :k], human[:, :k]),
+            nearest=[] if expected else [metric for metric, best in nearest.items() if best == name],
+            mauve=None if expected else (mauve or {}).get(name),
+        )
+
+    expectations = {"sampling": held_out.expected(), "daemon": held_out.expected(mu)}
+    return Alignment(
+        names=names,
+        fitted=k,
+        prefixes=len(human),
+        noise_floor=measures.noise_floor(len(human)),
+        spread=held_out.spread.tolist(),
+        tokens=float(held_out.lengths.double().mean()),
+        human_tokens=float(held_out.human_tokens.double().mean()),
+        ess=Ess.of(held_out.weights(mu)),
+        human=Means.of(human),
+        methods=[
+            *(described(name, values, False) for name, values in drawn.items()),
+            *(described(name, values, True) for name, values in expectations.items()),
+        ],
+    )
+
+
+def run(data: DomainData) -> Alignment:
+    held_out, mu, seed, pairs = data.held_out, data.energy.mu, data.options.seed, data.held_out_pairs
+    # As `SIRDecoder.choose` draws, from features that are there already.
+    uniforms = torch.rand(len(pairs), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    index, weights, *_ = ops.sir_select(held_out.features[..., : held_out.fitted], mu, uniforms, held_out.base_log_w)
+    drawn = {"sampling": held_out.features[:, 0], "daemon": held_out.features[torch.arange(len(pairs)), index]}
+    # MAUVE needs more than one draw to know its own noise, and these two have more.
+    more = torch.multinomial(weights, DRAWS, replacement=True, generator=torch.Generator().manual_seed(seed))
+    candidates = data.candidates("held-out", data.proposal, pairs)
+    m, tokens, lengths = candidates.shape[1], candidates.tokens.tolist(), candidates.lengths.tolist()
+
+    def texts(chosen: Tensor) -> list[list[int]]:
+        rows = [i * m + j for i, j in enumerate(chosen.tolist())]
+        return [tokens[r][: lengths[r]] for r in rows]
+
+    draws = {
+        "sampling": [texts(torch.full_like(index, j)) for j in range(min(DRAWS, m))],
+        "daemon": [texts(chosen) for chosen in (index, *more.T[1:])],
+    }
+    for method in tqdm(baselines.BASELINES, desc=f"{data.domain.name}: baselines"):
+        decoded = Pairs(pairs.prefixes, _baseline(data, method))
+        draws[method] = [decoded.continuations]
+        drawn[method] = data.scored(f"baseline-{method}-scored", decoded)[1]
+    try:
+        mauve = _mauve(data, draws)
+    except MissingPackage as error:
+        warnings.warn(f"MAUVE is left out: {error}", stacklevel=2)
+        mauve = {}
+    return compute(held_out, mu, drawn, mauve, seed)
+
+
+def _baseline(data: DomainData, method: str) -> list[list[int]]:
+    """One continuation of each held-out prefix."""
+    prefixes, new_tokens = data.held_out_pairs.prefixes, data.energy.proposal_settings.max_new_tokens
+    amateur = data.options.amateur if "decoding" in method else None
+    known = [method, new_tokens, data.options.seed, str(data.model.dtype)]
+    known += [getattr(getattr(amateur, "config", None), "_name_or_path", "")]
+    rows: list[list[int]] = []
+    for i, start in enumerate(range(0, len(prefixes), BASELINE_BATCH)):
+        batch, seed = prefixes[start : start + BASELINE_BATCH], batch_seed(data.options.seed, i)
+
+        def draw(batch: list[list[int]] = batch, seed: int = seed) -> np.ndarray[Any, Any]:
+            return baselines.decode(method, data.model, batch, new_tokens, seed, amateur).cpu().numpy()
+
+        rows += data.kept(f"baseline-{method}-{i:04d}", [batch, known], draw).tolist()
+    return rows
+
+
+def _mauve(data: DomainData, draws: Mapping[str, Sequence[list[list[int]]]]) -> dict[str, Mauve]:
+    """Of each method against human text: mean over seeds of MAUVE's clustering, and its standard error.
+
+    Methods with several draws take another one for each seed, so that their error holds that noise, too.
+    Continuations are compared alone: prefixes are the same for all, and would make all alike.
+    """
+    featurizer, encoder = data.options.featurizer, data.options.encoder
+
+    def embedded(method: str, texts: list[list[int]]) -> np.ndarray[Any, Any]:
+        key = [texts, featurizer, encoder]
+        return data.kept(f"mauve-{method}", key, lambda: measures.embed(texts, data.proposal, featurizer, encoder))
+
+    human = embedded("human", data.held_out_pairs.continuations)
+    found = {}
+    for method, of_method in draws.items():
+        texts = [text for draw in of_method for text in draw]
+        others = embedded(method, texts).reshape(len(of_method), len(human), -1)
+
+        def score(others: np.ndarray[Any, Any] = others) -> list[float]:
+            return measures.mauve_scores(human, others, DRAWS)
+
+        scores = data.kept(f"mauve-{method}-scores", [human.tolist(), others.tolist(), DRAWS], score)
+        found[method] = Mauve(float(scores.mean()), float(scores.std(ddof=1)) / math.sqrt(DRAWS))
+    return found
+
+
+# ---- what the report says -------------------------------------------------------------------------------------------
+
+
+def section(result: Alignment) -> Section:
+    notes = []
+    if abs(result.tokens - result.human_tokens) >= 0.5:
+        notes.append(
+            f"Candidates are {result.tokens:.1f} tokens long on average and human continuations "
+            f"{result.human_tokens:.1f}: metrics of longer texts show more repetition."
+        )
+    return Section(
+        "How near each way to decode comes to human text: one continuation of each held-out prefix; 'expected' takes "
+        "the mean over the draw instead.",
+        [table(result)],
+        [
+            page.svg(9, 0.32 * len(result.methods) + 1.2, lambda figure: _draw_distances(result, figure),
+                     "Distance to human text of each method"),
+            page.svg(8, 0.5 * result.fitted + 2, lambda figure: draw_metrics(result, figure),
+                     "Distance of each metric from its human mean, for plain sampling and DAEMON"),
+        ],
+        notes,
+        verdict(result),
+    )  # fmt: skip
+
+
+def table(result: Alignment) -> Table:
+    with_mauve = any(method.mauve for method in result.methods)
+    few = result.prefixes < ENOUGH_TEXTS
+    head: Row = ["method", *result.names, "distance", "95% interval", "relative RMSE"]
+    head += [Cell("MAUVE", f"means little: {result.prefixes} texts" if few else "")] if with_mauve else []
+    rest = ["-"] * (len(head) - len(result.names) - 1)
+    rows: list[Row] = [["human", *_means(result, result.human), *rest]]
+    for method in result.methods:
+        cells = [
+            Cell(text, marked=name in method.nearest)
+            for name, text in zip(result.names, _means(result, method.means), strict=True)
+        ]
+        low, high = method.interval
+        interval = f"{low:.3f} to {high:.3f}"
+        row: Row = [method.label, *cells, number(method.distance), interval, number(method.relative_rmse)]
+        row += [f"{method.mauve.value:.3f} ± {method.mauve.error:.3f}" if method.mauve else "-"] if with_mauve else []
+        rows.append(row)
+    floor = result.noise_floor
+    return Table(
+        head,
+        rows,
+        f"{result.prefixes} held-out prefixes. Means x100 (ent: perplexity) ± standard error over prefixes. Marked: "
+        f"the nearest to human of single texts. Distance over the {result.fitted} fitted metrics, in standard "
+        f"deviations of human text, with the 95% interval of a bootstrap over prefixes; its noise floor is "
+        f"{floor:.3f}, and {floor * 2**0.5:.3f} for single texts.",
+    )
+
+
+def _means(result: Alignment, means: Means) -> list[str]:
+    return page.means(result.names, means.mean, means.standard_error)
+
+
+def _draw_distances(result: Alignment, figure: Any) -> None:
+    axes = figure.subplots()
+    axes.axvspan(0, result.noise_floor, color="0.9", label=f"noise floor {result.noise_floor:.3f}")
+    for y, method in enumerate(result.methods):
+        colour = COLOURS.get(method.name, "0.5")
+        axes.plot(method.interval, [y, y], color=colour)
+        axes.plot(method.distance, y, "o", color=colour)
+    axes.set_yticks(range(len(result.methods)), [method.label for method in result.methods])
+    axes.set_ylim(len(result.methods) - 0.4, -0.6)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("distance to human text, in standard deviations (line: 95% of the bootstrap over prefixes)")
+    axes.legend(loc="lower right")
+
+
+def draw_metrics(result: Alignment, figure: Any) -> None:
+    """How far each fitted metric's expectation lies from its human mean."""
+    floor, rows, axes = result.noise_floor, range(result.fitted), figure.subplots()
+    axes.axvspan(-floor, floor, color="0.9", label=f"noise floor: ±1/√{result.prefixes} = ±{floor:.2f}")
+    axes.axvline(0, color="0.3", linewidth=1)
+    for offset, name in ((-0.13, "sampling"), (0.13, "daemon")):
+        method = result.of(name, expected=True)
+        assert method is not None
+        shift = [(method.means.mean[k] - result.human.mean[k]) / result.spread[k] for k in rows]
+        bars = [method.means.standard_error[k] / result.spread[k] for k in rows]
+        axes.errorbar(
+            shift, [k + offset for k in rows], xerr=bars, fmt="o", capsize=3, color=COLOURS[name],
+            label=f"{LABELS[name]}: distance {method.distance:.2f}",
+        )  # fmt: skip
+    axes.set_yticks(list(rows), [name.replace("$", r"\$") for name in result.names[: result.fitted]])
+    axes.invert_yaxis()
+    axes.grid(axis="x", color="0.85")
+    axes.set_axisbelow(True)
+    axes.set_xlabel("expected metric minus human mean, in standard deviations of human text (bars: standard error)")
+    axes.set_title(
+        f"Alignment with human text on {result.prefixes} held-out prefixes, M = {result.ess.candidates} candidates"
+    )
+    axes.legend(loc="best", frameon=True)
+
+
+def verdict(result: Alignment) -> list[str]:
+    sampling, daemon = result.of("sampling", expected=True), result.of("daemon", expected=True)
+    assert sampling is not None
+    assert daemon is not None
+    floor = result.noise_floor
+    nearer = daemon.distance < sampling.distance
+    sentences = [
+        f"In expectation, DAEMON's distance to human text is {daemon.distance:.3f} standard deviations, plain "
+        f"sampling's {sampling.distance:.3f}, the noise floor {floor:.3f}: "
+        + ("DAEMON is nearer" if nearer else "DAEMON is not nearer")
+        + (", and no farther than the noise of the human means." if daemon.distance <= floor else ".")
+    ]
+    if (single := result.of("daemon")) is not None:
+        sentences.append(_of_single_texts(result, single))
+    enough = result.prefixes >= ENOUGH_TEXTS
+    scored = [method for method in result.methods if method.mauve is not None]
+    if enough and scored:
+        listed = ", ".join(f"{m.label} {m.mauve.value:.3f} ± {m.mauve.error:.3f}" for m in scored if m.mauve)
+        sentences.append(f"MAUVE: {listed}.")
+    ess = result.ess
+    sentences.append(
+        f"The effective sample size of DAEMON's draw is {ess.mean:.1f} of {ess.candidates} candidates on average and "
+        f"{ess.min:.1f} at least" + (f"; below {LOW_ESS:g} there is next to no choice." if ess.min < LOW_ESS else ".")
+    )
+    return sentences
+
+
+def _of_single_texts(result: Alignment, daemon: Method) -> str:
+    others = [method for method in result.methods if not method.expected and method is not daemon]
+    named = [method for method in others if method.name == "sampling"]
+    if rivals := [method for method in others if method.name != "sampling"]:
+        named.append(min(rivals, key=lambda method: method.distance))
+    best = min([daemon, *others], key=lambda method: method.distance)
+    listed = "; ".join(
+        ("" if method.name == "sampling" else "the best baseline, ")
+        + "{} {:.3f} ({:.3f} to {:.3f})".format(method.label, method.distance, *method.interval)
+        for method in named
+    )
+    sentence = (
+        "With one text a prefix (95% interval): DAEMON {:.3f} ({:.3f} to {:.3f}); ".format(
+            daemon.distance, *daemon.interval
+        )
+        + f"{listed}; noise floor {result.noise_floor * 2**0.5:.3f}. "
+    )
+    if best is daemon:
+        rival = min(others, key=lambda method: method.distance, default=None)
+        sentence += f"DAEMON is the nearest of {1 + len(others)} methods"
+    else:
+        rival = best
+        sentence += f"DAEMON is not the nearest: {best.label} is"
+    if rival is not None and max(rival.interval[0], daemon.interval[0]) < min(rival.interval[1], daemon.interval[1]):
+        sentence += ", though the intervals overlap"
+    return sentence + "."

@@ -1,0 +1,190 @@
+"""Perplexity of human text under the model, under what is tilted, and under p_mu (Ji et al. 2024, section 3.2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from daemon_fast import ops
+from daemon_fast.experiments.collected import Collected, NotDone, attempt
+from daemon_fast.experiments.domain import DomainData
+from daemon_fast.experiments.page import Row, Section, Table, ess_cell, number, perplexity_cell
+
+HEADING = "Perplexity of human text"
+SIZES = (5, 10, 25, 50, 100)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of p_mu, with log Z from M candidates a prefix.
+
+    Attributes
+    ----------
+    perplexity : a token
+    gain, gain_error : nats a token over what is tilted, and its standard error over prefixes
+    gain_per_text, gain_per_text_error : nats a text
+    kl_per_text : KL(p_mu ‖ what is tilted), nats a text: what the gain is if human expectations are met
+    log_z_error : standard error of log Z of one prefix, by the delta method; log_z_error_of_mean : of their mean
+    ess : mean over prefixes
+    """
+
+    m: int
+    perplexity: float
+    gain: float
+    gain_error: float
+    gain_per_text: float
+    gain_per_text_error: float
+    kl_per_text: float
+    log_z_error: float
+    log_z_error_of_mean: float
+    ess: float
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Of human text, a token.
+
+    Attributes
+    ----------
+    model : under p_theta at temperature 1
+    base : under what is tilted
+    tilted : under p_mu, from all candidates; by_m : from fewer
+    tilting_model : the same with mu refitted to tilt p_theta; None where that is tilted anyway, or not asked for
+    """
+
+    model: float
+    base: float
+    tilted: Estimate
+    by_m: list[Estimate]
+    tilting_model: Perplexity | NotDone | None = None
+
+
+def compute(held_out: Collected, mu: Tensor, sizes: Sequence[int] = ()) -> Perplexity:
+    """Perplexities, and the paper's identity for the gain.
+
+    log p_mu(x) = log base(x) - E(x) - log Z. log Z of a prefix is estimated from its M candidates, with a standard
+    error of sqrt((M / ESS - 1) / M), by the delta method. If human expectations are met, the mean gain of p_mu over
+    the base, in nats a text, is KL(p_mu || base), which the same weights estimate: mean over prefixes of
+    Σ_j w̄_j log(M w̄_j).
+
+    Parameters
+    ----------
+    mu : [K]
+    sizes : numbers of candidates to repeat it with, each taking as many disjoint groups as M holds
+    """
+    energy_of_human = held_out.human[:, : held_out.fitted].double() @ mu
+    log_w, tokens = held_out.log_w(mu), float(held_out.human_tokens.sum())
+    n, m = log_w.shape
+
+    def with_size(size: int) -> Estimate:
+        groups = log_w[:, : m // size * size].reshape(-1, size)
+        weighed = ops.importance_weights(groups)
+        gains = -energy_of_human - weighed.log_mean.reshape(n, -1).mean(1)
+        kl = (weighed.weights * (weighed.weights * size).clamp_min(1e-300).log()).sum(1)
+        log_z_error = ((size / weighed.ess - 1).clamp_min(0) / size).sqrt()
+        per_text, error = float(gains.mean()), float(gains.std()) / math.sqrt(n)
+        return Estimate(
+            m=size,
+            perplexity=math.exp(-float((held_out.human_log_base.double() + gains).sum()) / tokens),
+            gain=per_text * n / tokens,
+            gain_error=error * n / tokens,
+            gain_per_text=per_text,
+            gain_per_text_error=error,
+            kl_per_text=float(kl.mean()),
+            log_z_error=float(log_z_error.mean()),
+            log_z_error_of_mean=float(log_z_error.square().mean().sqrt()) / math.sqrt(len(groups)),
+            ess=float(weighed.ess.mean()),
+        )
+
+    def plain(log_p: Tensor) -> float:
+        return math.exp(-float(log_p.double().sum()) / tokens)
+
+    return Perplexity(
+        model=plain(held_out.human_log_p),
+        base=plain(held_out.human_log_base),
+        tilted=with_size(m),
+        by_m=[with_size(size) for size in sizes if size < m],
+    )
+
+
+def run(data: DomainData) -> Perplexity:
+    found = compute(data.held_out, data.energy.mu, SIZES)
+    if data.energy.base == "model":
+        return found
+
+    def tilting_model() -> Perplexity:
+        mu = data.to_fit.tilting_model().fit_mu(data.ridge)
+        return compute(data.held_out.tilting_model(), mu)
+
+    return replace(found, tilting_model=attempt(tilting_model))
+
+
+# ---- what the report says -------------------------------------------------------------------------------------------
+
+
+def section(result: Perplexity) -> Section:
+    by_m: list[Row] = [
+        [str(x.m), perplexity_cell(x.perplexity, x.ess), f"{x.gain_per_text:.4f} ± {x.gain_per_text_error:.4f}",
+         number(x.kl_per_text), number(x.log_z_error), ess_cell(x.ess)]
+        for x in (*result.by_m, result.tilted)
+    ]  # fmt: skip
+    fewer = Table(
+        ["M", "perplexity", "gain, nats a text", "KL, nats a text", "error of log Z", "ESS"],
+        by_m,
+        "The same from fewer candidates: log Z from few candidates is too low, which flatters the perplexity. Error of "
+        f"log Z: of one prefix; of their mean it is {result.tilted.log_z_error_of_mean:.3f} at M = {result.tilted.m}.",
+    )
+    other, notes = result.tilting_model, []
+    if isinstance(other, NotDone):
+        notes.append(f"Tilting p_theta itself: not done: {other.reason}")
+    return Section(
+        "The paper proves that p_mu is never worse than what it tilts, and better by KL(p_mu || tilted) where human "
+        "expectations are met exactly: gain and KL, in nats a text, should agree.",
+        [table(result), fewer],
+        notes=notes,
+        verdict=verdict(result),
+    )
+
+
+def table(result: Perplexity) -> Table:
+    rows: list[Row] = [["p_theta, the model itself", number(result.model), "-"]]
+    if result.base != result.model:
+        rows.append(["the proposal, which is tilted", number(result.base), "-"])
+    tilts = {"p_mu": result}
+    if isinstance(result.tilting_model, Perplexity):
+        tilts["p_mu refitted to tilt p_theta itself"] = result.tilting_model
+    for name, found in tilts.items():
+        tilted = found.tilted
+        gain = f"{tilted.gain:.4f} ± {tilted.gain_error:.4f}"
+        rows.append([name, perplexity_cell(tilted.perplexity, tilted.ess), gain])
+    caption = "Human continuations of held-out prefixes. Gain: over what is tilted, ± standard error over prefixes."
+    return Table(["perplexity of human text", "perplexity", "gain, nats a token"], rows, caption)
+
+
+def verdict(result: Perplexity) -> list[str]:
+    tilted = result.tilted
+    found = perplexity_cell(tilted.perplexity, tilted.ess)
+    sentence = (
+        f"Perplexity of human text is {found} under DAEMON and {result.base:.3f} under what it tilts: a gain of "
+        f"{tilted.gain:.4f} ± {tilted.gain_error:.4f} nats a token"
+    )
+    if found.flag:
+        return [f"{sentence}, which means nothing here."]
+    if abs(tilted.gain) < 2 * tilted.gain_error:
+        sentence += ", not clear of its error"
+    elif tilted.gain < 0:
+        sentence += ": DAEMON is worse than what it tilts"
+    sentences = [f"{sentence}."]
+    if result.base != result.model:
+        verb = "better" if tilted.perplexity < result.model else "not better"
+        sentences.append(f"The model itself has {result.model:.3f}: DAEMON is {verb} than the model.")
+    if isinstance(other := result.tilting_model, Perplexity):
+        again = other.tilted
+        sentences.append(
+            f"Refitted to tilt the model itself, DAEMON has {perplexity_cell(again.perplexity, again.ess)}: a gain of "
+            f"{again.gain:.4f} ± {again.gain_error:.4f} nats a token over the model."
+        )
+    return sentences
