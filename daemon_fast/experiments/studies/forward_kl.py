@@ -20,32 +20,18 @@ HEADING = "Reverse against forward KL"
 
 @dataclass(frozen=True)
 class Projection:
-    """
-    Attributes
-    ----------
-    on : "fit" or "held out", prefixes
-    direction : "reverse" (DAEMON) or "forward"
-    ess, largest_weight : means over prefixes
-    """
-
-    on: str
-    direction: str
+    on: str  # "fit" or "held out", prefixes
+    direction: str  # "reverse" (DAEMON) or "forward"
     means: Means
     distance: float
-    ess: float
-    largest_weight: float
+    ess: float  # mean over prefixes
+    largest_weight: float  # mean over prefixes
 
 
 @dataclass(frozen=True)
 class ForwardKL:
-    """
-    Attributes
-    ----------
-    multiplier : [K] λ of the forward projection
-    """
-
     names: list[str]
-    multiplier: list[float]
+    multiplier: list[float]  # [K] λ of the forward projection
     rows: list[Projection]
 
 
@@ -147,7 +133,7 @@ def run(data: DomainData) -> ForwardKL:
 
 def section(result: ForwardKL) -> Section:
     rows: list[Row] = [
-        [row.on, row.direction, *page.means(result.names, row.means.mean, row.means.standard_error),
+        [row.on, row.direction, *page.means(result.names, row.means),
          number(row.distance), ess_cell(row.ess), number(row.largest_weight)]
         for row in result.rows
     ]  # fmt: skip

@@ -8,7 +8,7 @@ from daemon_fast.errors import InvalidInput
 from daemon_fast.experiments import page
 from daemon_fast.experiments.collected import Collected, Means, NotDone
 from daemon_fast.experiments.domain import DomainData
-from daemon_fast.experiments.page import LABELS, Row, Section, Table
+from daemon_fast.experiments.page import Row, Section, Table
 from daemon_fast.experiments.studies import perplexity
 
 HEADING = "One metric alone"
@@ -61,10 +61,8 @@ def run(data: DomainData) -> OneMetric | NotDone:
 
 def section(result: OneMetric) -> Section:
     name = result.metric
-    rows: list[Row] = [
-        [LABELS.get(who, who), page.metric(name, of.mean[0], of.standard_error[0])]
-        for who, of in (("human", result.human), ("sampling", result.sampling), ("daemon", result.daemon))
-    ]
+    found = {"human": result.human, "plain sampling": result.sampling, "DAEMON": result.daemon}
+    rows: list[Row] = [[who, *page.means([name], means)] for who, means in found.items()]
     return Section(
         f"A fit of {name} only, as in the paper: does it reach the human level, and at what cost?",
         [

@@ -19,47 +19,29 @@ SIZES = (5, 10, 25, 50, 100)
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of p_mu, with log Z from M candidates a prefix.
-
-    Attributes
-    ----------
-    perplexity : a token
-    gain, gain_error : nats a token over what is tilted, and its standard error over prefixes
-    gain_per_text, gain_per_text_error : nats a text
-    kl_per_text : KL(p_mu ‖ what is tilted), nats a text: what the gain is if human expectations are met
-    log_z_error : standard error of log Z of one prefix, by the delta method; log_z_error_of_mean : of their mean
-    ess : mean over prefixes
-    """
+    """Of p_mu, with log Z from M candidates a prefix; errors are standard errors over prefixes."""
 
     m: int
-    perplexity: float
-    gain: float
+    perplexity: float  # a token
+    gain: float  # nats a token over what is tilted
     gain_error: float
-    gain_per_text: float
+    gain_per_text: float  # nats a text
     gain_per_text_error: float
-    kl_per_text: float
-    log_z_error: float
+    kl_per_text: float  # of p_mu from what is tilted: what the gain is if human expectations are met
+    log_z_error: float  # of one prefix, by the delta method
     log_z_error_of_mean: float
-    ess: float
+    ess: float  # mean over prefixes
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Of human text, a token.
+    """Of human text, a token."""
 
-    Attributes
-    ----------
-    model : under p_theta at temperature 1
-    base : under what is tilted
-    tilted : under p_mu, from all candidates; by_m : from fewer
-    tilting_model : the same with mu refitted to tilt p_theta; None where that is tilted anyway, or not asked for
-    """
-
-    model: float
-    base: float
-    tilted: Estimate
-    by_m: list[Estimate]
-    tilting_model: Perplexity | NotDone | None = None
+    model: float  # under p_theta at temperature 1
+    base: float  # under what is tilted
+    tilted: Estimate  # under p_mu, from all candidates
+    by_m: list[Estimate]  # from fewer
+    tilting_model: Perplexity | NotDone | None = None  # with mu refitted to tilt p_theta, where it is not tilted anyway
 
 
 def compute(held_out: Collected, mu: Tensor, sizes: Sequence[int] = ()) -> Perplexity:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from daemon_fast.experiments import page
@@ -50,7 +51,7 @@ def run(data: DomainData) -> Tail:
 def section(result: Tail) -> Section:
     rows: list[Row] = [
         [f"{one.low:.2f} to {one.high:.2f}", str(one.count),
-         *page.means(result.names, one.means.mean, one.means.standard_error)]
+         *page.means(result.names, one.means)]
         for one in result.bins
     ]  # fmt: skip
     wide = min(len(result.names), 5)
@@ -58,11 +59,11 @@ def section(result: Tail) -> Section:
     return Section(
         "Candidates of held-out prefixes in bins of equal number, by log p_theta a token.",
         [Table(["log p a token", "candidates", *result.names], rows, "Means x100 (ent: perplexity) ± standard error.")],
-        [page.svg(2.2 * wide, 1.9 * high, lambda figure: _draw(result, figure, high, wide), "Metrics by probability")],
+        [page.svg(2.2 * wide, 1.9 * high, partial(_draw, result, high, wide), "Metrics by probability")],
     )
 
 
-def _draw(result: Tail, figure: Any, high: int, wide: int) -> None:
+def _draw(result: Tail, high: int, wide: int, figure: Any) -> None:
     x = [(one.low + one.high) / 2 for one in result.bins]
     for k, name in enumerate(result.names):
         axes, scale = figure.add_subplot(high, wide, k + 1), 1 if name == "ent" else 100

@@ -23,37 +23,23 @@ TEMPERATURES = (0.8, 0.85, 0.9, 0.95, 1.0)
 
 @dataclass(frozen=True)
 class Tilt:
-    """Of held-out prefixes, in expectation.
-
-    Attributes
-    ----------
-    coherence : None where `coh` was not measured
-    perplexity : of human text, under the proposal or under p_mu; gain, gain_error : nats a token over the proposal
-    ess : mean over prefixes; where it is low, log Z of p_mu is, too, and the perplexity means nothing
-    """
+    """Of held-out prefixes, in expectation."""
 
     distance: float
     diversity: float
-    coherence: float | None
-    perplexity: float
-    gain: float
+    coherence: float | None  # None where `coh` was not measured
+    perplexity: float  # of human text, under the proposal or under p_mu
+    gain: float  # nats a token over the proposal
     gain_error: float
-    ess: float
+    ess: float  # mean over prefixes; where it is low, log Z of p_mu is, too, and the perplexity means nothing
 
 
 @dataclass(frozen=True)
 class Temperature:
-    """
-    Attributes
-    ----------
-    sampling : from the proposal as it is
-    refitted : with mu fitted at this temperature; reused : with the artefact's mu
-    """
-
     temperature: float
-    sampling: Tilt
-    refitted: Tilt | NotDone
-    reused: Tilt
+    sampling: Tilt  # from the proposal as it is
+    refitted: Tilt | NotDone  # with mu fitted at this temperature
+    reused: Tilt  # with the artefact's mu
 
 
 @dataclass(frozen=True)
@@ -141,7 +127,7 @@ def section(result: Temperatures) -> Section:
             )  # fmt: skip
     figures = []
     if (coherence := result.human_coherence) is not None:
-        figures.append(page.svg(7, 4.5, lambda figure: _draw(result, coherence, figure), "Diversity against coherence"))
+        figures.append(page.svg(7, 4.5, partial(_draw, result, coherence), "Diversity against coherence"))
     head = ["temperature", "method", "distance", "diversity x100", "coherence x100", "perplexity of human text", "ESS"]
     caption = (
         f"Held-out prefixes, in expectation; noise floor {result.noise_floor:.3f}. Perplexity under the proposal "
