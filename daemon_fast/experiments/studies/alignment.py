@@ -291,7 +291,7 @@ def verdict(result: Alignment) -> list[str]:
         f"In expectation, DAEMON's distance to human text is {daemon.distance:.3f} standard deviations, plain "
         f"sampling's {sampling.distance:.3f}, the noise floor {floor:.3f}: DAEMON is "
         + ("nearer" if daemon.distance < sampling.distance else "not nearer")
-        + (", and no farther than the noise of the human means." if daemon.distance <= floor else "."),
+        + (", within the noise of the human means." if daemon.distance <= floor else "."),
         _of_single_texts([method for method in result.methods if not method.expected], floor * 2**0.5),
         f"The effective sample size of DAEMON's draw is {ess.mean:.1f} of {ess.candidates} candidates on average and "
         f"{ess.min:.1f} at least" + (f"; below {LOW_ESS:g} there is next to no choice." if ess.min < LOW_ESS else "."),
