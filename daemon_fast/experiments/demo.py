@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ PREFIX_TOKENS, NEW_TOKENS, NUM_CANDIDATES, TEMPERATURE = 32, 64, 25, 0.97
 SIZES = {False: (96, 48), True: (16, 8)}  # quick -> prefixes to fit, prefixes held out
 BATCH_SIZE = 4
 EXAMPLES = 3
+WIDTH = 110  # of the terminal's lines
 
 
 @dataclass(frozen=True)
@@ -132,9 +134,11 @@ def _examples(proposal: TransformersProposal, continuations: list[list[int]], de
 
 def _print(results: Results, echo: Callable[[str], Any]) -> None:
     aligned, compared = alignment.table(results.alignment), perplexity.table(results.perplexity)
-    echo(f"\n{aligned.text(transposed=True)}\n{aligned.caption}\n\n{compared.text()}\n{compared.caption}\n")
+    for text, caption in ((aligned.text(transposed=True), aligned.caption), (compared.text(), compared.caption)):
+        echo(f"\n{text}\n{fill(caption, WIDTH)}")
+    echo("")
     for sentence in (*alignment.verdict(results.alignment), *perplexity.verdict(results.perplexity)):
-        echo(sentence)
+        echo(fill(sentence, WIDTH))
     echo("\nSeconds: " + ", ".join(f"{name} {value:.3g}" for name, value in results.seconds.items()))
     for example in results.examples:
         echo(f"\n[prefix]   {_line(example.prefix)}")

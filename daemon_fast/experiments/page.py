@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ class Cell:
     marked: bool = False
 
     def __str__(self) -> str:
-        return f"{self.text} ({self.flag})" if self.flag else self.text
+        return self.text + "*" * self.marked + (f" ({self.flag})" if self.flag else "")
 
 
 Row = list[str | Cell]
@@ -93,18 +93,15 @@ class Section:
 
 @dataclass(frozen=True)
 class Chapter:
-    """A domain: its name, what was drawn, and (heading, section) of each study."""
+    """A domain."""
 
     name: str
     summary: str
-    sections: Sequence[tuple[str, Section]]
-
-    @property
-    def verdict(self) -> list[str]:
-        return [sentence for _, section in self.sections for sentence in section.verdict]
+    verdict: Sequence[str]
+    sections: Sequence[tuple[str, Section]]  # heading and section of each study
 
 
-def render(title: str, facts: Sequence[tuple[str, Any]], chapters: Sequence[Chapter]) -> str:
+def render(title: str, facts: Mapping[str, Any], chapters: Sequence[Chapter]) -> str:
     """The page; the same pieces give the same text."""
     loader = FileSystemLoader(Path(__file__).parent)
     page = Environment(

@@ -19,7 +19,7 @@ from daemon_fast.errors import InvalidInput
 from daemon_fast.experiments.collected import NotDone, attempt
 from daemon_fast.experiments.domain import Domain, DomainData, Options, Sizes
 from daemon_fast.experiments.measures import FEATURIZERS
-from daemon_fast.experiments.page import Chapter, Section, render
+from daemon_fast.experiments.page import Chapter, Section, new_figure, render
 from daemon_fast.experiments.studies import STUDIES
 from daemon_fast.files import write_text, writing
 
@@ -30,25 +30,23 @@ TITLE = "Direct metrics optimization: does it do what it claims?"
 
 @dataclass(frozen=True)
 class DomainReport:
-    """Of one domain.
-
-    Attributes
-    ----------
-    names, mu, ridge : of the artefact
-    fit_prefixes, target_texts, held_out : how many
-    verdict : sentences
-    studies : what each that was asked for found, or `NotDone`
-    """
-
-    names: list[str]
+    names: list[str]  # of the artefact's metrics
     mu: list[float]
     ridge: float
     fit_prefixes: int
     target_texts: int
     held_out: int
     new_tokens: int
-    verdict: list[str]
-    studies: dict[str, Any]
+    verdict: list[str]  # sentences
+    studies: dict[str, Any]  # what each that was asked for found, or `NotDone`
+
+    @property
+    def summary(self) -> str:
+        return (
+            f"mu is from the candidates of {self.fit_prefixes} prefixes and the means of {self.target_texts} human "
+            f"texts, with a ridge of {self.ridge:g}. {self.held_out} prefixes are held out; continuations have "
+            f"{self.new_tokens} tokens."
+        )
 
 
 @dataclass(frozen=True)
@@ -107,30 +105,33 @@ def evaluate(
     folder, sizes = Path(output), sizes or Sizes()
     options = Options(sizes, amateur, featurizer, encoder, prefix_tokens, batch_size, seed)
     data = [DomainData(domain, energies, folder / domain.name, model, tokenizer, options) for domain in domains]
-    found: dict[str, DomainReport] = {}
-    chapters: list[Chapter] = []
+    new_figure(1, 1)  # says that matplotlib is missing before hours of drawing
+    found, chapters = {}, []
     for one in data:
         studies = {name: rounded(attempt(partial(study.run, one))) for name, study in STUDIES.items() if name in wanted}
         sections = [(STUDIES[name].HEADING, _section(name, result)) for name, result in studies.items()]
-        tokens = one.energy.proposal_settings.max_new_tokens
-        summary = (
-            f"mu is from the candidates of {len(one.to_fit_pairs)} prefixes and the means of {len(one.target_pairs)} "
-            f"human texts, with a ridge of {one.ridge:g}. {len(one.held_out_pairs)} prefixes are held out; "
-            f"continuations have {tokens} tokens."
+        verdict = [sentence for _, section in sections for sentence in section.verdict]
+        report = DomainReport(
+            names=one.energy.names,
+            mu=rounded(one.energy.mu.tolist()),
+            ridge=one.ridge,
+            fit_prefixes=len(one.to_fit_pairs),
+            target_texts=len(one.target_pairs),
+            held_out=len(one.held_out_pairs),
+            new_tokens=one.energy.proposal_settings.max_new_tokens,
+            verdict=verdict,
+            studies=studies,
         )
-        chapters.append(Chapter(one.domain.name, summary, sections))
-        found[one.domain.name] = DomainReport(
-            one.energy.names, rounded(one.energy.mu.tolist()), one.ridge, len(one.to_fit_pairs), len(one.target_pairs),
-            len(one.held_out_pairs), tokens, chapters[-1].verdict, studies,
-        )  # fmt: skip
+        found[one.domain.name] = report
+        chapters.append(Chapter(one.domain.name, report.summary, verdict, sections))
     settings = {**dataclasses.asdict(sizes), "prefix_tokens": prefix_tokens, "seed": seed, "featurizer": featurizer}
-    report = Report(TITLE, command, data[0].proposal.settings.model_id, settings, found)
-    facts = [("model", report.model), *([("command", command)] if command else []), *settings.items()]
+    whole = Report(TITLE, command, data[0].proposal.settings.model_id, settings, found)
+    text = json.dumps(dataclasses.asdict(whole), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    page = render(TITLE, {"model": whole.model, "command": command, **settings}, chapters)
     with writing(folder):
-        text = json.dumps(dataclasses.asdict(report), indent=1, ensure_ascii=False, allow_nan=False)
-        write_text(folder / "report.json", text + "\n")
-        write_text(folder / "report.html", render(TITLE, facts, chapters))
-    return report
+        write_text(folder / "report.json", text)
+        write_text(folder / "report.html", page)
+    return whole
 
 
 def _section(name: str, result: Any) -> Section:

@@ -52,11 +52,12 @@ def chapter():
     }
     assert list(found) == list(STUDIES)
     sections = [(STUDIES[name].HEADING, STUDIES[name].section(result)) for name, result in found.items()]
-    return Chapter("wiki", "60 prefixes", sections)
+    verdict = [sentence for _, section in sections for sentence in section.verdict]
+    return Chapter("wiki", "60 prefixes", verdict, sections)
 
 
 def rendered(*chapters):
-    return page.render("A <title> & more", [("seed", 0)], chapters)
+    return page.render("A <title> & more", {"seed": 0}, chapters)
 
 
 class Tags(HTMLParser):
@@ -134,7 +135,7 @@ def test_it_is_the_same_each_time_and_loads_nothing(chapter):
 
 def test_text_is_escaped(chapter):
     odd = Table(["<i>"], [["<b>"], [Cell("<u>", "a < b")]], "<s>")
-    text = rendered(Chapter("<em>", "<p>", [("<h>", Section("<q>", [odd], notes=["<n>"], verdict=["<v>"]))]))
+    text = rendered(Chapter("<em>", "<p>", ["<v>"], [("<h>", Section("<q>", [odd], notes=["<n>"]))]))
     assert "A &lt;title&gt; &amp; more" in text
     for word in ("em", "p", "h", "q", "i", "b", "u", "s", "n", "v"):
         assert f"&lt;{word}&gt;" in text
@@ -147,7 +148,7 @@ def test_a_flag_stands_beside_its_figure():
         (page.perplexity_cell(5.0, 1.99), "means nothing: log Z of an ESS of 2.0"),
         (page.ess_cell(1.2), "next to no choice"),
     ):
-        text = rendered(Chapter("d", "", [("h", Section("", [Table([""], [["row", cell]], "")]))]))
+        text = rendered(Chapter("d", "", [], [("h", Section("", [Table([""], [["row", cell]], "")]))]))
         assert f'<td>{cell.text} <em class="flag">{flag}</em></td>' in text
     assert not page.perplexity_cell(1.01).flag
     assert not page.perplexity_cell(5.0, 2.0).flag
@@ -157,6 +158,7 @@ def test_a_flag_stands_beside_its_figure():
 def test_a_table_in_a_terminal():
     table = Table(["", "x"], [["one", "1.5"], ["two", Cell("10", "few")]], "")
     assert table.text().splitlines() == ["            x", "one       1.5", "two  10 (few)"]
+    assert str(Cell("3", marked=True)) == "3*"
     assert table.text(transposed=True).splitlines() == ["   one       two", "x  1.5  10 (few)"]
 
 

@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib")
 
 
 def test_bias_falls_like_one_over_m():
-    pool = collected(n=60, m=8000)
+    pool = collected(n=30, m=8000)
     found = convergence.compute(pool, MU, [2, 4, 8, 16, 32, 8000])
     assert [size.m for size in found.sizes] == [2, 4, 8, 16, 32]
     assert found.slope == pytest.approx(-1, abs=0.1)
