@@ -114,6 +114,8 @@ class DomainData:
     @cached_property
     def to_fit(self) -> Collected:
         """Candidates of the fit's prefixes, and the texts that gave its targets."""
+        if not len(self.to_fit_pairs):
+            raise InvalidInput(f"{self.domain.name}: the artefact does not say which texts it was fitted to")
         return self.collected("fit", self.proposal, self.to_fit_pairs, self.target_pairs)
 
     @cached_property

@@ -15,8 +15,8 @@ from daemon_fast.errors import require
 from daemon_fast.experiments.collected import Means
 
 __all__ = [
-    "COLOURS", "LABELS", "Cell", "Chapter", "Figure", "Row", "Section", "Table", "ess_cell", "means", "metric",
-    "new_figure", "number", "perplexity_cell", "render", "svg",
+    "COLOURS", "LABELS", "Cell", "Chapter", "Figure", "Row", "Section", "Table", "ess_cell", "means", "new_figure",
+    "number", "perplexity_cell", "render", "svg",
 ]  # fmt: skip
 
 COLOURS = {"sampling": "#c44e52", "daemon": "#2b6ca3", "human": "0.2", "refitted": "#2b6ca3", "reused": "#8172b3"}
@@ -113,22 +113,19 @@ def render(title: str, facts: Mapping[str, Any], chapters: Sequence[Chapter]) ->
 # ---- cells ----------------------------------------------------------------------------------------------------------
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def metric(name: str, mean: float, error: float | None = None) -> str:
-    """As tables print it: x100, but `ent`, which is a perplexity."""
-    scale = 1 if name == "ent" else 100
-    return f"{scale * mean:.2f}" + ("" if error is None else f" ± {scale * error:.2f}")
+def number(value: float) -> str:
+    return f"{value:.3f}"
 
 
 def means(names: Sequence[str], found: Means) -> list[str]:
-    return [metric(*one) for one in zip(names, found.mean, found.standard_error, strict=True)]
+    """With standard errors, x100; but `ent`, which is a perplexity."""
+    scales = [1 if name == "ent" else 100 for name in names]
+    parts = zip(scales, found.mean, found.standard_error, strict=True)
+    return [f"{scale * mean:.2f} ± {scale * error:.2f}" for scale, mean, error in parts]
 
 
-def ess_cell(ess: float, digits: int = 1) -> Cell:
-    return Cell(number(ess, digits), "next to no choice" if ess < LOW_ESS else "")
+def ess_cell(ess: float) -> Cell:
+    return Cell(f"{ess:.1f}", "next to no choice" if ess < LOW_ESS else "")
 
 
 def perplexity_cell(perplexity: float, ess: float | None = None) -> Cell:

@@ -273,6 +273,14 @@ def test_nothing_held_out_is_an_error(setting, tmp_path):
         run(setting, tmp_path, domains=[used_up])
 
 
+def test_a_refit_needs_to_know_the_texts_of_the_fit(setting, tmp_path):
+    domain = setting[0][0]
+    unknown = replace(domain, energy=replace(domain.energy, diagnostics=None))
+    with pytest.raises(InvalidInput, match="cool: the artefact does not say which texts it was fitted to"):
+        run(setting, tmp_path, domains=[unknown], wanted=["ablation"])
+    assert run(setting, tmp_path, domains=[unknown], wanted=["tail"]).domains["cool"].fit_prefixes == 0
+
+
 def test_another_models_artefact_is_refused(setting, tmp_path):
     domain = setting[0][0]
     settings = replace(domain.energy.proposal_settings, vocabulary="other")
