@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from daemon_fast import ops
-from daemon_fast.energy import Energy, Normalization
+from daemon_fast.energy import Energy
 from daemon_fast.errors import FitError
 from daemon_fast.experiments.measures import distance_to_human, weighted_mean
 from daemon_fast.fit import fit
 from daemon_fast.fit.samples import Block
+from daemon_fast.ops import Normalization
 from daemon_fast.proposals.candidates import Candidates
 
 __all__ = ["Collected", "Ess", "Means", "NotDone", "attempt"]
