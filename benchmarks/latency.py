@@ -25,6 +25,8 @@ from tqdm import tqdm
 
 from daemon_fast import Energy, SIRDecoder, TransformersProposal, metrics
 from daemon_fast.errors import require
+from daemon_fast.proposals.prompt_cache import process
+from daemon_fast.proposals.twin import Twin
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -85,14 +87,15 @@ class Cell:
 
     def daemon(self) -> dict[str, float]:
         prompt = self.prompt()
-        prefill, _ = timed(lambda: self.proposal.prefill([prompt]))
+        with torch.inference_mode():
+            prefill, _ = timed(lambda: process(Twin(self.model), [prompt]))
         whole, decoded = timed(lambda: self.decoder([prompt], seed=self.calls))
         parts = {
             "prefill": prefill,
             "metrics": decoded.seconds["metrics"],
             "weights and draw": decoded.seconds["select"],
         }
-        parts["steps"] = whole - parts["metrics"] - parts["weights and draw"]
+        parts["steps"] = whole - prefill - parts["metrics"] - parts["weights and draw"]
         if self.proposal.tokenizer is not None:
             parts["detokenising"], _ = timed(lambda: decoded.texts)
         assert decoded.candidates.tokens.shape == (self.m, self.new)

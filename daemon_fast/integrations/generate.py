@@ -73,6 +73,10 @@ def generate(
     num_candidates : M; default: as fitted
     seed : default: drawn from torch's global generator, which `transformers.set_seed` seeds
 
+    Notes
+    -----
+    Nothing is kept from call to call. On CUDA each call captures its step in a graph anew; a `SIRDecoder` keeps it.
+
     Returns
     -------
     [B * S, P + T] int64, as `generate` does: prompt and continuation, end-of-text included, padded on the right; or a
@@ -138,7 +142,7 @@ def _refuse(config: Any, processors: Any, criteria: Any) -> None:
 def _proposal(
     model: Any, energy: Energy, config: Any, tokenizer: Any, num_candidates: int | None, prompt: int
 ) -> TransformersProposal:
-    """The one that served the last call, if it has these settings: on CUDA it holds the captured step."""
+    """With the artefact's settings, and what the generation config says of lengths and of the end of a text."""
     fitted = energy.proposal_settings
     sampling = {name: getattr(fitted, name) for name in SAMPLING_DEFAULTS}
     if config.do_sample:
@@ -155,15 +159,10 @@ def _proposal(
     }
     eos = config.eos_token_id
     eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    key = (settings, eos, tokenizer, fitted.vocabulary)
-    last = model.__dict__.get("_daemon_fast")
-    if last is None or last[0] != key:
-        made = TransformersProposal(model, tokenizer, model_id=fitted.model_id, eos_token_ids=eos, **settings)
-        if tokenizer is None:  # there is nothing to check the vocabulary by
-            made.settings = replace(made.settings, vocabulary=fitted.vocabulary)
-        last = model.__dict__["_daemon_fast"] = (key, made)
-    proposal: TransformersProposal = last[1]
-    return proposal
+    made = TransformersProposal(model, tokenizer, model_id=fitted.model_id, eos_token_ids=eos, **settings)
+    if tokenizer is None:  # there is nothing to check the vocabulary by
+        made.settings = replace(made.settings, vocabulary=fitted.vocabulary)
+    return made
 
 
 def _padding(config: Any) -> int:

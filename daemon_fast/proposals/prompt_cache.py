@@ -1,17 +1,21 @@
 """The model's side of drawing candidates: prompts processed once, then M candidates of each grown a token a step.
 
-Transformers' `generate` repeats a prompt M times, prompt processing and key-value cache alike. Here the prompt is
-processed once, the M candidates read one copy of its keys and values, and what they add is written into buffers whose
-address and size never change.
+There are three ways, tried in this order. Each is held against a plain pass of the model before it is used.
+
+1. `SharedPromptCache`: the M candidates read one copy of their prompt's keys and values, and what they add is written
+   into buffers whose address and size never change. For attention in all layers, full or of a sliding window.
+2. `GrowingPromptCache`: the model's own cache, repeated M times, whatever it holds: recurrent states, latent attention.
+3. `GrowingPromptCache` without a cache: each step runs over the whole text. Right for any causal language model.
+
+Prompts are processed in groups of equal length, so that none is padded.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +24,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AttentionInterface, DynamicCache
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from daemon_fast.errors import InvalidInput
+from daemon_fast.proposals.twin import Twin
 
-__all__ = ["GrowingPromptCache", "Prompts", "SharedPromptCache", "cache_for", "process"]
+__all__ = ["GrowingPromptCache", "Prompts", "SharedPromptCache", "cache_for", "process", "way_of"]
 
 # From how many prompt tokens on the M candidates read the prompt's keys and values in place rather than each its own
 # copy. On a CPU sharing halves a step at 512 tokens and costs 0 to 3% at 32. On CUDA it takes ten small kernels in
@@ -35,9 +40,23 @@ SHARE_FROM = {"cpu": 0, "cuda": 512}
 # looks at the next of a few windows. On a CPU both are exact.
 PROMPT_MULTIPLE = 64
 SMALLEST_WINDOW = 64
-TRIAL = [[1, 2, 3], [4]]
-# Of the largest logit: two attention kernels agree to 1e-6 in float32 and to 1e-2 in 16 bits.
-TRIAL_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+# A trial: two prompts of different lengths, M = 2 candidates of each, some steps.
+TRIAL = [[3, 7, 5, 2, 11, 6, 4, 9, 13, 8, 10, 3, 12, 5, 7, 2, 6, 14, 4, 11], [4, 12, 5]]
+TRIAL_STEPS = 4
+LONGEST_TRIAL = 48  # tokens, of those that show whether logits depend on what follows
+# Of the largest logit: two ways that are right agree to 1e-6 in float32. In 16 bits each rounds by itself: random
+# models of two layers were seen to differ by 0.06.
+TRIAL_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
+TRIAL_TOLERANCE_16_BITS = 0.15
+
+
+@dataclass(frozen=True)
+class Group:
+    """Prompts of one length, [n] of their places among all, and the model's own cache of them, if it has one."""
+
+    places: Tensor
+    tokens: Tensor  # [n, length]
+    cache: Any
 
 
 @dataclass(frozen=True)
@@ -49,111 +68,164 @@ class Prompts:
     tokens : N lists of token ids
     logits : [N, V] float32
         Of the token that follows each prompt.
-    cache : the model's own, of N rows
-        Prompts shorter than the longest, P tokens, are padded on the left.
+    groups : by length
     lengths : [N] int64
     """
 
     tokens: list[list[int]]
     logits: Tensor
-    cache: Any
+    groups: list[Group]
     lengths: Tensor
 
     @property
     def width(self) -> int:
-        """P"""
+        """P, the length of the longest."""
         return max(map(len, self.tokens))
 
 
-def process(model: Any, tokens: list[list[int]]) -> Prompts:
-    """Run the model over each prompt once, all in one batch."""
-    width, device = max(map(len, tokens)), model.device
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in tokens], device=device)
-    lengths = torch.tensor([len(row) for row in tokens], device=device)
-    # Without padding there is no mask, which lets the attention take its fastest path.
-    padded = any(len(row) < width for row in tokens)
-    mask = _not_padding(lengths, width) if padded else None
-    positions = (torch.arange(width, device=device) - (width - lengths[:, None])).clamp_min(0)
-    cache = DynamicCache(config=model.config)
-    return Prompts(tokens, _forward(model, ids, positions, cache, mask), cache, lengths)
+def process(model: Twin, tokens: Sequence[Sequence[int]], cached: bool = True) -> Prompts:
+    """Run the model over each prompt once, those of one length in one batch."""
+    lengths = [len(row) for row in tokens]
+    groups, logits = [], [torch.empty(0)] * len(tokens)
+    model.set_attention(None)
+    for length in sorted(set(lengths)):
+        places = [i for i, n in enumerate(lengths) if n == length]
+        ids = torch.tensor([list(tokens[i]) for i in places], device=model.device)
+        out = model(ids, use_cache=cached, logits_to_keep=1)
+        for i, row in zip(places, out.logits[:, -1].float(), strict=True):
+            logits[i] = row
+        cache = next(((name, out[name]) for name in CACHES if out.get(name) is not None), None) if cached else None
+        groups.append(Group(torch.tensor(places, device=model.device), ids, cache))
+    listed = [list(row) for row in tokens]
+    return Prompts(listed, torch.stack(logits), groups, torch.tensor(lengths, device=model.device))
 
 
-def _not_padding(lengths: Tensor, width: int) -> Tensor:
-    """[N, width] bool of prompts padded on the left."""
-    return torch.arange(width, device=lengths.device) >= width - lengths[:, None]
+# What models call the cache, which they return and take.
+CACHES = ("past_key_values", "cache_params", "state")
 
 
-def _forward(model: Any, ids: Tensor, positions: Tensor, cache: Any, mask: Tensor | None) -> Tensor:
-    """[B, V] float32 logits behind the last of ids [B, T]."""
-    accepted = inspect.signature(model.forward).parameters
-    options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-    if "position_ids" in accepted:
-        options["position_ids"] = positions
-    if mask is not None:
-        options["attention_mask"] = mask.long()
-    logits: Tensor = model(ids, past_key_values=cache, use_cache=True, **options).logits[:, -1].float()
-    return logits
+# ---- which way ------------------------------------------------------------------------------------------------------
+
+# Of each model: what it was when it was tried, and what came out. Weights have no part in it.
+_tried: WeakKeyDictionary[Any, tuple[Any, str]] = WeakKeyDictionary()
+
+
+def way_of(model: Twin) -> str:
+    """ "shared", "growing" or "recomputed": the first whose logits are those of a plain pass.
+
+    Raises
+    ------
+    InvalidInput
+        The model is no causal language model: a token's logits depend on what follows it.
+    """
+    structure = model.structure
+    found = _tried.get(model.model)
+    if found is None or found[0] != structure:
+        found = _tried[model.model] = structure, _try(model)
+    return found[1]
+
+
+@torch.inference_mode()
+def _try(model: Twin) -> str:
+    tolerance = TRIAL_TOLERANCE.get(next(model.module.parameters()).dtype, TRIAL_TOLERANCE_16_BITS)
+    size = model.config.vocab_size
+    _check_causal(model, tolerance)
+    trial = [[token % size for token in prompt] for prompt in TRIAL]
+    rows = [prompt for prompt in trial for _ in range(2)]
+    added = (torch.arange(4 * TRIAL_STEPS).reshape(4, TRIAL_STEPS) * 5 + 1) % min(size, 16)
+    plain = []
+    for row, more in zip(rows, added.tolist(), strict=True):
+        logits = model.plain(torch.tensor([[*row, *more]], device=model.device))[0].float()
+        plain.append(logits[len(row) - 1 :])
+    reasons: list[str] = []
+    for way in ("shared", "growing"):
+        try:
+            if _agrees(model, way, trial, added, plain, tolerance):
+                if way == "growing":
+                    warnings.warn(
+                        f"{model.name} {reasons[0]}: its candidates are drawn with the model's own growing cache, "
+                        "which gives the same results more slowly",
+                        stacklevel=5,
+                    )
+                return way
+            reasons.append("gives other logits with our attention than with its own")
+        except Exception as error:  # whatever a model raises that is not made for this
+            reasons.append(f"can't share its prompt's cache ({type(error).__name__}: {' '.join(str(error).split())})")
+    warnings.warn(
+        f"{model.name} has no cache that can be kept: each step of its candidates computes the whole text again, which "
+        "gives the same results much more slowly",
+        stacklevel=5,
+    )
+    return "recomputed"
+
+
+def _check_causal(model: Twin, tolerance: float) -> None:
+    length = min(LONGEST_TRIAL, model.context or LONGEST_TRIAL)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (4, length), generator=generator).to(model.device)
+    whole = model.plain(ids).float()
+    for cut in sorted({1 + i * (length - 1) // 6 for i in range(6)}):
+        if not _near(model.plain(ids[:, :cut]).float(), whole[:, :cut], tolerance):
+            raise InvalidInput(
+                f"{model.name} is no causal language model as it is configured: the logits of a token depend on those "
+                "that follow it (is_decoder = False?)"
+            )
+
+
+def _agrees(
+    model: Twin, way: str, trial: list[list[int]], added: Tensor, plain: list[Tensor], tolerance: float
+) -> bool:
+    prompts = process(model, trial)
+    shares = [(True, True), (True, False), (False, True), (False, False)] if way == "shared" else [(True, True)]
+    for share, exact in shares:
+        cache = (
+            SharedPromptCache(model, prompts, 2, TRIAL_STEPS, share, exact)
+            if way == "shared"
+            else GrowingPromptCache(model, 2)
+        )
+        if isinstance(cache, SharedPromptCache) and not share and cache.share:
+            continue  # its attention can only share
+        cache.load(model, prompts)
+        slot = torch.zeros(1, dtype=torch.int64, device=model.device)
+        for t in range(TRIAL_STEPS):
+            got = cache.step(added[:, t].to(model.device), slot, cache.window(t)).float()
+            if not all(_near(g, want[t + 1], tolerance) for g, want in zip(got, plain, strict=True)):
+                return False
+            slot += 1
+    return True
+
+
+def _near(got: Tensor, want: Tensor, tolerance: float) -> bool:
+    return float((got - want).abs().max()) <= tolerance * max(1.0, float(want.abs().max()))
 
 
 def cache_for(
-    model: Any, prompts: Prompts, num_candidates: int, max_new_tokens: int
+    model: Twin, prompts: Prompts, num_candidates: int, max_new_tokens: int
 ) -> SharedPromptCache | GrowingPromptCache:
-    """What suits the model. One that our attention doesn't suit keeps its own, with a warning: same results, slower."""
-    if model not in _unsuited:
-        _unsuited[model] = _why_unsuited(model)
-    if _unsuited[model] is None:
+    """What suits the model."""
+    if way_of(model) == "shared":
         return SharedPromptCache(model, prompts, num_candidates, max_new_tokens)
-    warnings.warn(
-        f"{type(model).__name__} {_unsuited[model]}: its candidates are drawn with the model's own growing cache, "
-        "which gives the same results more slowly",
-        stacklevel=4,
-    )
-    return GrowingPromptCache(model, prompts, num_candidates)
+    return GrowingPromptCache(model, num_candidates)
 
 
-_unsuited: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
-
-
-def _why_unsuited(model: Any) -> str | None:
-    """Found out once a model, by what it says of itself and by a trial of a few tokens."""
-    if not getattr(model, "_supports_attention_backend", False):
-        return "takes no attention function from outside"
-    prompts = process(model, TRIAL)
-    if other := sorted({type(layer).__name__ for layer in prompts.cache.layers if type(layer) is not DynamicLayer}):
-        return f"has a cache that ours can't replace ({', '.join(other)})"
-    ids, slot = (torch.zeros(n, dtype=torch.int64, device=model.device) for n in (2 * len(TRIAL), 1))
-    logits = []
-    try:
-        for kind in (
-            GrowingPromptCache(model, prompts, 2), SharedPromptCache(model, prompts, 2, 1, True),
-            SharedPromptCache(model, prompts, 2, 1, False),
-        ):  # fmt: skip
-            kind.load(prompts)
-            logits.append(kind.step(ids, slot, 1))
-    except NotImplementedError as error:
-        return f"needs {error}"
-    want = logits[0]
-    for got in logits[1:]:
-        if float((got - want).abs().max()) > TRIAL_TOLERANCE.get(model.dtype, 0.05) * float(want.abs().max()):
-            return "gives other logits with our attention than with its own"
-    return None
+# ---- the model's own cache, or none ---------------------------------------------------------------------------------
 
 
 class GrowingPromptCache:
-    """For any model whose cache can be expanded: the prompt's is copied M times, and grows by concatenation."""
+    """M candidates of each prompt, with the model's own cache, repeated M times; without one, over the whole text."""
 
-    def __init__(self, model: Any, prompts: Prompts, num_candidates: int) -> None:
-        if not hasattr(prompts.cache, "batch_repeat_interleave"):
-            raise InvalidInput(f"the cache of {type(model).__name__} can't be expanded to several candidates")
-        self._model, self._num_candidates = model, num_candidates
+    def __init__(self, model: Twin, num_candidates: int) -> None:
+        self._num_candidates = num_candidates
 
-    def load(self, prompts: Prompts) -> None:
+    def load(self, model: Twin, prompts: Prompts) -> None:
         """See `SharedPromptCache.load`."""
-        self._cache = copy.deepcopy(prompts.cache)
-        self._cache.batch_repeat_interleave(self._num_candidates)
-        self._start = prompts.lengths.repeat_interleave(self._num_candidates)[:, None]
-        padded = any(len(row) < prompts.width for row in prompts.tokens)
-        self._mask = _not_padding(self._start[:, 0], prompts.width) if padded else None
+        m = self._num_candidates
+        self._model, self._parts = model, []
+        for group in prompts.groups:
+            rows = (group.places[:, None] * m + torch.arange(m, device=group.places.device)).flatten()
+            tokens = group.tokens.repeat_interleave(m, dim=0)
+            cache = None if group.cache is None else (group.cache[0], _repeated(group.cache[1], len(group.tokens), m))
+            self._parts.append(_Part(rows, tokens, cache))
 
     def window(self, slot: int) -> int:
         """See `SharedPromptCache.window`."""
@@ -161,15 +233,74 @@ class GrowingPromptCache:
 
     def step(self, ids: Tensor, slot: Tensor, window: int) -> Tensor:
         """See `SharedPromptCache.step`."""
-        if self._mask is not None:
-            self._mask = F.pad(self._mask, (0, 1), value=True)
-        return _forward(self._model, ids[:, None], self._start + slot, self._cache, self._mask)
+        self._model.set_attention(None)
+        found, order = [], []
+        for part in self._parts:
+            part.tokens = torch.cat([part.tokens, ids[part.rows, None]], dim=1)
+            if part.cache is None:
+                out = self._model(part.tokens, use_cache=False, logits_to_keep=1)
+            else:
+                name, cache = part.cache
+                end = part.tokens.shape[1] - 1
+                positions = torch.full((len(part.rows), 1), end, device=ids.device)
+                out = self._model(part.tokens[:, -1:], positions, use_cache=True, logits_to_keep=1, **{name: cache})
+                part.cache = (name, out[name])
+            found.append(out.logits[:, -1].float())
+            order.append(part.rows)
+        logits = torch.cat(found)
+        return logits[torch.cat(order).argsort()]
 
     def keep(self, rows: Tensor) -> None:
         """See `SharedPromptCache.keep`."""
-        self._cache.batch_select_indices(rows)
-        self._start = self._start[rows]
-        self._mask = None if self._mask is None else self._mask[rows]
+        place = torch.full((int(sum(len(part.rows) for part in self._parts)),), -1, device=rows.device)
+        place[rows] = torch.arange(len(rows), device=rows.device)
+        for part in self._parts:
+            kept = (place[part.rows] >= 0).nonzero().flatten()
+            part.cache = None if part.cache is None else (part.cache[0], _selected(part.cache[1], kept, len(part.rows)))
+            part.rows, part.tokens = place[part.rows][kept], part.tokens[kept]
+
+
+@dataclass
+class _Part:
+    rows: Tensor  # [r] places among all rows
+    tokens: Tensor  # [r, length so far]
+    cache: tuple[str, Any] | None  # what the model calls it, and the cache
+
+
+def _repeated(cache: Any, n: int, m: int) -> Any:
+    """A copy of a cache of n rows, each repeated m times."""
+    index = torch.arange(n).repeat_interleave(m)
+    return _selected(copy.deepcopy(cache), index, n)
+
+
+def _selected(cache: Any, rows: Tensor, size: int) -> Any:
+    """The rows of a cache of `size` rows: of every tensor in it, however deep, whose first dimension is of that size.
+
+    Caches differ in what they hold: keys and values, states of convolutions and recurrences, statistics. What they
+    share is that rows of the batch come first.
+    """
+    seen: dict[int, tuple[Any, Any]] = {}  # what was there, which lives on so that its id stays its own, and what is
+
+    def of(value: Any) -> Any:
+        if id(value) in seen:
+            return seen[id(value)][1]
+        if isinstance(value, Tensor):
+            batched = value.ndim > 1 and value.shape[0] == size
+            seen[id(value)] = value, value[rows.to(value.device)] if batched else value
+            return seen[id(value)][1]
+        if isinstance(value, dict):
+            return {key: of(item) for key, item in value.items()} if type(value) is dict else value
+        if type(value) in (list, tuple):
+            return type(value)(map(of, value))
+        if type(value).__module__.startswith("transformers.") and hasattr(value, "__dict__"):
+            seen[id(value)] = value, value
+            vars(value).update({name: of(item) for name, item in vars(value).items()})
+        return value
+
+    return of(cache)
+
+
+# ---- one copy of each prompt ----------------------------------------------------------------------------------------
 
 
 class SharedPromptCache:
@@ -183,45 +314,47 @@ class SharedPromptCache:
 
     def __init__(
         self,
-        model: Any,
+        model: Twin,
         prompts: Prompts,
         num_candidates: int,
         max_new_tokens: int,
         share: bool | None = None,
         exact: bool | None = None,
     ) -> None:
-        device = prompts.lengths.device
-        self._model, self._num_candidates, self._num_prompts = model, num_candidates, len(prompts.tokens)
+        device = model.device
+        self._num_candidates, self._num_prompts, self._capacity = num_candidates, len(prompts.tokens), max_new_tokens
         self._exact = device.type == "cpu" if exact is None else exact
         self._width = _padded_width(prompts.width, self._exact)
-        self.share = self._width >= SHARE_FROM.get(device.type, 0) if share is None else share
-        self._slots_before = 0 if self.share else self._width
+        caches = [_layers_of(model, group) for group in prompts.groups]
+        self._windows = [getattr(layer, "sliding_window", None) for layer in caches[0]]
+        wanted = self._width >= SHARE_FROM.get(device.type, 0) if share is None else share
+        # A captured step and its buffers serve one kind of attention only.
+        self.share = wanted or _needs_sharing(model)
+        longest = [max((c[i] for c in caches), key=lambda x: x.keys.shape[2]) for i in range(len(caches[0]))]
         self._layers = [
-            _Layer(layer, self._num_prompts * num_candidates, self._slots_before + max_new_tokens)
-            for layer in prompts.cache.layers
+            _Layer(layer, window, len(prompts.tokens), num_candidates, self._width, max_new_tokens, self.share)
+            for layer, window in zip(longest, self._windows, strict=True)
         ]
         self._cache = Cache(layers=self._layers)
         self._start = torch.zeros(self._num_prompts * num_candidates, 1, dtype=torch.int64, device=device)
-        self._is_prompt = torch.zeros(self._num_prompts, self._width, dtype=torch.bool, device=device)
-        # A captured step reads these by address: `load` fills them, and never replaces them.
-        self._expanded = self._is_prompt.repeat_interleave(num_candidates, dim=0) if not self.share else None
+        self._lengths = torch.zeros(self._num_prompts, dtype=torch.int64, device=device)
+        self._rows = self._num_prompts * num_candidates
+        self.model = model
 
     def suits(self, prompts: Prompts) -> bool:
         """Whether `load` can take them."""
         return len(prompts.tokens) == self._num_prompts and _padded_width(prompts.width, self._exact) == self._width
 
-    def load(self, prompts: Prompts) -> None:
-        """Begin with these prompts."""
-        for layer, own in zip(prompts.cache.layers, self._layers, strict=True):
-            if self.share:
-                own.share(layer.keys, layer.values, self._width)
-            else:
-                own.copy(layer.keys, layer.values, self._width)
+    def load(self, model: Twin, prompts: Prompts) -> None:
+        """Begin with these prompts, of a twin of the same model."""
+        self.model = model
+        for group in prompts.groups:
+            for layer, own in zip(_layers_of(model, group), self._layers, strict=True):
+                own.load(group.places, layer.keys, layer.values)
+        # A captured step reads these by address: they are filled, and never replaced.
         self._start.copy_(prompts.lengths.repeat_interleave(self._num_candidates)[:, None])
-        self._is_prompt.copy_(_not_padding(prompts.lengths, self._width))
-        self._padded = not self._exact or any(len(row) < self._width for row in prompts.tokens)
-        if self._expanded is not None:
-            self._expanded.copy_(self._is_prompt.repeat_interleave(self._num_candidates, dim=0))
+        self._lengths.copy_(prompts.lengths)
+        self._padded = not self._exact or len(prompts.groups) > 1
 
     def window(self, slot: int) -> int:
         """How many slots the attention of a step looks at."""
@@ -243,81 +376,128 @@ class SharedPromptCache:
         -------
         [R, V] float32 logits of the next token.
         """
-        window = min(window, self._layers[0].capacity - self._slots_before)
-        at, end = slot + self._slots_before, self._slots_before + window
+        window = min(window, self._capacity)
+        self._visible: dict[tuple[int, int | None], tuple[Tensor | None, Tensor | None]] = {}
         for layer in self._layers:
-            layer.at, layer.end = at, end
-        seen = None if self._exact else torch.arange(window, device=slot.device) <= slot  # [window]
-        self._masks = self._shared_masks(seen) if self.share else (self._mask(seen), None)
-        with self._attention():
-            return _forward(self._model, ids[:, None], self._start + slot, self._cache, None)
+            layer.at, layer.end = slot + layer.before, layer.before + window
+            key = (layer.width, layer.window)
+            if key not in self._visible:
+                self._visible[key] = self._what_is_visible(layer, slot, window)
+        self.model.set_attention(ATTENTION)
+        with _now(self):
+            out = self.model(
+                ids[:, None], self._start + slot, past_key_values=self._cache, use_cache=True, logits_to_keep=1
+            )
+        logits: Tensor = out.logits[:, -1].float()
+        return logits
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only, of each prompt as many."""
         for layer in self._layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
         self._start = self._start[rows]
-        self._expanded = None if self._expanded is None else self._expanded[rows]
+        self._rows = len(rows)
 
-    def _mask(self, seen: Tensor | None) -> Tensor | None:
-        """[R, 1, 1, P + window] bool, or None if everything is visible."""
-        if seen is None and not self._padded:
-            return None
-        assert self._expanded is not None
-        rows, end = len(self._expanded), self._layers[0].end
-        own = torch.ones(end - self._width, dtype=torch.bool, device=self._start.device) if seen is None else seen
-        return torch.cat([self._expanded, own.expand(rows, -1)], dim=1)[:, None, None]
+    def _what_is_visible(self, layer: _Layer, slot: Tensor, window: int) -> tuple[Tensor | None, Tensor | None]:
+        """[N, width] bool of the prompts' slots, and [window] of those that candidates filled; None: all of them.
 
-    def _shared_masks(self, seen: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """What to add to the scores: [N, 1, 1, P] of the prompt, [window] of what the candidates added."""
-        prompt = _as_bias(self._is_prompt)[:, None, None] if self._padded else None
-        return prompt, None if seen is None else _as_bias(seen)
+        A prompt's tokens stand on the right. From the slot of a step, column c of the prompt lies slot + width - c
+        tokens back, and slot t lies slot - t back; a sliding window sees less than `layer.window` back.
+        """
+        w, device = layer.window, slot.device
+        hidden = w is not None and (not self._exact or layer.width + window > w)  # exact: slot is window - 1
+        prompt = own = None
+        if self._padded or hidden:
+            column = torch.arange(layer.width, device=device)
+            prompt = column >= layer.width - self._lengths[:, None]
+            if w is not None and hidden:
+                prompt = prompt & (column > slot + layer.width - w)
+        if not self._exact or hidden:
+            column = torch.arange(window, device=device)
+            own = column <= slot
+            if w is not None and hidden:
+                own = own & (column > slot - w)
+        return prompt, own
 
-    @contextlib.contextmanager
-    def _attention(self) -> Iterator[None]:
-        """Meanwhile the model's layers call `_attention_function` in place of their own attention."""
-        config = self._model.config.get_text_config(decoder=True)
-        before, token = config._attn_implementation, _active.set(self)
-        config._attn_implementation = ATTENTION
-        try:
-            yield
-        finally:
-            config._attn_implementation = before
-            _active.reset(token)
-
-    def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    def attend(
+        self,
+        layer: _Layer,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
         """[R, 1, H, D] attention of query [R, H, 1, D] to keys and values [R, H', S, D]; H is a multiple of H'."""
         rows, heads, _, depth = query.shape
-        groups = keys.shape[1]
+        groups, n = keys.shape[1], self._num_prompts
         query = query.reshape(rows, groups, heads // groups, depth)
-        first, own = self._masks
+        prompt, own = self._visible[layer.width, layer.window]
         if not self.share:
-            out = F.scaled_dot_product_attention(query, keys, values, attn_mask=first, scale=scale)
+            mask = None
+            if prompt is not None or own is not None:
+                first = torch.ones(n, layer.width, dtype=torch.bool, device=query.device) if prompt is None else prompt
+                rest = torch.ones(keys.shape[2] - layer.width, dtype=torch.bool, device=query.device)
+                rest = rest if own is None else own
+                first = first.repeat_interleave(rows // n, dim=0)
+                mask = torch.cat([first, rest.expand(rows, -1)], dim=1)[:, None, None]
+            out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
             return out.reshape(rows, 1, heads, -1)
 
-        n = self._num_prompts
-        prompt_keys, prompt_values = self._layers[layer].prompt
+        prompt_keys, prompt_values = layer.prompt
         # All candidates' queries of a prompt at once: its keys and values are read once, not M times.
-        by_prompt = _by_prompt(query, n)  # [N, H', M * G, D]
-        to_prompt = by_prompt @ prompt_keys.transpose(-1, -2)
+        to_prompt = _by_prompt(query, n) @ prompt_keys.transpose(-1, -2)  # [N, H', M * G, width]
         to_own = _by_prompt(query @ keys.transpose(-1, -2), n)
-        if first is not None:
-            to_prompt = to_prompt + first
+        scores = torch.cat([to_prompt, to_own], dim=-1) * scale
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        if prompt is not None:
+            scores[..., : layer.width] += _as_bias(prompt, scores.dtype)[:, None, None]
         if own is not None:
-            to_own = to_own + own
-        scores = torch.cat([to_prompt, to_own], dim=-1)
-        weights = torch.softmax(scores * scale, dim=-1, dtype=torch.float32).to(values.dtype)
-        of_prompt, of_own = weights[..., : self._width], weights[..., self._width :]
+            scores[..., layer.width :] += _as_bias(own, scores.dtype)
+        if sinks is not None:  # a score of each head that takes weight and gives nothing
+            each = sinks.to(scores.dtype).reshape(1, groups, 1, heads // groups).expand(n, -1, rows // n, -1)
+            scores = torch.cat([scores, each.reshape(n, groups, -1, 1)], dim=-1)
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype)
+        of_prompt = weights[..., : layer.width]
+        of_own = weights[..., layer.width : layer.width + keys.shape[2]]
         out = _by_row(of_prompt @ prompt_values, rows) + _by_row(of_own, rows) @ values
         return out.reshape(rows, 1, heads, -1)
+
+
+def _layers_of(model: Twin, group: Group) -> list[Any]:
+    """Layers of full or sliding-window attention.
+
+    Raises
+    ------
+    NotImplementedError
+        The cache holds something else.
+    """
+    cache: Any = None if group.cache is None else group.cache[1]
+    if not getattr(model.module, "_supports_attention_backend", False):
+        raise NotImplementedError("it takes no attention function from outside")
+    if type(getattr(cache, "layers", None)) is not list:
+        raise NotImplementedError(f"its cache is {type(cache).__name__}")
+    other = sorted({type(x).__name__ for x in cache.layers if type(x) not in (DynamicLayer, DynamicSlidingWindowLayer)})
+    if other or "chunked_attention" in (getattr(model.config, "layer_types", None) or ()):
+        raise NotImplementedError(f"its cache has {', '.join(other) or 'chunks'}")
+    return cache.layers  # type: ignore[no-any-return]
+
+
+def _needs_sharing(model: Twin) -> bool:
+    """Whether its attention has what torch's own function has not: capped scores, sinks."""
+    return bool(getattr(model.config, "attn_logit_softcapping", None)) or any(
+        hasattr(module, "sinks") for module in model.module.modules()
+    )
 
 
 def _padded_width(width: int, exact: bool) -> int:
     return width if exact else -(-width // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
 
 
-def _as_bias(visible: Tensor) -> Tensor:
-    return torch.zeros_like(visible, dtype=torch.float32).masked_fill(~visible, -torch.inf)
+def _as_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, -torch.inf)
 
 
 def _by_prompt(x: Tensor, n: int) -> Tensor:
@@ -335,9 +515,12 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
 
     Attributes
     ----------
+    window : tokens that a sliding window sees, itself included; None: all
+    width : slots of a prompt, of which a sliding window keeps the last ones only
     keys, values : [R, H, capacity, D]
         What the candidates added, behind their prompt's where each has its own copy.
-    prompt : keys and values [N, H, P, D] of the prompts, if they are shared
+    prompt : keys and values [N, H, width, D] of the prompts, if they are shared
+    before : slots that lie before what the candidates add
     at, end : the slot that a step writes, and the end of what its attention reads
     """
 
@@ -345,27 +528,32 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
     keys: Tensor
     values: Tensor
 
-    def __init__(self, source: Any, rows: int, capacity: int) -> None:
+    def __init__(self, source: Any, window: int | None, n: int, m: int, width: int, capacity: int, share: bool) -> None:
         super().__init__()
-        self.capacity, self.is_initialized = capacity, True
+        self.is_initialized, self.window, self._num_candidates = True, window, m
+        self.width = width if window is None else min(width, max(window - 1, 1))
+        self.before = 0 if share else self.width
         self.at, self.end = torch.zeros(1, dtype=torch.int64), 0
         # Zeros, not garbage: a slot that the mask hides must not hold NaN.
         self.keys, self.values = (
-            x.new_zeros(rows, x.shape[1], capacity, x.shape[3]) for x in (source.keys, source.values)
+            x.new_zeros(n * m, x.shape[1], self.before + capacity, x.shape[3]) for x in (source.keys, source.values)
         )
         self.prompt: tuple[Tensor, ...] = ()
+        if share:
+            self.prompt = tuple(
+                x.new_zeros(n, x.shape[1], self.width, x.shape[3]) for x in (source.keys, source.values)
+            )
 
-    def share(self, keys: Tensor, values: Tensor, width: int) -> None:
-        """Take prompts' keys and values [N, H, P', D] into [N, H, P, D], on the right."""
-        if not self.prompt:
-            self.prompt = tuple(x.new_zeros(*x.shape[:2], width, x.shape[3]) for x in (keys, values))
-        for x, own in zip((keys, values), self.prompt, strict=True):
-            own[:, :, width - x.shape[2] :] = x
-
-    def copy(self, keys: Tensor, values: Tensor, width: int) -> None:
-        """Take them into the first P slots of each of their candidates."""
-        for x, own in zip((keys, values), (self.keys, self.values), strict=True):
-            own.view(len(x), -1, *own.shape[1:])[:, :, :, width - x.shape[2] : width] = x[:, None]
+    def load(self, places: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Take keys and values [n, H, P', D] of the prompts at these places, on the right of their slots."""
+        for x, own, shared in zip((keys, values), (self.keys, self.values), self.prompt or (None, None), strict=True):
+            x = x[:, :, -self.width :]
+            if shared is not None:
+                shared[places, :, self.width - x.shape[2] :] = x
+            else:
+                own.view(-1, self._num_candidates, *own.shape[1:])[
+                    places, :, :, self.width - x.shape[2] : self.width
+                ] = x[:, None]
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         self.keys.index_copy_(2, self.at, keys)
@@ -382,13 +570,22 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         return self.end - 1
 
     def get_max_length(self) -> int:
-        return self.capacity
+        return self.end
 
 
 # ---- Transformers' hook ---------------------------------------------------------------------------------------------
 
 ATTENTION = "daemon_fast_candidates"
-_active: ContextVar[SharedPromptCache] = ContextVar("active")
+_active: ContextVar[SharedPromptCache] = ContextVar("active")  # of this thread
+
+
+@contextlib.contextmanager
+def _now(cache: SharedPromptCache) -> Iterator[None]:
+    token = _active.set(cache)
+    try:
+        yield
+    finally:
+        _active.reset(token)
 
 
 def _attention_function(
@@ -401,11 +598,14 @@ def _attention_function(
     dropout: float = 0.0,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    for name in ("softcap", "s_aux", "sliding_window", "position_bias"):
-        if options.get(name) is not None:
-            raise NotImplementedError(f"attention with {name}")
+    cache = _active.get()
+    layer = cache._layers[module.layer_idx]
+    if options.get("position_bias") is not None:
+        raise NotImplementedError("attention with position_bias")
+    if options.get("sliding_window") not in (None, layer.window):
+        raise NotImplementedError(f"a sliding window of {options['sliding_window']} over a cache without")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _active.get().attend(module.layer_idx, query, key, value, scale), None
+    return cache.attend(layer, query, key, value, scale, options.get("softcap"), options.get("s_aux")), None
 
 
 AttentionInterface.register(ATTENTION, _attention_function)

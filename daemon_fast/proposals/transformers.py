@@ -20,7 +20,8 @@ from daemon_fast.models import DEFAULT_MODEL, load_language_model
 from daemon_fast.proposals import base
 from daemon_fast.proposals.base import Prefix, ProposalSettings, tokenize, vocabulary_fingerprint
 from daemon_fast.proposals.candidates import Candidates
-from daemon_fast.proposals.prompt_cache import Prompts, SharedPromptCache, cache_for, process
+from daemon_fast.proposals.prompt_cache import Prompts, SharedPromptCache, cache_for, process, way_of
+from daemon_fast.proposals.twin import Twin, context_of, device_of, text_config, unwrapped
 
 __all__ = ["TransformersProposal"]
 
@@ -35,11 +36,16 @@ class TransformersProposal:
 
     Parameters
     ----------
-    model : a causal LM in evaluation mode, on its device
+    model : a causal LM of Transformers, on its device; also inside torch.compile, PEFT's adapters and the like. It is
+        used in evaluation mode, without gradient checkpointing, and left as it is.
     tokenizer : its tokenizer, or None if prefixes are given as token ids (then there are no texts)
     model_id : recorded in artefacts; default: the model's own
     eos_token_ids : default: those of the model's generation config, or the tokenizer's
     **settings : the fields of `ProposalSettings`
+
+    Attributes
+    ----------
+    path : how candidates were drawn last: "shared", "growing" or "recomputed", see `daemon_fast.proposals.prompt_cache`
 
     Examples
     --------
@@ -57,19 +63,22 @@ class TransformersProposal:
         **settings: Any,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        vocabulary = vocabulary_fingerprint(tokenizer) if tokenizer is not None else str(model.config.vocab_size)
-        self.settings = ProposalSettings(model_id or model.config._name_or_path, vocabulary, **settings)
+        size = text_config(model).vocab_size
+        vocabulary = vocabulary_fingerprint(tokenizer) if tokenizer is not None else str(size)
+        self.settings = ProposalSettings(model_id or unwrapped(model).config._name_or_path, vocabulary, **settings)
         if eos_token_ids is None:
-            configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+            configured = getattr(getattr(unwrapped(model), "generation_config", None), "eos_token_id", None)
             eos_token_ids = base.eos_token_ids(configured, tokenizer)
         eos = list(eos_token_ids)
-        self._eos = torch.tensor(eos, dtype=torch.int64, device=model.device)
+        if bad := [i for i in eos if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < size]:
+            raise InvalidInput(f"eos_token_ids has {bad[0]!r}: it must be token ids from 0 to {size - 1}")
+        self._eos = torch.tensor(eos, dtype=torch.int64, device=device_of(unwrapped(model)))
         self._truncate = [TopKLogitsWarper(self.settings.top_k)] if self.settings.top_k else []
         if self.settings.top_p < 1:
             self._truncate.append(TopPLogitsWarper(self.settings.top_p))
         if self.settings.min_p > 0:
             self._truncate.append(MinPLogitsWarper(self.settings.min_p))
-        self._prompts: Prompts | None = None
+        self.path: str | None = None
         self._batch: _Batch | None = None
 
     @classmethod
@@ -97,16 +106,15 @@ class TransformersProposal:
         ------
         InvalidInput
         """
-        config = self.model.config
-        context = getattr(config, "max_position_embeddings", None)
-        return tokenize(prefixes, self.tokenizer, config.vocab_size, context, self.settings.max_new_tokens)
+        size, context = text_config(self.model).vocab_size, context_of(self.model)
+        return tokenize(prefixes, self.tokenizer, size, context, self.settings.max_new_tokens)
 
     @torch.inference_mode()
     def propose(self, prefixes: Sequence[Prefix], seed: int) -> Candidates:
-        """M candidates of each prefix, all prefixes in one batch; shorter prefixes are padded on the left.
+        """M candidates of each prefix, all prefixes in one batch.
 
-        The last prefixes' key-value cache is kept: more candidates of the same ones, by another seed, cost no second
-        prompt processing. On CUDA a step is captured in a graph, which serves later calls of the same shape.
+        Nothing is kept from call to call that the model's weights decide. On CUDA a step is captured in a graph, which
+        serves later calls of the same shape for as long as the model is the same one, in the same state.
 
         Parameters
         ----------
@@ -116,26 +124,21 @@ class TransformersProposal:
         Raises
         ------
         InvalidInput
-            No prefixes, an empty one, or one too long for the model's context.
+            No prefixes, an empty one, one too long for the model's context; or a model that is no causal LM.
         """
-        prompts = self.prefill(prefixes)
+        tokens = self.tokenize(prefixes)
+        model = Twin(self.model)
+        self.path = way_of(model)
+        prompts = process(model, tokens, cached=self.path != "recomputed")
+        state = model.state() if model.device.type == "cuda" else None
         batch = self._batch
-        if batch is None or not batch.suits(prompts):
+        if batch is None or batch.state != state or not batch.suits(prompts):
             batch = self._batch = None  # its buffers are freed before others are made
-            batch = _Batch(self, prompts)
-        if self.model.device.type == "cuda":
+            batch = _Batch(self, model, prompts, state)
+        if model.device.type == "cuda":
             self._batch = batch
-        batch.run(prompts, seed)
+        batch.run(model, prompts, seed)
         return batch.candidates()
-
-    @torch.inference_mode()
-    def prefill(self, prefixes: Sequence[Prefix]) -> Prompts:
-        """Process prefixes ahead of time: the next `propose` of the same ones begins to draw at once."""
-        prefix_tokens = self.tokenize(prefixes)
-        if self._prompts is None or self._prompts.tokens != prefix_tokens:
-            self._prompts = None  # frees its cache before another is made
-            self._prompts = process(self.model, prefix_tokens)
-        return self._prompts
 
     @torch.inference_mode()
     def score(self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> Candidates:
@@ -150,6 +153,8 @@ class TransformersProposal:
         Candidates
             `token_log_q` is what the proposal would give: -inf for a token that it can't draw.
         """
+        model = Twin(self.model)
+        way_of(model)  # refuses what is no causal language model
         prefix_tokens = [list(map(int, prefix)) for prefix in prefixes]
         rows = [p + list(map(int, c)) for p, c in zip(prefix_tokens, continuations, strict=True)]
         lengths = torch.tensor([len(c) for c in continuations])
@@ -160,10 +165,10 @@ class TransformersProposal:
             batch = rows[begin : begin + batch_size]
             # Padding on the right is invisible to a causal model.
             padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in batch], batch_first=True)
-            logits = self.model(padded.to(self.model.device), use_cache=False).logits
+            logits = model.plain(padded.to(model.device))
             for i, row in enumerate(batch, begin):
                 n, start = len(continuations[i]), len(prefix_tokens[i])
-                ids = torch.tensor(row[start:], device=self.model.device)
+                ids = torch.tensor(row[start:], device=model.device)
                 own = logits[i - begin, start - 1 : start - 1 + n].float()
                 step_p, step_q = self._log_probs(own, self._scores(own, min(n, self.settings.min_new_tokens)), ids)
                 tokens[i, :n], log_p[i, :n], log_q[i, :n] = ids.cpu(), step_p.cpu(), step_q.cpu()
@@ -211,10 +216,10 @@ class _Batch:
     in a graph and replayed.
     """
 
-    def __init__(self, proposal: TransformersProposal, prompts: Prompts) -> None:
-        s, device = proposal.settings, proposal.model.device
-        self._proposal, self._prompts = proposal, prompts
-        self._cache = cache_for(proposal.model, prompts, s.num_candidates, s.max_new_tokens)
+    def __init__(self, proposal: TransformersProposal, model: Twin, prompts: Prompts, state: int | None = None) -> None:
+        s, device = proposal.settings, model.device
+        self._proposal, self._prompts, self.state = proposal, prompts, state
+        self._cache = cache_for(model, prompts, s.num_candidates, s.max_new_tokens)
         self._rows = torch.arange(len(prompts.tokens) * s.num_candidates, device=device)  # that still grow
         shape = s.max_new_tokens, len(self._rows)
         self._uniforms = torch.zeros(shape, dtype=torch.float64, device=device)
@@ -225,16 +230,16 @@ class _Batch:
         self._ids = torch.zeros_like(self._lengths)  # drawn last, one per row that still grows
         self._slot = torch.zeros(1, dtype=torch.int64, device=device)
         captures = device.type == "cuda" and isinstance(self._cache, SharedPromptCache)
-        self._graphs = _Graphs(captures, type(proposal.model).__name__)
+        self._graphs = _Graphs(captures, model.name)
 
     def suits(self, prompts: Prompts) -> bool:
         """Whether it can draw candidates of these, too."""
         return isinstance(self._cache, SharedPromptCache) and self._cache.suits(prompts)
 
-    def run(self, prompts: Prompts, seed: int) -> None:
+    def run(self, model: Twin, prompts: Prompts, seed: int) -> None:
         s, device = self._proposal.settings, self._slot.device
         self._prompts = prompts
-        self._cache.load(prompts)
+        self._cache.load(model, prompts)
         # Drawn on the host, so that a seed means the same on every device.
         generator = torch.Generator().manual_seed(seed)
         self._uniforms.copy_(torch.rand(self._uniforms.shape, generator=generator, dtype=torch.float64))

@@ -120,18 +120,6 @@ def test_it_streams_the_chosen_text(model, capsys):
     assert capsys.readouterr().out.split() == tiny.tokenizer().decode(out[0, 3:]).split()
 
 
-def test_the_proposal_is_kept_for_the_next_call(model, monkeypatch):
-    energy, _ = energy_for(model)
-    generate(model, energy)
-    monkeypatch.setattr(TransformersProposal, "__init__", None)
-    generate(model, energy, seed=4)
-
-
-class Nothing(LogitsProcessor):
-    def __call__(self, input_ids, scores):
-        return scores
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

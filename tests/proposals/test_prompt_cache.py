@@ -3,26 +3,62 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import warnings
 
 import pytest
 import tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import BloomConfig, BloomForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+)
 
 from daemon_fast import TransformersProposal
+from daemon_fast.errors import InvalidInput
 from daemon_fast.proposals import prompt_cache
 from daemon_fast.proposals import transformers as drawing
-from daemon_fast.proposals.prompt_cache import GrowingPromptCache, SharedPromptCache, process
+from daemon_fast.proposals.prompt_cache import GrowingPromptCache, SharedPromptCache, process, way_of
+from daemon_fast.proposals.twin import Twin
 
 M, STEPS = 3, 7
 PROMPTS = {"padded": [[5, 9, 30], [7], [3, 4, 5, 6, 7, 8, 9, 10, 11]], "equal lengths": [[5, 9, 30], [8, 8, 2]]}
-OURS = [family for family in tiny.FAMILIES if "sliding" not in family]
+# Longer than the window of 8 tokens, by themselves and with what is drawn.
+LONG = [list(range(2, 16)), [9, 3, 8, 4, 7, 5], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]
 
 
-def logits_of(kind, prompts, ids, keep=None):
+def gemma2(**changes):
+    shape = {**tiny._ROPE, "bos_token_id": 0, "head_dim": 8, "sliding_window": 8, "attn_logit_softcapping": 3.0}
+    return Gemma2ForCausalLM(Gemma2Config(**{**shape, **changes})).eval()
+
+
+def gpt_oss():
+    return GptOssForCausalLM(
+        GptOssConfig(
+            **{**tiny._ROPE, "bos_token_id": 0}, head_dim=8, sliding_window=8, num_local_experts=2,
+            num_experts_per_tok=1, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        )
+    ).eval()  # fmt: skip
+
+
+FAMILIES = {**tiny.FAMILIES, "gemma2: window and capped scores": gemma2, "gpt-oss: window and sinks": gpt_oss}
+
+
+def model_of(family):
+    torch.manual_seed(0)
+    return Twin(FAMILIES[family]().eval())
+
+
+def logits_of(kind, model, prompts, ids, keep=None):
     """[STEPS, R, V] logits of the same tokens, appended one by one."""
-    kind.load(prompts)
+    kind.load(model, prompts)
     slot, out = torch.zeros(1, dtype=torch.int64), []
     for t in range(STEPS):
         if keep is not None and t == STEPS // 2:
@@ -33,52 +69,67 @@ def logits_of(kind, prompts, ids, keep=None):
     return out
 
 
+def plain(model, prompts, ids):
+    """The same by one unpadded pass of the model itself over each row."""
+    rows = [prompt for prompt in prompts.tokens for _ in range(M)]
+    out = []
+    for r, row in enumerate(rows):
+        text = torch.tensor([row + ids[:, r].tolist()])
+        out.append(model.model(text, use_cache=False).logits[0, len(row) :])
+    return torch.stack(out, dim=1)
+
+
 def some_ids(prompts):
     generator = torch.Generator().manual_seed(0)
     return torch.randint(tiny.VOCABULARY, (STEPS, M * len(prompts.tokens)), generator=generator)
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("tokens", PROMPTS.values(), ids=PROMPTS)
-@pytest.mark.parametrize("family", OURS)
+@pytest.mark.parametrize("tokens", [*PROMPTS.values(), LONG], ids=[*PROMPTS, "longer than a window"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("share", [False, True], ids=["copied", "shared"])
 @pytest.mark.parametrize("exact", [False, True], ids=["rounded up", "exact"])
-def test_our_cache_gives_the_models_own_logits(family, tokens, share, exact):
-    model = tiny.model(family)
+def test_our_cache_gives_the_logits_of_a_plain_pass(family, tokens, share, exact):
+    model = model_of(family)
+    before = copy.deepcopy(model.model.config.to_dict()), model.model.config._attn_implementation
     prompts = process(model, tokens)
     ids = some_ids(prompts)
-    want = logits_of(GrowingPromptCache(model, prompts, M), prompts, ids)
+    want = plain(model, prompts, ids)
     ours = SharedPromptCache(model, prompts, M, STEPS, share, exact)
-    before = model.config._attn_implementation
-    for got, wanted in zip(logits_of(ours, prompts, ids), want, strict=True):
+    for got, wanted in zip(logits_of(ours, model, prompts, ids), want, strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
-    assert model.config._attn_implementation == before
+    assert (model.model.config.to_dict(), model.model.config._attn_implementation) == before
+    assert way_of(model) == "shared"
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("share", [False, True], ids=["copied", "shared"])
-def test_rows_can_be_dropped(share):
-    model = tiny.model("llama")
-    prompts = process(model, PROMPTS["padded"])
-    ids, keep = some_ids(prompts), torch.tensor([2, 0, 3, 5, 7, 8])
-    want = logits_of(GrowingPromptCache(model, prompts, M), prompts, ids)
-    for kind in (SharedPromptCache(model, prompts, M, STEPS, share), GrowingPromptCache(model, prompts, M)):
-        for t, got in enumerate(logits_of(kind, prompts, ids, keep)):
+@pytest.mark.parametrize("cached", [False, True], ids=["recomputed", "growing"])
+def test_rows_can_be_dropped(share, cached):
+    model = model_of("llama")
+    ids, keep = some_ids(process(model, PROMPTS["padded"])), torch.tensor([2, 0, 3, 5, 7, 8])
+    prompts = process(model, PROMPTS["padded"], cached)
+    want = plain(model, prompts, ids)
+    kinds = [GrowingPromptCache(model, M)]
+    kinds += [SharedPromptCache(model, prompts, M, STEPS, share)] if cached else []
+    for kind in kinds:
+        for t, got in enumerate(logits_of(kind, model, prompts, ids, keep)):
             wanted = want[t] if t < STEPS // 2 else want[t][keep]
             torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("share", [False, True], ids=["copied", "shared"])
-def test_buffers_serve_other_prompts_of_the_same_rounded_size(share):
-    model = tiny.model("gpt2")
+@pytest.mark.parametrize("family", ["gpt2", "mistral, sliding window"])
+def test_buffers_serve_other_prompts_of_the_same_rounded_size(family, share):
+    model = model_of(family)
     first, second = process(model, [[5] * 20, [6] * 3]), process(model, [[9, 8], [7, 7, 1]])
     ours = SharedPromptCache(model, first, M, STEPS, share, exact=False)
     assert ours.suits(second)
     assert not ours.suits(process(model, [[5]]))
-    logits_of(ours, first, some_ids(first))
-    want = logits_of(GrowingPromptCache(model, second, M), second, some_ids(second))
-    for got, wanted in zip(logits_of(ours, second, some_ids(second)), want, strict=True):
+    logits_of(ours, model, first, some_ids(first))
+    want = plain(model, second, some_ids(second))
+    for got, wanted in zip(logits_of(ours, model, second, some_ids(second)), want, strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -102,28 +153,21 @@ def test_dropping_what_has_ended_changes_nothing(monkeypatch):
         monkeypatch.undo()
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: tiny.model("mistral, sliding window"), "cache that ours can't replace.*SlidingWindow"),
-        (
-            lambda: BloomForCausalLM(
-                BloomConfig(vocab_size=tiny.VOCABULARY, hidden_size=32, n_layer=2, n_head=4, eos_token_id=0)
-            ).eval(),
-            "no attention function from outside",
-        ),
-        (
-            lambda: Gemma2ForCausalLM(
-                Gemma2Config(**{**tiny._ROPE, "bos_token_id": 0}, head_dim=8, layer_types=["full_attention"] * 2)
-            ).eval(),
-            "softcap",
-        ),
-    ],
-)
-def test_a_model_that_our_attention_does_not_suit_keeps_its_own(make, message):
-    with pytest.warns(UserWarning, match=message):
-        c = proposal(make(), max_new_tokens=6).propose([[5, 9, 30], [7]], seed=0)
+def bloom():
+    shape = {"vocab_size": tiny.VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4, "eos_token_id": 0}
+    return BloomForCausalLM(BloomConfig(**shape)).eval()
+
+
+def test_a_model_that_our_attention_does_not_suit_keeps_its_own_cache():
+    model = bloom()
+    p = proposal(model, max_new_tokens=6)
+    with pytest.warns(UserWarning, match=r"BloomForCausalLM can't share .*no attention function from outside"):
+        c = p.propose([[5, 9, 30], [7]], seed=0)
+    assert p.path == "growing"
     assert c.shape == (2, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it was said once
+        proposal(model, max_new_tokens=6).propose([[5, 9, 30], [7]], seed=0)
 
 
 def test_a_model_with_other_logits_is_found_out(monkeypatch):
@@ -133,6 +177,32 @@ def test_a_model_with_other_logits_is_found_out(monkeypatch):
         c = proposal(max_new_tokens=6).propose([[5, 9, 30]], seed=0)
     monkeypatch.undo()
     assert_same(c, proposal(max_new_tokens=6).propose([[5, 9, 30]], seed=0))
+
+
+def test_a_cache_that_lies_is_found_out(monkeypatch):
+    step = GrowingPromptCache.step
+    monkeypatch.setattr(GrowingPromptCache, "step", lambda *args: 0.5 * step(*args))
+    p = proposal(bloom(), max_new_tokens=6)
+    with pytest.warns(UserWarning, match="no cache that can be kept"):
+        prompt_cache.way_of(Twin(p.model))
+    monkeypatch.undo()
+    c = p.propose([[5, 9, 30], [7]], seed=0)
+    assert p.path == "recomputed"
+    other = proposal(bloom(), max_new_tokens=6)
+    other.model.load_state_dict(p.model.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert_same(c, other.propose([[5, 9, 30], [7]], seed=0))
+    assert other.path == "growing"
+
+
+def test_a_model_that_sees_what_follows_is_refused():
+    shape = {"vocab_size": tiny.VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    model = BertLMHeadModel(BertConfig(**shape, num_attention_heads=4, initializer_range=0.4)).eval()
+    with pytest.raises(InvalidInput, match="BertLMHeadModel is no causal language model as it is configured"):
+        proposal(model, max_new_tokens=6).propose([[5, 9, 30]], seed=0)
+    with pytest.raises(InvalidInput, match="is no causal language model"):
+        proposal(model, max_new_tokens=6).score([[5, 9]], [[30]])
 
 
 # ---- what a CUDA graph asks for, checked where there is no CUDA -----------------------------------------------------
@@ -159,10 +229,11 @@ class Watch(TorchDispatchMode):
 def test_a_step_waits_for_nothing_and_moves_nothing(settings, share, monkeypatch):
     monkeypatch.setattr(prompt_cache, "SHARE_FROM", {"cpu": 0 if share else 10**9})
     p = proposal(**settings)
-    prompts = process(p.model, [[5, 9, 30], [7]])
-    batch = drawing._Batch(p, prompts)
+    model = Twin(p.model)
+    prompts = process(model, [[5, 9, 30], [7]])
+    batch = drawing._Batch(p, model, prompts)
     batch._cache._exact = False
-    batch._cache.load(prompts)
+    batch._cache.load(model, prompts)
     batch._running.fill_(True)
 
     def buffers():
@@ -178,7 +249,7 @@ def test_a_step_waits_for_nothing_and_moves_nothing(settings, share, monkeypatch
     assert watch.waiting == []
     assert buffers() == before
     assert int(batch._slot) == 3
-    batch._cache.load(process(p.model, [[8, 8], [3, 4, 5]]))  # a graph must find other prompts where these were
+    batch._cache.load(model, process(model, [[8, 8], [3, 4, 5]]))  # a graph must find other prompts where these were
     assert buffers() == before
     with Watch() as watch:  # the watch sees such an operator
         bool(batch._running.any())
@@ -236,7 +307,7 @@ def test_graphs_are_replayed_to_the_same_result(monkeypatch):
     log = fake_cuda(monkeypatch)
     monkeypatch.setattr(SharedPromptCache, "window", lambda self, slot: max(16, 1 << slot.bit_length()))
     init = SharedPromptCache.__init__
-    monkeypatch.setattr(SharedPromptCache, "__init__", lambda self, *args: init(self, *args, exact=False))
+    monkeypatch.setattr(SharedPromptCache, "__init__", lambda self, *args: init(self, *args[:4], exact=False))
     assert_same(proposal(min_new_tokens=5).propose([[5, 9, 30]], seed=4), plain)
     assert log.count("capture") == 3 + 1  # windows of 16, 32 and 40 slots, and the first also below the minimum length
     assert log.count("replay") >= 20

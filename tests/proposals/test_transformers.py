@@ -123,16 +123,28 @@ def test_end_of_text_ends_a_candidate(count_eos):
     assert all("<eos>" not in text for text in c.texts)
 
 
-def test_prefill_runs_once_per_prefix():
-    p, rows = proposal(num_candidates=50, min_new_tokens=12), []
-    p.propose([[1]], seed=0)  # the trial of the model's attention
+def test_each_prompt_runs_once_and_none_is_padded():
+    p, shapes = proposal(num_candidates=50, min_new_tokens=12), []
+    p.propose([[1]], seed=0)  # the trial
+    hook = p.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    p.propose([*PREFIXES, [4]], seed=0)
+    hook.remove()
+    assert shapes == [(2, 1), (1, 3), (1, 9), *[(200, 1)] * 11]
+    assert sorted(map(len, [*PREFIXES, [4]])) == [1, 1, 3, 9]
+
+
+def test_a_forward_of_the_models_own_is_what_runs():
+    """Which the twin can't be given, if it is a closure: the model's own attention and cache then."""
+    p = proposal()
+    before = p.propose(PREFIXES, seed=0)
     forward = p.model.model.forward
-    p.model.model.forward = lambda *args, **kwargs: rows.append(kwargs["input_ids"].shape) or forward(*args, **kwargs)
-    p.propose(PREFIXES, seed=0)
-    assert rows[0] == (3, 9)
-    assert rows[1:] == [(150, 1)] * 11
-    p.propose(PREFIXES, seed=1)
-    assert rows[12:] == [(150, 1)] * 11  # the same prefixes again: their cache is still there
+    p.model.model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    with pytest.warns(UserWarning, match="growing cache"):
+        again = p.propose(PREFIXES, seed=0)
+    assert (p.path, torch.equal(again.tokens, before.tokens)) == ("growing", True)
+    torch.testing.assert_close(again.token_log_p, before.token_log_p, atol=1e-4, rtol=0)
 
 
 def test_score_gives_what_drawing_gave():

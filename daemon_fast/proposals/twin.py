@@ -1,0 +1,209 @@
+"""A causal language model as the library uses it: the user's own weights, in a module tree that is not the user's.
+
+To draw candidates, attention is replaced, dropout and gradient checkpointing are off. On the user's own model any of
+that would be seen by its other threads, and left behind by an exception. A twin has every module of the model again,
+with the same dictionaries of parameters and buffers, but its own configuration and flags. It costs some milliseconds
+and is made for each call, so that it has what the model has then: replaced modules, adapters, hooks.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from daemon_fast.errors import InvalidInput
+
+__all__ = ["Twin", "context_of", "device_of", "text_config", "unwrapped"]
+
+
+def unwrapped(model: Any) -> Any:
+    """The Transformers model inside torch.compile, DistributedDataParallel, PEFT's adapters or TRL's value heads.
+
+    Raises
+    ------
+    InvalidInput
+        PEFT's prompt tuning or the like, which needs its wrapper.
+    """
+    while True:
+        if _compiled(model):
+            model = model._orig_mod
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+            if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+                kind = type(model.active_peft_config).__name__
+                raise InvalidInput(f"model has learned prompt tokens ({kind}), which candidates can't be drawn with")
+            model = model.get_base_model()
+        elif isinstance(getattr(model, "pretrained_model", None), nn.Module):
+            model = model.pretrained_model
+        else:
+            return model
+
+
+def _compiled(module: Any) -> bool:
+    """Of torch.compile; to name its class would import the compiler."""
+    return "_orig_mod" in getattr(module, "_modules", ())
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of the model's language model: of a multimodal one, a part of its own."""
+    config = unwrapped(model).config
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def context_of(model: Any) -> int | None:
+    """Tokens that the model can hold; None where it doesn't say, or any number."""
+    size = getattr(text_config(model), "max_position_embeddings", None)
+    return size if isinstance(size, int) and size > 0 else None
+
+
+def device_of(model: Any) -> torch.device:
+    """Where the model computes; weights that are offloaded lie elsewhere."""
+    for module in model.modules():
+        if (hook := getattr(module, "_hf_hook", None)) is not None:
+            for one in getattr(hook, "hooks", (hook,)):
+                if (device := getattr(one, "execution_device", None)) is not None:
+                    return torch.device(device)
+    places = {parameter.device for parameter in model.parameters()} - {torch.device("meta")}
+    first = next((p.device for p in model.parameters() if p.device in places), None)
+    return torch.device("cpu") if first is None else first
+
+
+class Twin:
+    """A model's twin, in evaluation mode.
+
+    Attributes
+    ----------
+    model : the user's, unwrapped
+    module : the twin
+    config : of its language model
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = unwrapped(model)
+        self.device = device_of(self.model)
+        self.module = _copied(self.model)
+        self.config, self.context = text_config(self.module), context_of(self.model)
+        self._attention = self.config._attn_implementation if hasattr(self.config, "_attn_implementation") else None
+        self._accepts = set(inspect.signature(type(self.model).forward).parameters)
+
+    @property
+    def name(self) -> str:
+        return type(self.model).__name__
+
+    @property
+    def structure(self) -> tuple[Any, ...]:
+        """What decides how the model can be run: its classes, a `forward` of a module's own, its configuration; not its
+        weights."""
+        kinds = [(type(module), id(vars(module).get("forward"))) for module in self.model.modules()]
+        return (*kinds, repr(self.config.to_dict()), self._attention)
+
+    def state(self) -> int:
+        """A hash of what a captured step depends on beside the values in its tensors: where these lie, and how modules
+        are set. Some milliseconds for a large model; a capture takes tens.
+        """
+        parts: list[Any] = []
+        for module in self.model.modules():
+            parts.append(type(module))
+            for name, value in vars(module).items():
+                if name in ("_parameters", "_buffers"):
+                    parts += [(k, None if t is None else (t.data_ptr(), t.shape, t.dtype)) for k, t in value.items()]
+                elif name in SHARED:  # hooks
+                    parts += [id(item) for item in value.values()] if isinstance(value, dict) else []
+                elif name != "training":
+                    parts.append((name, _plain(value)))
+        return hash(tuple(parts))
+
+    def set_attention(self, implementation: str | None) -> None:
+        """Of the twin alone. None: the model's own."""
+        self.config._attn_implementation = self._attention if implementation is None else implementation
+
+    def __call__(self, ids: Tensor, positions: Tensor | None = None, **options: Any) -> Any:
+        """The model's output for ids [B, T]. `positions` and logits_to_keep are left out where it doesn't take them."""
+        if positions is not None and "position_ids" in self._accepts:
+            options["position_ids"] = positions
+        if "logits_to_keep" not in self._accepts:
+            options.pop("logits_to_keep", None)
+        return self.module(input_ids=ids, return_dict=True, **options)
+
+    def plain(self, ids: Tensor) -> Tensor:
+        """[B, T, V] logits of ids [B, T] by one pass without a cache: what every other way is held against."""
+        self.set_attention(None)
+        logits: Tensor = self(ids, use_cache=False).logits
+        return logits
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """The twin of a module tree. It shares the dictionaries of parameters and buffers, and whatever is no module."""
+    configs: dict[int, Any] = {}
+
+    def own_config(config: Any) -> Any:
+        if id(config) not in configs:
+            configs[id(config)] = made = copy.copy(config)
+            made.__dict__.update({k: own_config(v) for k, v in vars(config).items() if isinstance(v, PreTrainedConfig)})
+        return configs[id(config)]
+
+    twins: dict[int, nn.Module] = {}
+    source: Any
+    for module in model.modules():
+        source = module._orig_mod if _compiled(module) else module
+        if id(source) not in twins:
+            twins[id(source)] = object.__new__(type(source))
+            twins[id(source)].__dict__.update(source.__dict__)
+        twins[id(module)] = twins[id(source)]
+
+    def own(value: Any) -> Any:
+        """What a module's attribute is in its twin: modules, and methods of modules, are those of the twins."""
+        if isinstance(value, PreTrainedConfig):
+            return own_config(value)
+        if isinstance(value, nn.Module):
+            return twins.get(id(value), value)
+        if isinstance(value, types.MethodType) and id(value.__self__) in twins:
+            return types.MethodType(value.__func__, twins[id(value.__self__)])
+        if isinstance(value, functools.partial):
+            return functools.partial(own(value.func), *map(own, value.args), **value.keywords)
+        if type(value) in (list, tuple):
+            return type(value)(map(own, value))
+        if type(value) is dict:
+            return {key: own(item) for key, item in value.items()}
+        return value
+
+    for module in model.modules():
+        if _compiled(module):
+            continue
+        twin = twins[id(module)]
+        for name, value in module.__dict__.items():
+            if name not in SHARED:
+                twin.__dict__[name] = own(value)
+        twin.__dict__["_modules"] = {k: None if m is None else twins[id(m)] for k, m in module._modules.items()}
+        twin.__dict__["training"] = False
+        twin.__dict__["_compiled_call_impl"] = None
+        if "gradient_checkpointing" in twin.__dict__:
+            twin.__dict__["gradient_checkpointing"] = False
+        # RWKV divides weights, in place, when it first runs in evaluation mode. They are the user's: not by the twin.
+        if twin.__dict__.get("layers_are_rescaled") is False:
+            twin.__dict__["config"].rescale_every = 0
+        # torch.compile(model.forward) can't be given another module; the class's own does the same.
+        if hasattr(twin.__dict__.get("forward"), "_torchdynamo_orig_callable"):
+            del twin.__dict__["forward"]
+    return twins[id(model)]
+
+
+def _plain(value: Any) -> Any:
+    """A setting as something that can be compared; of an object, which one it is."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, dict):
+        return tuple((str(key), _plain(item)) for key, item in value.items())
+    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else id(value)
+
+
+# Of torch's modules: what a change to the model must reach, and dictionaries that hold no module.
+SHARED = {name for name in vars(nn.Module()) if name.startswith("_")}
