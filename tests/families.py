@@ -1,0 +1,165 @@
+"""A tiny random model of every class in Transformers' causal-LM mapping, made by shrinking its default config.
+
+Sizes are found by the names of a config's fields; lists of one entry per layer are cut so that each kind of layer stays.
+What this rule doesn't reach stands in `EXCEPTIONS`, each with its reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from functools import cache
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+FAMILIES: dict[str, str] = dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)  # model type -> name of the class
+
+VOCABULARY = 64
+CONTEXT = 64
+WINDOW = 8
+LAYERS = 2
+MOST_LAYERS = 4
+WIDTH, HEADS, HEAD = 32, 4, 8
+
+# The first pattern that matches a field's whole name gives its value; None leaves it as it is.
+SIZES: list[tuple[str, Any]] = [
+    (r"(type|task_type|segment)_vocab_size|audio_vocab_size", None),
+    (r"(\w+_)?vocab_size(_per_layer_input)?", VOCABULARY),
+    (r"(max_position_embeddings|n_positions|max_seq_len|model_max_length|n_ctx|max_target_positions)", CONTEXT),
+    (r"context_length|max_inference_chunksize|max_source_positions|num_position_embeddings", CONTEXT),
+    (r"sliding_window(_size)?|attention_window_size|window_size|local_attention(_window_len)?", WINDOW),
+    (r"attention_chunk_size|keep_window_size|mem_len", WINDOW),
+    (r"(mamba_)?chunk_size|block_size", 4),
+    (r"hidden_size|d_model|n_embd|emb_dim|embedding_dim|embedding_size|attention_hidden_size|lru_width", WIDTH),
+    (r"word_embed_proj_dim|(in|out)put_embedding_size|hidden_size_global|out_hidden_size|mamba_d_ssm", WIDTH),
+    (r"(\w+_)?(intermediate_size|ffn_dim|ffn_hidden_size)|dim_ff|dff|d_inner|mlp_dim|feed_forward_size", 48),
+    (r"intermediate_size_mlp", 48),
+    (r"(\w+_)?(num_key_value_heads|num_kv_heads|kv_n_heads)", "kv"),
+    (r"(\w+_)?(num_attention_heads|attention_heads)|num_heads|n_heads?|num_query_groups|linear_num_heads", HEADS),
+    (r"linear_num_key_heads", 2),
+    (r"linear_num_value_heads", HEADS),
+    (r"index_n_heads", 2),
+    (r"mamba_(n|num)_heads", HEADS),
+    (r"(\w+_)?head_dim|head_dim|dim_head|d_head|attention_head_size|kv_channels|mamba_d_head|mamba_headdim", HEAD),
+    (r"rotary_dim", 4),
+    (r"(\w+_)?lora_rank|(\w+_)?_rank|d_rel|(\w+_)?lowrank", 8),
+    (r"(mamba_d_state|state_size|ssm_state_size)", 8),
+    (r"(num|n)_(local_|routed_)?experts|moe_num_experts|num_dense_experts", 4),
+    (r"num_experts_per_tok(en)?|moe_(top_)?k|moe_topk|n_expert_per_tok", 2),
+    (r"n_group|topk_group|num_expert_group|o_groups|(mamba_)?n_?groups", 1),
+    (r"first_k_dense_replace|num_dense_layers", "at most 1"),
+    (r"index_topk(_blocks)?", 4),
+    (r"rel_extent", 16),
+    (r"query_pre_attn_scalar", HEAD),
+    (r"(\w+_)?(token_id|token_index)", "id"),
+    (r"initializer_range|init_std|init_method_std|initializer_std", 0.4),
+]  # fmt: skip
+LAYER_COUNTS = re.compile(r"num_hidden_layers|n_layers?|num_layers|(en|de)coder_layers|num_(en|de)coder_layers|num_blocks")
+DROPOUT = re.compile(r"\w*(dropout|_pdrop|drop_rate)\w*")
+
+# model type -> fields (dotted where nested), and why the rule doesn't give them
+EXCEPTIONS: dict[str, tuple[dict[str, Any], str]] = {}
+
+
+def config(model_type: str) -> PreTrainedConfig:
+    """Tiny."""
+    more = EXCEPTIONS.get(model_type, ({}, ""))[0]
+    kind = CONFIG_MAPPING[model_type]
+    return shrunk(kind(), more)
+
+
+def shrunk(default: PreTrainedConfig, more: dict[str, Any] | None = None) -> PreTrainedConfig:
+    """A config of the same kind with small sizes."""
+    more = dict(more or {})
+    fields = {k: v for k, v in default.to_dict().items() if k not in ("per_layer_config",)}
+    wanted: dict[str, Any] = {}
+    counts = [k for k in fields if LAYER_COUNTS.fullmatch(k) and isinstance(fields[k], int)]
+    wanted |= _layers(fields, counts)
+    for name, value in fields.items():
+        own = getattr(default, name, None)
+        if isinstance(own, PreTrainedConfig):
+            prefix = f"{name}."
+            nested = {k.removeprefix(prefix): v for k, v in more.items() if k.startswith(prefix)}
+            wanted[name] = shrunk(own, nested)
+        elif name not in wanted and (new := _size(name, value, fields)) is not None:
+            wanted[name] = new
+    wanted |= {k: v for k, v in more.items() if "." not in k}
+    return type(default)(**wanted)
+
+
+def _layers(fields: dict[str, Any], counts: list[str]) -> dict[str, Any]:
+    """How many layers, and of lists with an entry for each layer those entries that keep one layer of each kind."""
+    depth = next((fields[k] for k in counts), 0)
+    lists = {k: v for k, v in fields.items() if isinstance(v, list) and len(v) == depth > MOST_LAYERS}
+    kinds = list(zip(*lists.values(), strict=True)) if lists else []
+    kept = sorted({kinds.index(kind) for kind in kinds})[:MOST_LAYERS]
+    for i in range(len(kinds)):
+        if len(kept) < LAYERS and i not in kept:
+            kept = sorted([*kept, i])
+    out: dict[str, Any] = dict.fromkeys(counts, len(kept) or LAYERS)
+    return out | {k: [v[i] for i in kept] for k, v in lists.items()}
+
+
+def _size(name: str, value: Any, fields: dict[str, Any]) -> Any:
+    if isinstance(value, float) and DROPOUT.fullmatch(name):
+        return 0.0
+    for pattern, size in SIZES:
+        if re.fullmatch(pattern, name):
+            if isinstance(value, bool) or not isinstance(value, (int, float, list)):
+                return None
+            if size == "id":
+                return _token(name, value)
+            if size == "at most 1":
+                return min(value, 1)
+            if isinstance(value, list):
+                return None
+            if size == "kv":
+                heads = next((v for k, v in fields.items() if re.fullmatch(r"num_attention_heads|n_heads?", k)), value)
+                return 1 if value == 1 else HEADS // 2 if isinstance(heads, int) and value < heads else HEADS
+            return size
+    return None
+
+
+def _token(name: str, value: Any) -> Any:
+    if name in ("eos_token_id", "pad_token_id"):
+        return 0
+    if name == "bos_token_id":
+        return 1
+    return value if isinstance(value, int) and value < VOCABULARY else VOCABULARY - 1
+
+
+def build(model_type: str, seed: int = 0) -> Any:
+    """The model in float32 and evaluation mode. The same weights for the same seed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config(model_type), dtype=torch.float32).eval()
+        finally:
+            logging.disable(logging.NOTSET)
+    _roughen(model)
+    return model
+
+
+@torch.no_grad()
+def _roughen(model: Any) -> None:
+    """Parameters that begin constant, as biases and norms do, differ: else what they do would not be seen."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and (parameter == parameter.flatten()[:1].view(())).all():
+            parameter += 0.1 * torch.randn_like(parameter)
+
+
+@cache
+def buildable(model_type: str) -> str:
+    """Empty, or why it can't be built."""
+    try:
+        build(model_type)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        return f"{type(error).__name__}: {lines[0]}"
+    return ""
