@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -35,15 +36,17 @@ SIZES: list[tuple[str, Any]] = [
     (r"attention_chunk_size|keep_window_size|mem_len", WINDOW),
     (r"(mamba_)?chunk_size|block_size", 4),
     (r"hidden_size|d_model|n_embd|emb_dim|embedding_dim|embedding_size|attention_hidden_size|lru_width", WIDTH),
-    (r"word_embed_proj_dim|(in|out)put_embedding_size|hidden_size_global|out_hidden_size|mamba_d_ssm", WIDTH),
+    (r"word_embed_proj_dim|(in|out)put_embedding_size|hidden_size_global|out_hidden_size", WIDTH),
     (r"(\w+_)?(intermediate_size|ffn_dim|ffn_hidden_size)|dim_ff|dff|d_inner|mlp_dim|feed_forward_size", 48),
     (r"intermediate_size_mlp", 48),
     (r"(\w+_)?(num_key_value_heads|num_kv_heads|kv_n_heads)", "kv"),
     (r"(\w+_)?(num_attention_heads|attention_heads)|num_heads|n_heads?|num_query_groups|linear_num_heads", HEADS),
     (r"linear_num_key_heads", 2),
     (r"linear_num_value_heads", HEADS),
-    (r"index_n_heads", 2),
-    (r"mamba_(n|num)_heads", HEADS),
+    (r"index_n_heads", 16),
+    (r"mamba_(n|num)_heads|n_mamba_heads", 2 * WIDTH // HEAD),  # of a width twice the hidden one
+    (r"mamba_d_ssm", 2 * WIDTH),
+    (r"qk_head_dim", 2 * HEAD),  # one half with rotary positions
     (r"(\w+_)?head_dim|head_dim|dim_head|d_head|attention_head_size|kv_channels|mamba_d_head|mamba_headdim", HEAD),
     (r"rotary_dim", 4),
     (r"(\w+_)?lora_rank|(\w+_)?_rank|d_rel|(\w+_)?lowrank", 8),
@@ -54,6 +57,10 @@ SIZES: list[tuple[str, Any]] = [
     (r"first_k_dense_replace|num_dense_layers", "at most 1"),
     (r"index_topk(_blocks)?", 4),
     (r"rel_extent", 16),
+    (r"(attn|expert)_layer_period|layer_group_size|global_attn_every_n_layers|decoder_sparse_step", 2),
+    (r"(attn|expert)_layer_offset", 1),
+    (r"encoder_hash_byte_group_vocab", VOCABULARY),
+    (r"dim_model_base", WIDTH),
     (r"query_pre_attn_scalar", HEAD),
     (r"(\w+_)?(token_id|token_index)", "id"),
     (r"initializer_range|init_std|init_method_std|initializer_std", 0.4),
@@ -61,15 +68,56 @@ SIZES: list[tuple[str, Any]] = [
 LAYER_COUNTS = re.compile(r"num_hidden_layers|n_layers?|num_layers|(en|de)coder_layers|num_(en|de)coder_layers|num_blocks")
 DROPOUT = re.compile(r"\w*(dropout|_pdrop|drop_rate)\w*")
 
+INDEXER = {"indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": HEAD, "indexer_budget": 8, "indexer_compress_ratio": 2}
+SWA = {"swa_num_attention_heads": HEADS, "swa_num_key_value_heads": HEADS, "swa_q_lora_rank": 8, "swa_kv_lora_rank": 8,
+       "swa_head_dim": 2 * HEAD, "swa_qk_nope_head_dim": HEAD, "swa_v_head_dim": HEAD}  # fmt: skip
+PART = {"musicgen": "decoder", "musicgen_melody": "decoder"}  # of these the class wants the config of a part only
+
 # model type -> fields (dotted where nested), and why the rule doesn't give them
-EXCEPTIONS: dict[str, tuple[dict[str, Any], str]] = {}
+EXCEPTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "cohere_compass_text": ({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}}, "None by default"),
+    "dbrx": ({"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0}, "is in checkpoints, not in the default"),
+    "deepseek_v2": ({"num_experts_per_tok": 2}, "None by default"),
+    "doge": ({"keep_window_size": CONTEXT}, "beyond it equal tokens tie, and which one is kept depends on the length"),
+    "dots1": ({"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}, "None by default"),
+    "deepseek_v4": ({"compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}}, "one is 128: no prompt would reach it"),
+    "dots3_note": ({"vision_config.adapter_in_dim": WIDTH, "vision_config.adapter_out_dim": WIDTH,
+                    "audio_config.adapter_input_size": WIDTH, "audio_config.adapter_out_dim": WIDTH,
+                    **{f"text_config.{k}": v for k, v in SWA.items()}}, "names that don't say that it is the width"),
+    "dots3_note_text": (SWA, "go into per_layer_config"),
+    "gemma3n_text": ({"num_kv_shared_layers": 2, "num_hidden_layers": 4,
+                      "layer_types": ["sliding_attention", "full_attention"] * 2}, "layers that share keys come behind one of their kind"),
+    "granitemoehybrid": ({"layer_types": ["linear_attention", "full_attention"]}, "no attention by default"),
+    "hrm_text": ({"initializer_range": 0.1}, "iterates its layers: with larger weights float32 errors grow to 1e-2"),
+    "hunyuan_v1_dense": ({"head_dim": HEAD}, "None by default"),
+    "hunyuan_v1_moe": ({"head_dim": HEAD}, "None by default"),
+    "laguna": ({"num_attention_heads_per_layer": [HEADS, HEADS]}, "a list"),
+    "lfm2": ({"layer_types": ["conv", "full_attention"]}, "no convolution by default"),
+    "lfm2_moe": ({"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3}, "None by default"),
+    "mamba2": ({"num_heads": 2 * WIDTH // HEAD}, "heads times their size is twice the width"),
+    "ministral": ({"head_dim": HEAD}, "None by default"),
+    "mllama": ({"text_config.cross_attention_layers": [1]}, "indices"),
+    "nemotron": ({"num_key_value_heads": 2}, "None by default"),
+    "qwen4_exp": ({f"text_config.{k}": v for k, v in INDEXER.items()}, "None by default"),
+    "qwen4_exp_text": (INDEXER, "None by default"),
+    "recurrent_gemma": ({"num_hidden_layers": 3}, "two recurrent layers, then attention"),
+    "reformer": ({"is_decoder": True, "axial_pos_embds_dim": (WIDTH // 2, WIDTH // 2), "axial_pos_shape": (8, 8)},
+                 "refuses to be built otherwise"),
+    "xmod": ({"default_language": "en_XX"}, "needs one to run"),
+    "zamba": ({"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "num_hidden_layers": 4,
+               "attention_hidden_size": 2 * WIDTH, "attention_head_dim": 2 * WIDTH // HEADS}, "hybrid layers share weights"),
+    "zamba2": ({"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "num_hidden_layers": 4,
+                "attention_hidden_size": 2 * WIDTH, "attention_head_dim": 2 * WIDTH // HEADS}, "hybrid layers share weights"),
+    "zaya": ({"num_experts_per_tok": 1}, "takes no other number"),
+}
 
 
 def config(model_type: str) -> PreTrainedConfig:
     """Tiny."""
     more = EXCEPTIONS.get(model_type, ({}, ""))[0]
     kind = CONFIG_MAPPING[model_type]
-    return shrunk(kind(), more)
+    tiny = shrunk(kind(), more)
+    return getattr(tiny, PART[model_type]) if model_type in PART else tiny
 
 
 def shrunk(default: PreTrainedConfig, more: dict[str, Any] | None = None) -> PreTrainedConfig:
@@ -80,7 +128,7 @@ def shrunk(default: PreTrainedConfig, more: dict[str, Any] | None = None) -> Pre
     counts = [k for k in fields if LAYER_COUNTS.fullmatch(k) and isinstance(fields[k], int)]
     wanted |= _layers(fields, counts)
     for name, value in fields.items():
-        own = getattr(default, name, None)
+        own = getattr(default, name, None) if isinstance(value, dict) else None
         if isinstance(own, PreTrainedConfig):
             prefix = f"{name}."
             nested = {k.removeprefix(prefix): v for k, v in more.items() if k.startswith(prefix)}
@@ -95,6 +143,7 @@ def _layers(fields: dict[str, Any], counts: list[str]) -> dict[str, Any]:
     """How many layers, and of lists with an entry for each layer those entries that keep one layer of each kind."""
     depth = next((fields[k] for k in counts), 0)
     lists = {k: v for k, v in fields.items() if isinstance(v, list) and len(v) == depth > MOST_LAYERS}
+    lists = {k: v for k, v in lists.items() if v != list(range(depth))}  # these are indices
     kinds = list(zip(*lists.values(), strict=True)) if lists else []
     kept = sorted({kinds.index(kind) for kind in kinds})[:MOST_LAYERS]
     for i in range(len(kinds)):
@@ -139,7 +188,8 @@ def build(model_type: str, seed: int = 0) -> Any:
         logging.disable(logging.WARNING)
         try:
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config(model_type), dtype=torch.float32).eval()
+            made = getattr(transformers, FAMILIES[model_type]) if model_type in PART else AutoModelForCausalLM
+            model = (made(config(model_type)) if model_type in PART else made.from_config(config(model_type), dtype=torch.float32)).eval()
         finally:
             logging.disable(logging.NOTSET)
     _roughen(model)
