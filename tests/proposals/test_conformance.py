@@ -6,7 +6,6 @@ import conformance
 import families
 import pytest
 
-
 EVERY = [*families.FAMILIES, *families.VARIANTS]
 pytestmark = pytest.mark.sweep
 
