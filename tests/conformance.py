@@ -94,6 +94,10 @@ class Plain:
         torch.manual_seed(0)
         return model(input_ids=torch.tensor([row]), use_cache=False).logits[0].double()
 
+    def logits_of_prefixes(self, row: list[int]) -> Tensor:
+        """[T, V] float64, each by a pass over what comes before: of a model whose logits depend on the row's length."""
+        return torch.stack([self.logits(row[:n])[-1] for n in range(1, len(row) + 1)])
+
     def unfit(self) -> str:
         """Why it gives no log-probability of a next token; empty if it does."""
         row = _tokens(20, 7)
@@ -126,8 +130,8 @@ class Plain:
         return same
 
 
-def largest_error(candidates: Any, prefixes: list[list[int]], plain: Plain) -> float:
-    """Of any drawn token's log-probability, at temperature 1 and under the proposal."""
+def largest_error(candidates: Any, prefixes: list[list[int]], plain: Any) -> float:
+    """Of any drawn token's log-probability, at temperature 1 and under the proposal; `plain` has `logits`."""
     worst = 0.0
     m = len(candidates.tokens) // len(prefixes)
     for r, length in enumerate(candidates.lengths.tolist()):

@@ -1,6 +1,6 @@
 """A tiny random model of every class in Transformers' causal-LM mapping, made by shrinking its default config.
 
-Sizes are found by the names of a config's fields; lists of one entry per layer are cut so that each kind of layer stays.
+Sizes are found by the names of a config's fields; lists of one entry a layer are cut so that each kind of layer stays.
 What this rule doesn't reach stands in `EXCEPTIONS`, each with its reason.
 """
 
@@ -64,10 +64,14 @@ SIZES: list[tuple[str, Any]] = [
     (r"(\w+_)?(token_id|token_index)", "id"),
     (r"initializer_range|init_std|init_method_std|initializer_std", 0.4),
 ]  # fmt: skip
-_BERTS = ("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "prophetnet",
-          "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod")  # fmt: skip
+
+BERTS = (
+    "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
+    "prophetnet", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta",
+    "xlm-roberta-xl", "xmod",
+)  # fmt: skip
 # Not the default config of a class, but what people build: name -> (model type, fields)
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {f"{x}, is_decoder": (x, {"is_decoder": True}) for x in _BERTS} | {
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {f"{x}, is_decoder": (x, {"is_decoder": True}) for x in BERTS} | {
     "bloom, eager attention": ("bloom", {"attn_implementation": "eager"}),
     "deepseek_v2, plain queries": ("deepseek_v2", {"q_lora_rank": None}),
     "falcon, alibi": ("falcon", {"alibi": True}),
@@ -102,7 +106,7 @@ PART = {"musicgen": "decoder", "musicgen_melody": "decoder"}  # of these the cla
 # Not built, and why
 UNBUILT = {
     "gemma3n": "its vision tower needs the package timm",
-    "gemma4_assistant": "drafts for another model, whose hidden states and keys it takes; its default config is invalid",
+    "gemma4_assistant": "drafts for another model, whose hidden states and keys it takes",
     "gemma4_unified_assistant": "drafts for another model, whose hidden states and keys it takes",
 }
 
@@ -132,7 +136,12 @@ EXCEPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "dots3_note_text": (SWA, "go into per_layer_config"),
     "gemma3n_text": (
-        {"num_kv_shared_layers": 2, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+        {
+            "num_kv_shared_layers": 2,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "intermediate_size": [48] * 4,
+        },
         "layers that share keys come behind one of their kind",
     ),
     "granitemoehybrid": ({"layer_types": ["linear_attention", "full_attention"]}, "no attention by default"),
@@ -176,10 +185,10 @@ EXCEPTIONS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def config(family: str) -> PreTrainedConfig:
-    """Tiny."""
+def config(family: str, **fields: Any) -> PreTrainedConfig:
+    """Tiny, with these fields."""
     model_type, variant = VARIANTS.get(family, (family, {}))
-    more = EXCEPTIONS.get(model_type, ({}, ""))[0] | variant
+    more = EXCEPTIONS.get(model_type, ({}, ""))[0] | variant | fields
     tiny = shrunk(CONFIG_MAPPING[model_type](), more)
     return getattr(tiny, PART[model_type]) if model_type in PART else tiny
 
@@ -249,9 +258,9 @@ def _token(name: str, value: Any) -> Any:
     return value if isinstance(value, int) and value < VOCABULARY else VOCABULARY - 1
 
 
-def build(family: str, seed: int = 0) -> Any:
+def build(family: str, seed: int = 0, **fields: Any) -> Any:
     """The model in float32 and evaluation mode. The same weights for the same seed."""
-    tiny = config(family)
+    tiny = config(family, **fields)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)

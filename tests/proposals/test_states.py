@@ -1,4 +1,4 @@
-"""One long-lived proposal on a model that its owner goes on using: trained, edited, adapted, moved, shared, interrupted.
+"""One long-lived proposal on a model that its owner goes on using: trains, edits, adapts, moves, shares, interrupts.
 
 After each of these, what it draws is what a new proposal on a copy of the model draws, its log-probabilities are those
 of a plain pass, and the owner's model is as the owner left it.
@@ -64,6 +64,7 @@ class World:
         self.model = MODELS[family]().eval()
         self.random = random.Random(seed)
         self.proposals = [self.new_proposal(self.model) for _ in range(2)]  # the second for another thread
+        self.last = PREFIXES[0]
         self.hook: Any = None
         self.done: list[str] = []
 
@@ -83,26 +84,29 @@ class World:
         return self.model.training or self.model.is_gradient_checkpointing
 
     def check(self) -> None:
-        """Candidates are right, and drawing them changed nothing."""
-        prefixes, seed = self.random.choice(PREFIXES), self.random.randrange(3)
+        """Candidates are right, of prompts that it may have kept and of others, and drawing them changed nothing."""
         reference = self.reference()
-        want = self.new_proposal(copy.deepcopy(reference)).propose(prefixes, seed)
         before = conformance.snapshot(self.model)
-        for again in range(2):  # the second with all that the first may have kept
+        for prefixes in (self.last, self.random.choice([x for x in PREFIXES if x != self.last])):
+            seed = self.random.randrange(3)
+            self.last = prefixes
+            want = self.new_proposal(copy.deepcopy(reference)).propose(prefixes, seed)
             try:
                 got = self.proposals[0].propose(prefixes, seed)
             except DaemonFastError:
                 assert self.may_refuse()
                 continue
             finally:
-                assert not conformance.changes(before, conformance.snapshot(self.model))
-            self.compare(got, want, f"call {again}")
-            error = conformance.largest_error(got, prefixes, conformance.Plain(reference))
-            assert error <= TOLERANCE[self.model.dtype], f"{error:.1e} from a plain pass"
+                changed = conformance.changes(before, conformance.snapshot(self.model))
+                assert not changed, f"drawing changed {changed}"
+            self.compare(got, want, "drawing again")
+        error = conformance.largest_error(want, prefixes, conformance.Plain(reference))
+        assert error <= TOLERANCE[self.model.dtype], f"{error:.1e} from a plain pass"
 
     def compare(self, got: Any, want: Any, what: str) -> None:
         worst = float((got.token_log_p - want.token_log_p).abs().max())
-        assert torch.equal(got.tokens, want.tokens), f"{what}: other tokens than a new proposal's ({worst:.1e})"
+        same = torch.equal(got.tokens, want.tokens)
+        assert same, f"{what}: other tokens than a new proposal's ({worst:.1e})"
         assert worst <= 1e-5, f"{what}: log-probabilities {worst:.1e} from a new proposal's"
 
     # ---- what the owner does
@@ -124,6 +128,7 @@ class World:
 
     def optimiser_step(self) -> None:
         ids = torch.tensor([[5, 9, 30, 7, 8, 11]])
+        self.model.requires_grad_(True)  # PEFT freezes what it adapts
         optimiser = torch.optim.SGD(self.model.parameters(), lr=0.05)
         self.model(input_ids=ids, labels=ids).loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
@@ -211,6 +216,10 @@ class World:
         else:
             self.model.gradient_checkpointing_enable()
 
+    def train_with_checkpointing(self) -> None:
+        self.model.gradient_checkpointing_enable()
+        self.model.train()
+
     def threads(self) -> None:
         """Two threads draw while a third uses the model itself."""
         prefixes, rounds = PREFIXES[:2], 3
@@ -261,7 +270,8 @@ class World:
             sys.setswitchinterval(interval)
         if faults:
             raise faults[0]
-        assert not conformance.changes(before, conformance.snapshot(self.model))
+        changed = conformance.changes(before, conformance.snapshot(self.model))
+        assert not changed, f"left {changed} changed"
 
     def failure_inside(self) -> None:
         self.interrupted_by(RuntimeError("from a hook"))
@@ -290,9 +300,9 @@ class World:
         except DaemonFastError:
             assert self.may_refuse()
         finally:
-            hook_left = conformance.changes(before, conformance.snapshot(self.model))
+            changed = conformance.changes(before, conformance.snapshot(self.model))
             hook.remove()
-        assert not hook_left
+        assert not changed, f"left {changed} changed"
 
     def generate(self) -> None:
         """By `generate(custom_generate=...)`, as a copy of the model does."""
@@ -310,7 +320,8 @@ class World:
             assert torch.equal(self.model.generate(**options), want), "generate: other tokens than a copy's"
         except DaemonFastError:
             assert self.may_refuse()
-        assert not conformance.changes(before, conformance.snapshot(self.model))
+        changed = conformance.changes(before, conformance.snapshot(self.model))
+        assert not changed, f"generate changed {changed}"
 
     def nothing(self) -> None:
         """Then it only draws again."""
@@ -343,7 +354,8 @@ class LowRank(nn.Module):
 ACTIONS: list[Callable[[World], None]] = [
     World.nothing, World.optimiser_step, World.edit_in_place, World.replace_data, World.load_state_dict,
     World.change_dtype, World.dtype_there_and_back, World.swap_submodule, World.toggle_hook,
-    World.toggle_parametrisation, World.flip_training, World.flip_checkpointing, World.threads, World.failure_inside,
+    World.toggle_parametrisation, World.flip_training, World.flip_checkpointing,
+    World.train_with_checkpointing, World.threads, World.failure_inside,
     World.interrupt_inside, World.generate,
 ]  # fmt: skip
 if importlib.util.find_spec("peft"):
@@ -355,7 +367,7 @@ NAMES = [action.__name__ for action in ACTIONS]
 @pytest.mark.parametrize("family", MODELS)
 def test_after_one_change(family, action):
     world = World(family, seed=0)
-    for name in ("nothing", action, "nothing"):
+    for name in ("nothing", action):
         world.do(name)
 
 
@@ -367,9 +379,10 @@ def test_there_and_back(family, action):
         world.do(name)
 
 
-@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("family", MODELS)
-def test_after_many_changes_in_any_order(family, seed):
-    world = World(family, seed)
-    for _ in range(STEPS):
-        world.do(world.random.choice(NAMES))
+def test_after_many_changes_in_any_order(family):
+    world = World(family, seed=list(MODELS).index(family))
+    actions = NAMES + world.random.choices(NAMES, k=STEPS - len(NAMES))
+    world.random.shuffle(actions)
+    for action in actions:
+        world.do(action)
