@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: demo demo-quick test test-sweep test-engines check format build bench clean
+.PHONY: demo demo-quick test test-engines check format build bench clean
 
 demo: build
 	$(BIN)/daemon-fast demo
@@ -24,11 +24,6 @@ demo-quick: build
 
 test: check
 	$(BIN)/python -m pytest
-
-# Every class of Transformers' causal-LM mapping, part of `make test`; and the table of what came of each.
-test-sweep: build
-	$(BIN)/python -m pytest -m sweep
-	$(BIN)/python tests/conformance.py --save
 
 # vLLM pins other versions than ours of what both need, so its tests have an environment of their own, for the CPU.
 test-engines: $(VLLM_VENV)/built

@@ -21,7 +21,7 @@ from daemon_fast.proposals import base
 from daemon_fast.proposals.base import Prefix, ProposalSettings, tokenize, vocabulary_fingerprint
 from daemon_fast.proposals.candidates import Candidates
 from daemon_fast.proposals.prompt_cache import Prompts, SharedPromptCache, cache_for, process, way_of
-from daemon_fast.proposals.twin import Twin, context_of, device_of, text_config, unwrapped
+from daemon_fast.proposals.twin import Twin, context_of, device_of, rope_switch, text_config, unwrapped
 
 __all__ = ["TransformersProposal"]
 
@@ -107,7 +107,17 @@ class TransformersProposal:
         InvalidInput
         """
         size, context = text_config(self.model).vocab_size, context_of(self.model)
-        return tokenize(prefixes, self.tokenizer, size, context, self.settings.max_new_tokens)
+        most = self.settings.max_new_tokens
+        rows = tokenize(prefixes, self.tokenizer, size, context, most)
+        switch = rope_switch(self.model)
+        for i, row in enumerate(rows):
+            if switch is not None and len(row) <= switch < len(row) + most:
+                raise InvalidInput(
+                    f"prefix {i} has {len(row)} tokens; with max_new_tokens = {most} it passes the {switch} tokens from "
+                    "which on this model's rotary embeddings change, also for the tokens before: no text across that "
+                    "has one probability"
+                )
+        return rows
 
     @torch.inference_mode()
     def propose(self, prefixes: Sequence[Prefix], seed: int) -> Candidates:

@@ -2,8 +2,8 @@
 
 To draw candidates, attention is replaced, dropout and gradient checkpointing are off. On the user's own model any of
 that would be seen by its other threads, and left behind by an exception. A twin has every module of the model again,
-with the same dictionaries of parameters and buffers, but its own configuration and flags. It costs some milliseconds
-and is made for each call, so that it has what the model has then: replaced modules, adapters, hooks.
+with the same parameters and buffers, but its own configuration and flags. It costs some milliseconds and is made for
+each call, so that it has what the model has then: replaced modules, adapters, hooks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 
 from daemon_fast.errors import InvalidInput
 
-__all__ = ["Twin", "context_of", "device_of", "text_config", "unwrapped"]
+__all__ = ["Twin", "context_of", "device_of", "rope_switch", "text_config", "unwrapped"]
 
 
 def unwrapped(model: Any) -> Any:
@@ -64,6 +64,17 @@ def context_of(model: Any) -> int | None:
     return size if isinstance(size, int) and size > 0 else None
 
 
+def rope_switch(model: Any) -> int | None:
+    """The length from which on rotary embeddings take other factors, for the tokens before, too (LongRoPE); or None."""
+    config = text_config(model)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    if not any(kind.get("rope_type") == "longrope" for kind in kinds):
+        return None
+    lengths = [kind.get("original_max_position_embeddings") for kind in kinds]
+    return next((n for n in [*lengths, getattr(config, "original_max_position_embeddings", None)] if n), None)
+
+
 def device_of(model: Any) -> torch.device:
     """Where the model computes; weights that are offloaded lie elsewhere."""
     for module in model.modules():
@@ -91,6 +102,7 @@ class Twin:
         self.device = device_of(self.model)
         self.module = _copied(self.model)
         self.config, self.context = text_config(self.module), context_of(self.model)
+        self.rope_switch = rope_switch(self.model)
         self._attention = self.config._attn_implementation if hasattr(self.config, "_attn_implementation") else None
         self._accepts = set(inspect.signature(type(self.model).forward).parameters)
 
@@ -141,7 +153,7 @@ class Twin:
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    """The twin of a module tree. It shares the dictionaries of parameters and buffers, and whatever is no module."""
+    """The twin of a module tree. It shares parameters, buffers, hooks, and whatever else is no module."""
     configs: dict[int, Any] = {}
 
     def own_config(config: Any) -> Any:
@@ -182,6 +194,8 @@ def _copied(model: nn.Module) -> nn.Module:
         for name, value in module.__dict__.items():
             if name not in SHARED:
                 twin.__dict__[name] = own(value)
+        # Dictionaries of its own: offloading hooks put weights there for a while, rotary embeddings other factors.
+        twin.__dict__["_parameters"], twin.__dict__["_buffers"] = {**module._parameters}, {**module._buffers}
         twin.__dict__["_modules"] = {k: None if m is None else twins[id(m)] for k, m in module._modules.items()}
         twin.__dict__["training"] = False
         twin.__dict__["_compiled_call_impl"] = None
@@ -205,5 +219,5 @@ def _plain(value: Any) -> Any:
     return tuple(map(_plain, value)) if isinstance(value, list | tuple) else id(value)
 
 
-# Of torch's modules: what a change to the model must reach, and dictionaries that hold no module.
+# Of torch's modules: dictionaries that hold no module.
 SHARED = {name for name in vars(nn.Module()) if name.startswith("_")}

@@ -120,6 +120,11 @@ def test_it_streams_the_chosen_text(model, capsys):
     assert capsys.readouterr().out.split() == tiny.tokenizer().decode(out[0, 3:]).split()
 
 
+class Nothing(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return scores
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -12,7 +12,6 @@ from daemon_fast import TransformersProposal
 from daemon_fast.errors import DaemonFastError
 
 EVERY = [*families.FAMILIES, *families.VARIANTS]
-pytestmark = pytest.mark.sweep
 
 
 @pytest.fixture(scope="module")
