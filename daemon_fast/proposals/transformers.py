@@ -113,8 +113,8 @@ class TransformersProposal:
         for i, row in enumerate(rows):
             if switch is not None and len(row) <= switch < len(row) + most:
                 raise InvalidInput(
-                    f"prefix {i} has {len(row)} tokens; with max_new_tokens = {most} it passes the {switch} tokens from "
-                    "which on this model's rotary embeddings change, also for the tokens before: no text across that "
+                    f"prefix {i} has {len(row)} tokens; with max_new_tokens = {most} it passes {switch}, from "
+                    "where on this model's rotary embeddings change, also for the tokens before: no text across that "
                     "has one probability"
                 )
         return rows
