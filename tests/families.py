@@ -169,10 +169,11 @@ EXCEPTIONS: dict[str, tuple[dict[str, Any], str]] = {
         {
             "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
             "num_hidden_layers": 4,
+            "initializer_range": 0.2,
             "attention_hidden_size": 2 * WIDTH,
             "attention_head_dim": 2 * WIDTH // HEADS,
         },
-        "hybrid layers share weights",
+        "hybrid layers share weights; with larger ones float32 errors pass 1e-4",
     ),
     "zamba2": (
         {
