@@ -90,6 +90,13 @@ def main() -> None:
             lambda _: daemon_fast.token_logprobs(logits, ids, 0.97),
             lambda _: torch_logprobs(logits, ids),
         ),
+        **{
+            f"gradient of token_logprobs [100, {VOCABULARY}] {str(dtype).removeprefix('torch.')}": (
+                lambda _, x=logits.to(dtype): gradient(daemon_fast.token_logprobs, x, ids),
+                lambda _, x=logits.to(dtype): gradient(torch_logprobs, x, ids),
+            )
+            for dtype in (torch.float32, torch.bfloat16)
+        },
         f"sample_tokens [{M}, {VOCABULARY}] float32, against inverse CDF": (
             lambda _: daemon_fast.sample_tokens(logits[:M], draws, 0.97),
             lambda _: torch_sample(logits[:M], draws),

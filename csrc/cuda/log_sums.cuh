@@ -106,8 +106,9 @@ struct alignas(16) Vector {
 };
 
 // visit(first id, values) for all of a row, each thread its share: 16 bytes at a time, and what lies before the first
-// and behind the last 16-byte boundary one by one, since rows may start anywhere.
-template <class Logit, class Visit>
+// and behind the last 16-byte boundary one by one, since rows may start anywhere. kInFlight: loads before the first
+// use.
+template <int kInFlight, class Logit, class Visit>
 __device__ __forceinline__ void walk_row(const Logit* row, int64_t V, const Visit& visit) {
     using Wide = Vector<Logit>;
     const uintptr_t misaligned = reinterpret_cast<uintptr_t>(row) % sizeof(Wide);
@@ -120,7 +121,6 @@ __device__ __forceinline__ void walk_row(const Logit* row, int64_t V, const Visi
     };
     for (int64_t i = threadIdx.x; i < head; i += blockDim.x) single(i);
     const Wide* const wide = reinterpret_cast<const Wide*>(row + head);
-    constexpr int kInFlight = 4;  // independent loads before the first use
     for (int64_t begin = threadIdx.x; begin < wide_count; begin += kInFlight * blockDim.x) {
         Wide loaded[kInFlight];
 #pragma unroll
@@ -157,7 +157,7 @@ __device__ __forceinline__ void store(Logit* to, const float (&x)[kCount]) {
 template <class Logit, bool kTempered>
 __device__ LogSums scan_row(const Logit* row, int64_t V, float inverse) {
     LogSums sums{minus_infinity_float(), 0, 0};
-    walk_row(row, V, [&](int64_t, const auto& x) { add<kTempered>(sums, x, inverse); });
+    walk_row<4>(row, V, [&](int64_t, const auto& x) { add<kTempered>(sums, x, inverse); });
     return sums;
 }
 
