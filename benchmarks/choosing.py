@@ -6,7 +6,7 @@ Run: python benchmarks/choosing.py [--save]
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,8 +29,20 @@ def torch_select(
 
 
 def torch_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    at = ids[:, None]
+    logits, at = logits.float(), ids[:, None]
     return logits.log_softmax(1).gather(1, at), (logits / 0.97).log_softmax(1).gather(1, at)
+
+
+def ours_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> Sequence[torch.Tensor]:
+    return daemon_fast.token_logprobs(logits, ids, 0.97)
+
+
+def gradient(operator: Callable[..., Sequence[torch.Tensor]], logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Forward and backward."""
+    logits = logits.detach().requires_grad_()
+    log_p, log_q = operator(logits, ids)
+    (grad,) = torch.autograd.grad(log_p.sum() - 0.5 * log_q.sum(), logits)
+    return grad
 
 
 def torch_sample(logits: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -67,6 +79,7 @@ def main() -> None:
     few, many = normal(1, M, K), normal(4096, M, K)
     uniform, uniforms = torch.rand(1, generator=generator).double(), torch.rand(4096, generator=generator).double()
     logits, ids = normal(100, VOCABULARY), torch.randint(VOCABULARY, (100,), generator=generator)
+    narrow = logits.bfloat16()
     draws = torch.rand(M, generator=generator).double()
     samples = normal(40_000, M, K)
     candidates = [zipf_tokens(M, T, seed) for seed in range(16)]
@@ -89,6 +102,14 @@ def main() -> None:
         f"token_logprobs [100, {VOCABULARY}] float32": (
             lambda _: daemon_fast.token_logprobs(logits, ids, 0.97),
             lambda _: torch_logprobs(logits, ids),
+        ),
+        f"token_logprobs [100, {VOCABULARY}] float32, and its gradient": (
+            lambda _: gradient(ours_logprobs, logits, ids),
+            lambda _: gradient(torch_logprobs, logits, ids),
+        ),
+        f"token_logprobs [100, {VOCABULARY}] bfloat16, and its gradient": (
+            lambda _: gradient(ours_logprobs, narrow, ids),
+            lambda _: gradient(torch_logprobs, narrow, ids),
         ),
         f"sample_tokens [{M}, {VOCABULARY}] float32, against inverse CDF": (
             lambda _: daemon_fast.sample_tokens(logits[:M], draws, 0.97),
@@ -137,6 +158,8 @@ def check(
     torch.testing.assert_close(ours.weights.double(), plain[1], rtol=1e-5, atol=1e-7)
     for a, b in zip(daemon_fast.token_logprobs(logits, ids, 0.97), torch_logprobs(logits, ids), strict=True):
         torch.testing.assert_close(a, b[:, 0], rtol=1e-5, atol=1e-5)
+    ours, plain = (gradient(f, logits, ids) for f in (ours_logprobs, torch_logprobs))
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
     for a, b in zip(daemon_fast.tilted_moments(samples, mu)[1:], torch_moments(samples, mu)[1:], strict=True):
         torch.testing.assert_close(a, b)
 

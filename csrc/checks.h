@@ -122,12 +122,25 @@ inline void check_sample_tokens(const Tensor& logits, const Tensor& uniforms, do
     check_same_device(uniforms, logits, "sample_tokens: uniforms");
 }
 
-inline void check_token_logprobs(const Tensor& logits, const Tensor& ids, double temperature) {
-    check_logits("token_logprobs", logits, temperature);
-    check_dim(ids, 1, "token_logprobs: ids", "[R]");
-    check_dtype(ids, "token_logprobs: ids", ScalarType::Int, ScalarType::Long);
-    check_size(ids, 0, logits.size(0), "token_logprobs: ids", "logits.shape[0]");
-    check_same_device(ids, logits, "token_logprobs: ids");
+inline void check_token_logprobs(const std::string& op, const Tensor& logits, const Tensor& ids, double temperature) {
+    const std::string name = op + ": ids";
+    check_logits(op, logits, temperature);
+    check_dim(ids, 1, name.c_str(), "[R]");
+    check_dtype(ids, name.c_str(), ScalarType::Int, ScalarType::Long);
+    check_size(ids, 0, logits.size(0), name.c_str(), "logits.shape[0]");
+    check_same_device(ids, logits, name.c_str());
+}
+
+inline void check_token_logprobs_backward(
+    const Tensor& grad_log_p, const Tensor& grad_log_q, const Tensor& logits, const Tensor& ids, double temperature) {
+    const std::string op = "token_logprobs_backward";
+    check_token_logprobs(op, logits, ids, temperature);
+    for (const auto& [name, grad] : {std::pair(": grad_log_p", &grad_log_p), std::pair(": grad_log_q", &grad_log_q)}) {
+        check_dim(*grad, 1, (op + name).c_str(), "[R]");
+        check_dtype(*grad, (op + name).c_str(), ScalarType::Float);
+        check_size(*grad, 0, logits.size(0), (op + name).c_str(), "logits.shape[0]");
+        check_same_device(*grad, logits, (op + name).c_str());
+    }
 }
 
 inline void check_importance_weights(const Tensor& log_w) {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -14,7 +13,7 @@ from tqdm import tqdm
 from daemon_fast import ops
 from daemon_fast.energy import Energy
 from daemon_fast.errors import ArtefactError, InvalidInput, LowEffectiveSampleSize
-from daemon_fast.proposals.base import Prefix, Proposal, ProposalSettings
+from daemon_fast.proposals.base import Prefixes, Proposal, ProposalSettings, as_list
 from daemon_fast.proposals.candidates import Candidates
 from daemon_fast.seeds import batch_seed
 
@@ -106,7 +105,7 @@ class SIRDecoder:
 
     def __call__(
         self,
-        prefixes: str | Sequence[Prefix],
+        prefixes: Prefixes,
         *,
         num_samples: int = 1,
         seed: int = 0,
@@ -117,7 +116,7 @@ class SIRDecoder:
 
         Parameters
         ----------
-        prefixes : string, or sequence of strings or of lists of token ids
+        prefixes : a string or list of token ids, or a sequence of these; a tensor of ids is [P] or [N, P]
         num_samples : draws per prefix, S, from the same candidates
         seed : of candidates and draws; the same seed, batch size and prefixes give the same result
         progress : show a progress bar
@@ -126,14 +125,14 @@ class SIRDecoder:
         Raises
         ------
         InvalidInput
-            No prefixes, an empty one, one too long for the model's context, num_samples below 1, or more than the
-            candidates of a prefix if drawn without replacement.
+            No prefixes, an empty one, one too long for the model's context, what is neither text nor token ids,
+            num_samples below 1, or more than the candidates of a prefix if drawn without replacement.
 
         Warns
         -----
         LowEffectiveSampleSize
         """
-        batch: list[Prefix] = [prefixes] if isinstance(prefixes, str) else list(prefixes)
+        batch = as_list(prefixes)
         starts = range(0, len(batch), self.batch_size)
         if not batch:
             raise InvalidInput("there are no prefixes")

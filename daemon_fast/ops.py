@@ -5,6 +5,9 @@ A bad argument is a RuntimeError, as with torch's own operators, that names the 
 On CUDA no operator waits for the device, and all can be captured in a CUDA graph. So they can't raise for a bad value
 that lies on the device: they mark the result instead, by NaN or -1, as each docstring says. The decoder and the fit
 check for these marks.
+
+`token_logprobs` and `sample_tokens` are differentiable with respect to the logits, once. The others have no gradient:
+they run on tensors that require one, and a backward pass that reaches them is a RuntimeError, never a silent zero.
 `daemon_fast.reference` holds the definitions.
 """
 
@@ -30,6 +33,28 @@ Normalization = Literal["per_prefix", "global"]  # of importance weights: see `t
 def _fake_of(operator: str) -> Callable[[_Kernel], _Kernel]:
     decorator: Callable[[_Kernel], _Kernel] = torch.library.register_fake(f"daemon_fast::{operator}")
     return decorator
+
+
+class _Undifferentiable(torch.autograd.Function):
+    """An operator without a gradient, called on a tensor that requires one."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: str, *arguments: Any) -> Any:
+        ctx.operator = operator
+        return getattr(_ops, operator)(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(f"{ctx.operator} has no gradient: detach what it is given, or what it returns")
+
+
+def _call(operator: str, *arguments: Any) -> Any:
+    """What `register_autograd` would do for these operators takes 4 us a call, as long as a choice itself."""
+    if torch.is_grad_enabled():
+        for argument in arguments:
+            if isinstance(argument, Tensor) and argument.requires_grad:
+                return _Undifferentiable.apply(operator, *arguments)  # type: ignore[no-untyped-call]
+    return getattr(_ops, operator)(*arguments)
 
 
 # For the fake kernels, what csrc/checks.h checks of shapes and dtypes, in its words. `argument` is "operator: name".
@@ -173,10 +198,20 @@ def token_logprobs(
     Both are accumulated in float64 on the CPU (relative error 1e-6), in float32 on CUDA (1e-6, relative or absolute,
     whichever is larger).
 
+    Both are differentiable with respect to the logits: g_p (onehot(id) - softmax(logits)) + g_q / temperature
+    (onehot(id) - softmax(logits / temperature)), in the logits' dtype, computed in float32 or better. Between forward
+    and backward only `logits` and `ids` are kept; the sums are made again. A row whose g_p and g_q are 0, such as that
+    of a token that the loss leaves out, costs nothing. There is no second derivative: asking for it is a RuntimeError.
+
     Raises
     ------
     RuntimeError
         Wrong shape or dtype, temperature not positive and finite, an id outside the vocabulary (on CUDA: NaN).
+
+    Examples
+    --------
+    >>> log_p = daemon_fast.token_logprobs(model(tokens).logits[0, :-1], tokens[0, 1:]).log_p
+    >>> (-log_p.mean()).backward()
     """
     return TokenLogProbs(*_ops.token_logprobs(logits, ids, temperature))
 
@@ -190,6 +225,30 @@ def _(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         logits.new_empty(logits.shape[:1], dtype=torch.float32),
         logits.new_empty(logits.shape[:1], dtype=torch.float32),
     )
+
+
+@_fake_of("token_logprobs_backward")
+def _(grad_log_p: Tensor, grad_log_q: Tensor, logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _token_logprobs_setup(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+    logits, ids, ctx.temperature = inputs
+    ctx.save_for_backward(logits, ids)
+
+
+def _sample_tokens_setup(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, _, ctx.temperature = inputs
+    ctx.save_for_backward(logits, output[0])
+
+
+def _logprobs_backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    logits, ids = ctx.saved_tensors
+    return _call("token_logprobs_backward", *gradients[-2:], logits, ids, ctx.temperature), None, None
+
+
+torch.library.register_autograd("daemon_fast::token_logprobs", _logprobs_backward, setup_context=_token_logprobs_setup)
+torch.library.register_autograd("daemon_fast::sample_tokens", _logprobs_backward, setup_context=_sample_tokens_setup)
 
 
 def sample_tokens(
@@ -214,6 +273,9 @@ def sample_tokens(
         log softmax(logits)[id], as `token_logprobs` gives it.
     log_q : [R] float32
         log softmax(logits / temperature)[id].
+
+    The log-probabilities are differentiable with respect to the logits, the drawn id held fixed, as those of
+    `token_logprobs` are.
 
     Raises
     ------
@@ -260,8 +322,9 @@ def importance_weights(
     ------
     RuntimeError
         Names the row whose log-weights are all -inf, or hold NaN or +inf. On CUDA, all results of that row are NaN.
+        In a backward pass: there is no gradient.
     """
-    return ImportanceWeights(*_ops.importance_weights(log_w))
+    return ImportanceWeights(*_call("importance_weights", log_w))
 
 
 @_fake_of("importance_weights")
@@ -302,10 +365,11 @@ def sir_select(
     RuntimeError
         Wrong shape or dtype, a uniform outside [0, 1), or a row whose log-weights are all -inf, or hold NaN or +inf. On
         CUDA, the index is -1 in the last two cases, and in the last all else of the row is NaN.
+        In a backward pass: there is no gradient.
 
     Source: Ji et al. 2024 (arXiv 2310.01041), algorithm 2.
     """
-    return Selection(*_ops.sir_select(features, mu, uniforms, base_log_w))
+    return Selection(*_call("sir_select", features, mu, uniforms, base_log_w))
 
 
 @_fake_of("sir_select")
@@ -355,8 +419,9 @@ def tilted_moments(
     RuntimeError
         Wrong shape or dtype, another normalization, no prefixes, NaN or +inf in a log-weight, or no finite one where
         one is needed. On CUDA, all results are NaN in the last two cases; and K above about 150 does not fit.
+        In a backward pass: there is no gradient.
     """
-    return Moments(*_ops.tilted_moments(features, mu, base_log_w, normalization))
+    return Moments(*_call("tilted_moments", features, mu, base_log_w, normalization))
 
 
 @_fake_of("tilted_moments")

@@ -75,6 +75,26 @@ def token_logprobs(logits: Matrix, ids: Sequence[int], temperature: float) -> tu
     return log_p, log_q
 
 
+def token_logprobs_backward(
+    grad_log_p: Vector, grad_log_q: Vector, logits: Matrix, ids: Sequence[int], temperature: float
+) -> list[list[float]]:
+    """The gradient of Σ_r grad_log_p[r] log_p[r] + grad_log_q[r] log_q[r] with respect to the logits.
+
+    d log softmax(x)[id] / d x = onehot(id) - softmax(x), and at a temperature the same of x / temperature, over it.
+    """
+    rows = []
+    for g_p, g_q, row, i in zip(grad_log_p, grad_log_q, logits, ids, strict=True):
+        scaled = [x / temperature for x in row]
+        log_z_p, log_z_q = log_sum_exp(row), log_sum_exp(scaled)
+        rows.append(
+            [
+                g_p * ((v == i) - math.exp(x - log_z_p)) + g_q / temperature * ((v == i) - math.exp(y - log_z_q))
+                for v, (x, y) in enumerate(zip(row, scaled, strict=True))
+            ]
+        )
+    return rows
+
+
 def sample_tokens(logits: Matrix, uniforms: Sequence[float], temperature: float) -> list[int]:
     """The first id whose cumulative probability under softmax(logits / temperature) exceeds the uniform, per row."""
     ids = []

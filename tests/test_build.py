@@ -16,7 +16,10 @@ import torch
 import daemon_fast
 from daemon_fast import _C, extension
 
-OPERATORS = ("repetition", "token_logprobs", "sample_tokens", "importance_weights", "sir_select", "tilted_moments")
+OPERATORS = (
+    "repetition", "token_logprobs", "token_logprobs_backward", "sample_tokens", "importance_weights", "sir_select",
+    "tilted_moments",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -62,6 +62,7 @@ def test_every_operator_in_a_graph(cuda):
     def run():
         return [
             *daemon_fast.token_logprobs(logits, ids, 0.97),
+            torch.ops.daemon_fast.token_logprobs_backward(logits[:, 0], logits[:, 1], logits, ids, 0.97),
             *daemon_fast.sample_tokens(logits, uniforms, 0.97),
             *daemon_fast.importance_weights(features[..., 0]),
             *daemon_fast.tilted_moments(features, mu),
@@ -84,6 +85,7 @@ def test_no_operator_waits_for_the_device(inputs, cuda):
     try:
         choose(*inputs)
         daemon_fast.token_logprobs(logits, ids, 0.97)
+        torch.ops.daemon_fast.token_logprobs_backward(logits[:, 0], logits[:, 1], logits, ids, 0.97)
         daemon_fast.sample_tokens(logits, features[:8, 0, 0].abs().double() % 1, 0.97)
         daemon_fast.importance_weights(features[..., 0])
         daemon_fast.tilted_moments(features, inputs[2])

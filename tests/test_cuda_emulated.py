@@ -170,6 +170,50 @@ def test_token_logprobs_that_are_not_defined(library):
             assert np.isnan(out).tolist() == [False, True, True, True, True, True, False]
 
 
+def token_logprobs_backward(library, grad_log_p, grad_log_q, logits, ids, temperature, *, order=0):
+    kind = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.uint16): 2}[logits.dtype]
+    grad = np.full(logits.shape, 7, dtype=logits.dtype)
+    call(
+        library, "emulate_token_logprobs_backward", np.asarray(grad_log_p, dtype=np.float32),
+        np.asarray(grad_log_q, dtype=np.float32), logits, small(kind), logits.strides[0] // logits.itemsize,
+        np.asarray(ids, dtype=np.int64), *logits.shape, float(temperature), small(order), grad,
+    )  # fmt: skip
+    return grad
+
+
+@pytest.mark.parametrize("order", ORDERS[:3])
+@pytest.mark.parametrize("temperature", [1.0, 0.97, 3.0])
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
+def test_token_logprobs_backward(library, kind, temperature, order):
+    rng = np.random.default_rng(order)
+    grad_log_p, grad_log_q = np.array([1.5, 0, -0.7, 0], dtype=np.float32), np.array([0.3, -2, 0, 0], dtype=np.float32)
+    for V in (1, 2, 7, 8, 9, 63, 64, 511, 2100):
+        wide = (rng.standard_normal((4, V + 3)) * 5).astype(np.float32)
+        wide[1, : V // 2] = -np.inf
+        stored = bfloat16(wide) if kind == "bfloat16" else wide.astype(kind)
+        ids = [0, V - 1, V // 2, V // 3]
+        for offset in (0, 3):
+            logits = stored[:, offset : offset + V]
+            grad = token_logprobs_backward(library, grad_log_p, grad_log_q, logits, ids, temperature, order=order)
+            exact, got = (widened(x) if kind == "bfloat16" else x.astype(np.float32) for x in (logits, grad))
+            want = reference.token_logprobs_backward(grad_log_p, grad_log_q, exact.astype(np.float64), ids, temperature)
+            rounding = {"float32": 2e-6, "float16": 2**-11, "bfloat16": 2**-8}[kind]
+            np.testing.assert_allclose(got, np.array(want), rtol=rounding, atol=2e-6)
+
+
+def test_token_logprobs_backward_that_is_not_defined(library):
+    logits = np.random.default_rng(0).standard_normal((7, 600)).astype(np.float32)
+    logits[1] = -np.inf
+    logits[2, 555] = np.nan
+    logits[6, :3] = -np.inf
+    ids, none, one = [5, 5, 5, 600, -1, 5, 5], [0] * 7, [1, 1, 1, 1, 0, 0, 1]
+    for temperature in (1.0, 0.9):
+        for grads in ((one, none), (none, one)):
+            grad = token_logprobs_backward(library, *grads, logits, ids, temperature)
+            assert np.isnan(grad).all(1).tolist() == [False, True, True, True, False, False, False]
+            assert np.isfinite(grad[[0, 4, 5, 6]]).all()
+
+
 def sample_tokens(library, logits, uniforms, temperature, *, order=0):
     kind = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.uint16): 2}[logits.dtype]
     ids = np.full(len(logits), 7, dtype=np.int64)

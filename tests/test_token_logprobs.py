@@ -99,6 +99,148 @@ def test_opcheck(device):
     torch.library.opcheck(torch.ops.daemon_fast.token_logprobs.default, (logits.bfloat16(), ids.int(), 1.0))
 
 
+# ---- the gradient ---------------------------------------------------------------------------------------------------
+
+ROUNDING = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+
+
+def torchs(logits, ids, temperature):
+    """What users write without the operator."""
+    wide = logits.float()
+    return [
+        scaled.log_softmax(1).gather(1, ids.long()[:, None])[:, 0] for scaled in (wide, wide / temperature)
+    ]  # fmt: skip
+
+
+@given(calls(), st.tuples(*[st.sampled_from([1.0, 0.0, -2.5])] * 2))
+@settings(max_examples=100)
+def test_the_gradient_equals_the_definition(call, weights):
+    logits, ids, temperature = call
+    logits = logits.detach().requires_grad_()
+    grads = [weight * (1 + torch.arange(len(ids))).float() for weight in weights]
+    (got,) = torch.autograd.grad(daemon_fast.token_logprobs(logits, ids, temperature), logits, grads)
+    want = reference.token_logprobs_backward(
+        *(grad.tolist() for grad in grads), logits.double().tolist(), ids.tolist(), temperature
+    )
+    assert got.dtype == logits.dtype
+    assert got.shape == logits.shape
+    scale = float(sum(grad.abs().max() for grad in grads)) / temperature if len(ids) else 0.0
+    np.testing.assert_allclose(
+        got.double().numpy(), np.array(want).reshape(got.shape), rtol=ROUNDING[logits.dtype], atol=1e-7 * scale
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.97])
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize("V", [1, 9, 4097, 50_257])
+def test_the_gradient_is_torchs(device, V, dtype, temperature):
+    generator = torch.Generator().manual_seed(0)
+    wide = (torch.randn(6, V + 4, generator=generator) * 4).to(dtype)
+    grad_log_p, grad_log_q = torch.randn(2, 3, generator=generator).to(device)
+    ids = torch.tensor([0, V - 1, V // 2], device=device)
+    for rows in (wide[:3, :V], wide[::2, 3 : V + 3], wide.t().contiguous().t()[1::2, :V]):
+        logits = rows.to(device).requires_grad_()
+        for grads in ((grad_log_p, grad_log_q), (grad_log_p, None), (None, grad_log_q)):
+
+            def chosen(pair, grads=grads):
+                return [x for x, grad in zip(pair, grads, strict=True) if grad is not None]
+
+            weights = [grad for grad in grads if grad is not None]
+            (want,) = torch.autograd.grad(chosen(torchs(logits, ids, temperature)), logits, weights)
+            (got,) = torch.autograd.grad(chosen(daemon_fast.token_logprobs(logits, ids, temperature)), logits, weights)
+            torch.testing.assert_close(got, want, rtol=2 * ROUNDING[dtype], atol=5e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*double precision")
+@pytest.mark.parametrize("temperature", [1.0, 0.8])
+def test_gradcheck(device, temperature):
+    logits = torch.randn(3, 6, device=device, requires_grad=True)
+    ids = torch.tensor([0, 5, 2], device=device)
+    # at this step, the differences of float32 are good to about 1e-3
+    assert torch.autograd.gradcheck(
+        lambda x: daemon_fast.token_logprobs(x, ids, temperature), logits, eps=1e-2, atol=2e-3, rtol=1e-3
+    )
+
+
+def test_a_confident_token_keeps_the_digits_of_its_gradient(device):
+    logits = torch.tensor([[16.0, 0.0, -1.0]], device=device, requires_grad=True)
+    daemon_fast.token_logprobs(logits, torch.tensor([0], device=device)).log_p.sum().backward()
+    want = torch.tensor([16.0, 0.0, -1.0], dtype=torch.float64).softmax(0)
+    want = torch.stack([want[1] + want[2], -want[1], -want[2]])
+    torch.testing.assert_close(logits.grad[0].cpu().double(), want, rtol=1e-5, atol=0)
+
+
+def test_excluded_ids_and_rows_without_a_distribution(device):
+    rows = [[0.0, -math.inf, 1.0], [0.0, -math.inf, 1.0], [-math.inf] * 3, [0.0, math.nan, 0.0], [-math.inf] * 3]
+    logits = torch.tensor(rows, device=device, requires_grad=True)
+    log_p, log_q = daemon_fast.token_logprobs(logits, torch.tensor([2, 1, 0, 0, 0], device=device), 0.5)
+    weight = torch.tensor([1.0, 1, 1, 1, 0], device=device)
+    torch.autograd.backward((log_p, log_q), (weight, weight))
+    p, q = (torch.tensor([0.0, 1.0], dtype=torch.float64).div(t).softmax(0).tolist() for t in (1.0, 0.5))
+    up = [[-p[0] - 2 * q[0], 0.0, -p[1] - 2 * q[1]]] * 2
+    want = torch.tensor(up) + torch.tensor([[0, 0, 3.0], [0, 3.0, 0]])
+    torch.testing.assert_close(logits.grad[:2].cpu(), want)
+    assert logits.grad[2:4].isnan().all()
+    assert (logits.grad[4] == 0).all()  # the loss leaves that row out
+
+
+def test_the_gradient_is_the_same_for_any_number_of_threads(threads):
+    logits, ids, grads = torch.randn(40, 5000), torch.randint(0, 5000, (40,)), torch.randn(2, 40)
+    backward = torch.ops.daemon_fast.token_logprobs_backward
+    threads(1)
+    one = backward(*grads, logits, ids, 0.97)
+    threads(3)
+    assert torch.equal(backward(*grads, logits, ids, 0.97), one)
+
+
+def test_a_compiled_loss_has_the_same_gradient(device):
+    def loss(hidden, ids):
+        log_p, log_q = daemon_fast.token_logprobs(hidden * 2, ids, 0.9)
+        return (log_p - 0.5 * log_q.exp()).sum()
+
+    hidden, ids = torch.randn(4, 30, device=device, requires_grad=True), torch.arange(4, device=device)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    (want,) = torch.autograd.grad(loss(hidden, ids), hidden)
+    (got,) = torch.autograd.grad(compiled(hidden, ids), hidden)
+    assert torch.equal(got, want)
+
+
+def test_there_is_no_second_derivative():
+    logits = torch.randn(2, 5, requires_grad=True)
+    log_p = daemon_fast.token_logprobs(logits, torch.tensor([0, 4])).log_p
+    (grad,) = torch.autograd.grad(log_p.sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="token_logprobs_backward has no gradient"):
+        grad.square().sum().backward()
+
+
+def test_opcheck_with_gradients(device):
+    logits = torch.randn(3, 20, device=device, requires_grad=True)
+    ids, grads = torch.tensor([0, 19, 5], device=device), torch.randn(2, 3, device=device)
+    torch.library.opcheck(torch.ops.daemon_fast.token_logprobs.default, (logits, ids, 0.97))
+    backward = torch.ops.daemon_fast.token_logprobs_backward.default
+    torch.library.opcheck(backward, (*grads, logits.detach(), ids, 0.97))
+    torch.library.opcheck(backward, (*grads, logits.detach().half(), ids.int(), 1.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.zeros(2)}, r"grad_log_p must have logits.shape\[0\] = 3 at dimension 0, got shape \[2\]"),
+        ({1: torch.zeros(3).double()}, "grad_log_q must be float32, got float64"),
+        ({3: torch.tensor([0, 4, 0])}, r"ids\[1\] = 4 is outside the vocabulary \[0, 4\)"),
+    ],
+)
+def test_bad_input_of_the_backward_operator_is_named(change, message):
+    arguments = [torch.zeros(3), torch.zeros(3), torch.zeros(3, 4), torch.zeros(3).long(), 1.0]
+    for at, value in change.items():
+        arguments[at] = value
+    with pytest.raises(RuntimeError, match="token_logprobs_backward: " + message):
+        torch.ops.daemon_fast.token_logprobs_backward(*arguments)
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("place", ["cpu", "meta"])  # on meta it is the fake kernel that says so
 @pytest.mark.parametrize(
     ("logits", "ids", "temperature", "message"),

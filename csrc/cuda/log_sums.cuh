@@ -25,6 +25,21 @@ __device__ __forceinline__ float to_float(__nv_bfloat16 x) {
     return __bfloat162float(x);
 }
 
+template <class Value>
+__device__ __forceinline__ Value from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+    return x;
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+    return __float2half(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+    return __float2bfloat16(x);
+}
+
 __device__ __forceinline__ float minus_infinity_float() {
     return __int_as_float(static_cast<int32_t>(0xff800000u));
 }
@@ -90,22 +105,22 @@ struct alignas(16) Vector {
     Logit x[kCount];
 };
 
-// Rows may start anywhere: elements before the first and behind the last 16-byte boundary are read one by one.
-template <class Logit, bool kTempered>
-__device__ LogSums scan_row(const Logit* row, int64_t V, float inverse) {
+// visit(first id, values) for all of a row, each thread its share: 16 bytes at a time, and what lies before the first
+// and behind the last 16-byte boundary one by one, since rows may start anywhere. kInFlight: loads before the first
+// use.
+template <int kInFlight, class Logit, class Visit>
+__device__ __forceinline__ void walk_row(const Logit* row, int64_t V, const Visit& visit) {
     using Wide = Vector<Logit>;
-    LogSums sums{minus_infinity_float(), 0, 0};
     const uintptr_t misaligned = reinterpret_cast<uintptr_t>(row) % sizeof(Wide);
     int64_t head = misaligned ? static_cast<int64_t>((sizeof(Wide) - misaligned) / sizeof(Logit)) : 0;
     if (head > V) head = V;
     const int64_t wide_count = (V - head) / Wide::kCount;
     const auto single = [&](int64_t i) {
         const float x[1] = {to_float(row[i])};
-        add<kTempered>(sums, x, inverse);
+        visit(i, x);
     };
     for (int64_t i = threadIdx.x; i < head; i += blockDim.x) single(i);
     const Wide* const wide = reinterpret_cast<const Wide*>(row + head);
-    constexpr int kInFlight = 4;  // independent loads before the first use
     for (int64_t begin = threadIdx.x; begin < wide_count; begin += kInFlight * blockDim.x) {
         Wide loaded[kInFlight];
 #pragma unroll
@@ -117,10 +132,32 @@ __device__ LogSums scan_row(const Logit* row, int64_t V, float inverse) {
             float x[Wide::kCount];
 #pragma unroll
             for (int i = 0; i < Wide::kCount; ++i) x[i] = to_float(loaded[n].x[i]);
-            add<kTempered>(sums, x, inverse);
+            visit(head + (begin + n * blockDim.x) * Wide::kCount, x);
         }
     }
     for (int64_t i = head + wide_count * Wide::kCount + threadIdx.x; i < V; i += blockDim.x) single(i);
+}
+
+// What a visit of walk_row computed of its ids: 16 bytes at a time where `to` allows it, as in a row of the same
+// layout.
+template <class Logit, int kCount>
+__device__ __forceinline__ void store(Logit* to, const float (&x)[kCount]) {
+    using Wide = Vector<Logit>;
+    if (kCount == Wide::kCount && reinterpret_cast<uintptr_t>(to) % sizeof(Wide) == 0) {
+        Wide wide;
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) wide.x[i] = from_float<Logit>(x[i]);
+        *reinterpret_cast<Wide*>(to) = wide;
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) to[i] = from_float<Logit>(x[i]);
+}
+
+template <class Logit, bool kTempered>
+__device__ LogSums scan_row(const Logit* row, int64_t V, float inverse) {
+    LogSums sums{minus_infinity_float(), 0, 0};
+    walk_row<4>(row, V, [&](int64_t, const auto& x) { add<kTempered>(sums, x, inverse); });
     return sums;
 }
 

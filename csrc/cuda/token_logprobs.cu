@@ -8,8 +8,13 @@ namespace {
 
 constexpr int kThreads = 512;  // a row of 50,257 bfloat16 gives each thread 12 vectors
 
+template <class Run>
+void with_id_type(const Tensor& ids, const Run& run) {
+    ids.scalar_type() == ScalarType::Long ? run(int64_t{}) : run(int32_t{});
+}
+
 std::tuple<Tensor, Tensor> token_logprobs(Tensor logits, Tensor ids, double temperature) {
-    check_token_logprobs(logits, ids, temperature);
+    check_token_logprobs("token_logprobs", logits, ids, temperature);
     const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
     const int64_t R = logits.size(0), V = logits.size(1);
     if (V > 1 && logits.stride(1) != 1) logits = torch::stable::contiguous(logits);
@@ -19,23 +24,47 @@ std::tuple<Tensor, Tensor> token_logprobs(Tensor logits, Tensor ids, double temp
 
     with_logits(logits, temperature, [&](auto logit, auto tempered) {
         using Logit = decltype(logit);
-        const auto run = [&](auto id) {
+        with_id_type(ids, [&](auto id) {
             using Id = decltype(id);
             launch(
                 "token_logprobs", logits, token_logprobs_kernel<Logit, Id, tempered.value, kThreads>, R, kThreads, 0,
                 static_cast<const Logit*>(logits.const_data_ptr()), logits.stride(0), ids.const_data_ptr<Id>(),
                 ids.stride(0), R, V, static_cast<float>(1.0 / temperature), log_p.mutable_data_ptr<float>(),
                 log_q.mutable_data_ptr<float>());
-        };
-        ids.scalar_type() == ScalarType::Long ? run(int64_t{}) : run(int32_t{});
+        });
     });
     return {log_p, log_q};
+}
+
+Tensor token_logprobs_backward(Tensor grad_log_p, Tensor grad_log_q, Tensor logits, Tensor ids, double temperature) {
+    check_token_logprobs_backward(grad_log_p, grad_log_q, logits, ids, temperature);
+    const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+    const int64_t R = logits.size(0), V = logits.size(1);
+    if (V > 1 && logits.stride(1) != 1) logits = torch::stable::contiguous(logits);
+    Tensor grad = empty_like_with(logits, {R, V}, logits.scalar_type());
+    if (R == 0) return grad;
+
+    with_logits(logits, temperature, [&](auto logit, auto tempered) {
+        using Logit = decltype(logit);
+        with_id_type(ids, [&](auto id) {
+            using Id = decltype(id);
+            launch(
+                "token_logprobs_backward", logits, token_logprobs_backward_kernel<Logit, Id, tempered.value, kThreads>,
+                R, kThreads, 0, grad_log_p.const_data_ptr<float>(), grad_log_p.stride(0),
+                grad_log_q.const_data_ptr<float>(), grad_log_q.stride(0),
+                static_cast<const Logit*>(logits.const_data_ptr()), logits.stride(0), ids.const_data_ptr<Id>(),
+                ids.stride(0), R, V, static_cast<float>(1.0 / temperature),
+                static_cast<Logit*>(grad.mutable_data_ptr()));
+        });
+    });
+    return grad;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(daemon_fast, CUDA, m) {
     m.impl("token_logprobs", TORCH_BOX(&token_logprobs));
+    m.impl("token_logprobs_backward", TORCH_BOX(&token_logprobs_backward));
 }
 
 }  // namespace daemon_fast::cuda

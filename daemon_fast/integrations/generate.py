@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import (
     EosTokenCriteria,
+    GenerationConfig,
+    LogitNormalization,
     MaxLengthCriteria,
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
@@ -30,11 +32,37 @@ __all__ = ["GenerateOutput", "generate"]
 # What the proposal does itself; anything else would change what candidates are drawn from behind its back.
 PROCESSORS = (
     TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper, MinLengthLogitsProcessor,
-    MinNewTokensLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor, LogitNormalization,
 )  # fmt: skip
 CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
 # Transformers' own defaults, which say nothing of what a user wants
 SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None}
+
+# Fields of the generation config that DAEMON follows,
+FOLLOWED = {
+    *SAMPLING_DEFAULTS, "do_sample", "max_length", "max_new_tokens", "min_length", "min_new_tokens", "eos_token_id",
+    "pad_token_id", "bos_token_id", "num_return_sequences", "return_dict_in_generate", "renormalize_logits",
+}  # fmt: skip
+# and those that change nothing in what is sampled: how Transformers' own loop computes, and details of beams, encoders
+# and assistants, which are refused by themselves.
+WITHOUT_EFFECT = {
+    "use_cache", "cache_config", "max_cache_len", "compile_config", "disable_compile", "prefill_chunk_size",
+    "low_memory", "continuous_batching_config", "transformers_version", "early_stopping", "length_penalty",
+    "decoder_start_token_id", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight",
+    "max_matching_ngram_size", "speculation_type",
+}  # fmt: skip
+# All other fields are refused, but for None, False and the values by which they ask for nothing.
+NEUTRAL = {
+    "num_beams": 1, "num_beam_groups": 1, "diversity_penalty": 0.0, "penalty_alpha": 0.0, "typical_p": 1.0,
+    "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "guidance_scale": 1,
+}  # fmt: skip
+# Arguments that Transformers' `generate` doesn't pass on
+KEPT_BACK = ("assistant_model", "negative_prompt_ids", "negative_prompt_attention_mask", "synced_gpus")
+# What Transformers itself gives to a model, beside the ids
+PREPARED = {"attention_mask", "logits_to_keep", "use_cache", "return_dict"}
+PREPARED_CACHES = {"past_key_values", "cache_params"}
 
 
 @dataclass
@@ -63,8 +91,11 @@ def generate(
     ----------
     model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, **model_kwargs
         As `generate` passes them on. Lengths, end-of-text ids, the padding id and num_return_sequences S are those of
-        the generation config. Temperature, top_k, top_p and min_p are those that the artefact was fitted with; with
-        do_sample=True, one that is not Transformers' default is taken instead, with a warning.
+        the generation config; min_new_tokens is 1 unless given, since not every metric is defined for the empty
+        continuation. Temperature, top_k, top_p and min_p are those that the artefact was fitted with; with
+        do_sample=True, one that is given to `generate`, or that in the generation config is not Transformers' default,
+        is taken instead, with a warning. use_cache and other settings of how Transformers' own loop computes have no
+        effect. Whatever else would change what is generated is refused, by name.
     energy : Energy
         The fitted artefact.
     processing_class : tokenizer, optional
@@ -85,16 +116,21 @@ def generate(
     Raises
     ------
     InvalidInput
-        No energy, or an option of `generate` that DAEMON has no place for.
+        No energy, or an option of `generate` or an input of the model that DAEMON has no place for.
 
     Examples
     --------
     >>> model.generate(**inputs, custom_generate=daemon_fast.generate, energy=energy, max_new_tokens=64)
     """
-    if energy is None:
-        raise InvalidInput("custom_generate=daemon_fast.generate needs energy=, a fitted artefact (Energy.load)")
-    config = generation_config
-    _refuse(config, logits_processor, stopping_criteria)
+    if not isinstance(energy, Energy):
+        raise InvalidInput(
+            f"custom_generate=daemon_fast.generate needs energy=, a fitted artefact (Energy.load), got {_short(energy)}"
+        )
+    config, caller = generation_config, _caller()
+    _refuse_options(config, caller)
+    _refuse_processors(logits_processor, stopping_criteria)
+    given = caller.get("kwargs", {})
+    _refuse_inputs(model, model_kwargs, given)
     # `generate` has repeated each prompt num_return_sequences times; they share their candidates.
     samples = config.num_return_sequences
     prompts, mask = input_ids[::samples], model_kwargs.get("attention_mask")
@@ -102,12 +138,12 @@ def generate(
     if mask is not None:
         kept = mask[::samples].bool().tolist()
         rows = [[i for i, real in zip(row, k, strict=True) if real] for row, k in zip(rows, kept, strict=True)]
-    decoder = SIRDecoder(
-        energy, _proposal(model, energy, config, processing_class, num_candidates, input_ids.shape[1]), 1
-    )
+    sampling = _sampling(config, energy, given)
+    proposal = _proposal(model, energy, config, sampling, processing_class, num_candidates, input_ids.shape[1])
+    decoder = SIRDecoder(energy, proposal, 1)
     if seed is None:
         seed = int(torch.randint(2**62, ()))
-    streamer = streamer or _streamer_of_caller()
+    streamer = streamer or caller.get("streamer")
     decoded = decoder(rows, num_samples=samples, seed=seed)
     sequences, lengths = _sequences(input_ids, decoded, _padding(config), energy.proposal_settings.count_eos)
     if streamer is not None:
@@ -117,13 +153,39 @@ def generate(
     return GenerateOutput(sequences=sequences, decoded=decoded) if config.return_dict_in_generate else sequences
 
 
-def _streamer_of_caller() -> Any:
-    """Transformers 5 hands a callable everything but the streamer, which stays a local variable of its `generate`."""
+def _caller() -> dict[str, Any]:
+    """The variables of Transformers' `generate`: it hands a callable neither the streamer nor some other arguments,
+    and of its options not which were given and which are defaults."""
     frame = sys._getframe(2)
-    return frame.f_locals.get("streamer") if frame.f_code.co_name == "generate" else None
+    return frame.f_locals if frame.f_code.co_name == "generate" else {}
 
 
-def _refuse(config: Any, processors: Any, criteria: Any) -> None:
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"<{type(value).__name__}>"
+
+
+def _refuse_options(config: Any, caller: dict[str, Any]) -> None:
+    asked = [name for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+             if getattr(config, name, None)]  # fmt: skip
+    if asked:
+        raise InvalidInput(f"{asked[0]} is not offered: the scores of M candidates are not kept")
+    fields = (name for name in vars(GenerationConfig()) if not name.startswith("_"))
+    options = {name: getattr(config, name, None) for name in fields if name not in FOLLOWED | WITHOUT_EFFECT}
+    for name, value in (options | {name: caller.get(name) for name in KEPT_BACK}).items():
+        if value is None or value is False or (name in NEUTRAL and value == NEUTRAL[name]):
+            continue
+        raise InvalidInput(
+            f"{name} = {_short(value)} can't be followed: DAEMON samples candidates from the model itself. Leave it "
+            f"out, or give {name}={NEUTRAL.get(name)} where model.generation_config sets it. What it is for may be a "
+            "metric, or a filter of what comes out"
+        )
+    given = caller.get("kwargs", {})
+    if given.get("do_sample") is False:
+        raise InvalidInput("do_sample = False asks for the likeliest tokens, but DAEMON samples: leave it out")
+
+
+def _refuse_processors(processors: Any, criteria: Any) -> None:
     other = [type(x).__name__ for x in processors or () if not isinstance(x, PROCESSORS)]
     other += [type(x).__name__ for x in criteria or () if not isinstance(x, CRITERIA)]
     if other:
@@ -131,28 +193,70 @@ def _refuse(config: Any, processors: Any, criteria: Any) -> None:
             f"DAEMON draws candidates from the model itself: {', '.join(other)} can't be applied to them. Put what it "
             "is for into a metric, or filter what comes out"
         )
-    if (config.num_beams or 1) > 1:
-        raise InvalidInput(f"num_beams = {config.num_beams} must be 1: DAEMON samples")
-    asked = [name for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-             if getattr(config, name, None)]  # fmt: skip
-    if asked:
-        raise InvalidInput(f"{asked[0]} is not offered: the scores of M candidates are not kept")
+
+
+def _refuse_inputs(model: Any, inputs: dict[str, Any], given: dict[str, Any]) -> None:
+    """Candidates continue token ids and nothing else. `given`: what was passed to `generate` by name."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise InvalidInput(f"{type(model).__name__} is an encoder-decoder: DAEMON continues the text of a decoder")
+    for name, value in inputs.items():
+        if value is None or name in PREPARED or (name == "position_ids" and _counts_tokens(value, inputs)):
+            continue
+        if name.endswith("token_type_ids") and not torch.as_tensor(value).any():  # a text of one part
+            continue
+        if name in PREPARED_CACHES and name not in given:
+            continue
+        raise InvalidInput(
+            f"{name} is not offered: candidates are drawn from input_ids and attention_mask alone, got a "
+            f"{type(value).__name__}"
+        )
+
+
+def _counts_tokens(position_ids: Tensor, inputs: dict[str, Any]) -> bool:
+    """Whether these are the positions that tokens have anyway: 0, 1, ... from the first that is not masked."""
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        mask = torch.ones_like(position_ids)
+    return bool(((position_ids == mask.long().cumsum(-1) - 1) | (mask == 0)).all())
+
+
+def _sampling(config: Any, energy: Energy, given: dict[str, Any]) -> dict[str, Any]:
+    """Temperature, top_k, top_p and min_p. `given`: what was passed to `generate` by name."""
+    fitted = {name: getattr(energy.proposal_settings, name) for name in SAMPLING_DEFAULTS}
+    options = {name: getattr(config, name, None) for name in SAMPLING_DEFAULTS}
+    asked = {
+        name: value
+        for name, value in options.items()
+        if value is not None and (value != SAMPLING_DEFAULTS[name] or given.get(name) is not None)
+    }
+    if not config.do_sample:
+        for name, value in asked.items():
+            if value != fitted[name]:
+                raise InvalidInput(
+                    f"{name} = {value} needs do_sample=True: without, it is the artefact's {fitted[name]}. Give that "
+                    f"too, or {name}=None"
+                )
+    return fitted | asked
 
 
 def _proposal(
-    model: Any, energy: Energy, config: Any, tokenizer: Any, num_candidates: int | None, prompt: int
+    model: Any,
+    energy: Energy,
+    config: Any,
+    sampling: dict[str, Any],
+    tokenizer: Any,
+    num_candidates: int | None,
+    prompt: int,
 ) -> TransformersProposal:
     """With the artefact's settings, and what the generation config says of lengths and of the end of a text."""
     fitted = energy.proposal_settings
-    sampling = {name: getattr(fitted, name) for name in SAMPLING_DEFAULTS}
-    if config.do_sample:
-        given = {name: getattr(config, name, None) for name in SAMPLING_DEFAULTS}
-        sampling |= {name: x for name, x in given.items() if x is not None and x != SAMPLING_DEFAULTS[name]}
     longest = config.max_length - prompt
-    shortest = config.min_new_tokens or max(0, (config.min_length or 0) - prompt)
+    shortest = config.min_new_tokens
+    if shortest is None:
+        shortest = max(1, (config.min_length or 0) - prompt)
     settings = {
         **sampling,
-        "num_candidates": num_candidates or fitted.num_candidates,
+        "num_candidates": fitted.num_candidates if num_candidates is None else num_candidates,
         "max_new_tokens": longest,
         "min_new_tokens": min(shortest, longest),
         "count_eos": fitted.count_eos,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from daemon_fast import metrics as metrics_module
 from daemon_fast.errors import InvalidInput
 from daemon_fast.metrics import RepetitionMetric
+from daemon_fast.proposals.base import token_ids
 from daemon_fast.proposals.candidates import Candidates
 
 __all__ = ["RepetitionReward"]
@@ -49,17 +50,32 @@ class RepetitionReward:
             raise InvalidInput(f"weights = {dict(weights)} must be finite")
         self.__name__ = name
 
-    def __call__(self, completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
+    def __call__(self, completion_ids: Iterable[Sequence[int]] | None = None, **others: Any) -> list[float]:
         """One reward per completion.
 
         Parameters
         ----------
         completion_ids : B lists of token ids, without prompt and padding
-        **_ : what else TRL passes (prompts, completions, columns of the dataset, the trainer's state)
+        **others : what else TRL passes (prompts, completions, columns of the dataset, the trainer's state)
+
+        Raises
+        ------
+        InvalidInput
+            No completion_ids, or something else than lists of integers.
         """
-        if len(completion_ids) == 0:
+        if completion_ids is None:
+            raise InvalidInput(
+                "completion_ids is missing: this reward reads token ids, which newer versions of TRL pass to it; got "
+                f"{', '.join(others) or 'nothing'}"
+            )
+        if isinstance(completion_ids, str) or not isinstance(completion_ids, Iterable):
+            raise InvalidInput(f"completion_ids = {completion_ids!r} must be a list of lists of token ids")
+        rows = [
+            torch.tensor(token_ids(row, f"completion_ids[{i}]"), dtype=torch.int64)
+            for i, row in enumerate(completion_ids)
+        ]
+        if not rows:
             return []
-        rows = [torch.as_tensor(row, dtype=torch.int64) for row in completion_ids]
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         zeros = torch.zeros(tokens.shape)
         lengths = torch.tensor([len(row) for row in rows])

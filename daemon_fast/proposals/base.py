@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
+
+from torch import Tensor
 
 from daemon_fast.errors import InvalidInput
 from daemon_fast.proposals.candidates import Candidates
 
-__all__ = ["Prefix", "Proposal", "ProposalSettings", "eos_token_ids", "tokenize", "vocabulary_fingerprint"]
+__all__ = [
+    "Prefix",
+    "Prefixes",
+    "Proposal",
+    "ProposalSettings",
+    "as_list",
+    "eos_token_ids",
+    "token_ids",
+    "tokenize",
+    "vocabulary_fingerprint",
+]
 
 Prefix = str | Sequence[int]
+Prefixes = Prefix | Sequence[Prefix] | Tensor  # one, or several; a tensor of ids is [P] or [N, P]
 
 
 @dataclass(frozen=True)
@@ -89,10 +103,12 @@ class Proposal(Protocol):
     def propose(self, prefixes: Sequence[Prefix], seed: int) -> Candidates:
         """M candidates of each prefix; the same seed gives the same ones again.
 
+        A string, a flat list of token ids or a tensor [P] is one prefix.
+
         Raises
         ------
         InvalidInput
-            No prefixes, an empty one, or one too long for the model's context.
+            No prefixes, an empty one, one too long for the model's context, or what is neither text nor token ids.
         """
         ...
 
@@ -109,26 +125,87 @@ class Proposal(Protocol):
         ...
 
 
+def as_list(prefixes: Prefixes) -> list[str | list[int]]:
+    """The prefixes one by one: a string, a flat list of token ids or a tensor [P] is one, a tensor [N, P] is N.
+
+    Raises
+    ------
+    InvalidInput
+        What is neither text nor token ids: chat messages, dictionaries, floats, booleans, None.
+    """
+    if isinstance(prefixes, str):
+        return [prefixes]
+    items = _items(prefixes, "prefixes", "a string, a list of token ids, or a list of these")
+    if items and not any(map(_holds_items, items)):
+        return [token_ids(items, "prefixes")]
+    return [item if isinstance(item, str) else token_ids(item, f"prefix {i}") for i, item in enumerate(items)]
+
+
+def token_ids(ids: Iterable[Any], name: str) -> list[int]:
+    """Token ids of any integer type, of a list, array or tensor, as a list of int; `name` is that of errors.
+
+    Raises
+    ------
+    InvalidInput
+        Anything else.
+    """
+    row = _items(ids, name, "a list of token ids")
+    for t, token in enumerate(row):
+        if type(token) is int:
+            continue
+        value = token if _holds_items(token) or not hasattr(token, "item") else token.item()
+        if isinstance(value, Mapping):
+            _refuse_mapping(value, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise InvalidInput(f"{name} has {reprlib.repr(value)} at position {t}: a token id is an integer")
+        row[t] = value
+    return row
+
+
+def _items(value: Any, name: str, expected: str) -> list[Any]:
+    if isinstance(value, Mapping):
+        _refuse_mapping(value, name)
+    if isinstance(value, str | bytes) or not _holds_items(value):
+        raise InvalidInput(f"{name} = {reprlib.repr(value)} must be {expected}")
+    return value.tolist() if hasattr(value, "tolist") else list(value)
+
+
+def _holds_items(value: Any) -> bool:
+    return isinstance(value, Iterable) and getattr(value, "ndim", 1) > 0  # a number may be a tensor without dimensions
+
+
+def _refuse_mapping(value: Mapping[Any, Any], name: str) -> None:
+    if "role" in value:
+        raise InvalidInput(
+            f"{name} has a chat message, role {value['role']!r}: give the token ids of "
+            "tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)"
+        )
+    hint = ": give its ['input_ids']" if "input_ids" in value else ""
+    raise InvalidInput(f"{name} has a {type(value).__name__} in place of a text or token ids{hint}")
+
+
 def tokenize(
-    prefixes: Sequence[Prefix], tokenizer: Any, vocab_size: int, context: int | None, max_new_tokens: int
+    prefixes: Prefixes, tokenizer: Any, vocab_size: int, context: int | None, max_new_tokens: int
 ) -> list[list[int]]:
     """Token ids of prefixes, each of which can be continued by a model of this vocabulary and context.
 
     Parameters
     ----------
+    prefixes : strings or lists of token ids, or one of them (see `as_list`)
     tokenizer : a Transformers tokenizer, or None if all prefixes are token ids
     context : tokens that the model can hold; None: any number
 
     Raises
     ------
     InvalidInput
-        No prefixes, an empty one, one too long, or a token outside the vocabulary.
+        No prefixes, an empty one, one too long, a token outside the vocabulary, or what is neither text nor token ids.
     """
-    if len(prefixes) == 0:
+    listed = as_list(prefixes)
+    if len(listed) == 0:
         raise InvalidInput("there are no prefixes")
-    if any(isinstance(prefix, str) for prefix in prefixes) and tokenizer is None:
+    if any(isinstance(prefix, str) for prefix in listed) and tokenizer is None:
         raise InvalidInput("a prefix is a string, and this proposal was made without a tokenizer: give token ids")
-    rows = [tokenizer(p)["input_ids"] if isinstance(p, str) else [int(i) for i in p] for p in prefixes]
+    rows = [tokenizer(prefix)["input_ids"] if isinstance(prefix, str) else prefix for prefix in listed]
     for i, row in enumerate(rows):
         if not row:
             raise InvalidInput(f"prefix {i} is empty: a language model needs at least one token to continue")

@@ -58,6 +58,19 @@ void run_token_logprobs(
     });
 }
 
+template <class Logit>
+void run_token_logprobs_backward(
+    const float* grad_log_p, const float* grad_log_q, const void* logits, int64_t row_stride, const int64_t* ids,
+    int64_t R, int64_t V, float inverse, int tempered, int order, void* grad) {
+    emulation::launch(std::min<unsigned>(2, R), 64, 0, order, [&] {
+        const auto kernel = tempered ? token_logprobs_backward_kernel<Logit, int64_t, true, 64>
+                                     : token_logprobs_backward_kernel<Logit, int64_t, false, 64>;
+        kernel(
+            grad_log_p, 1, grad_log_q, 1, static_cast<const Logit*>(logits), row_stride, ids, 1, R, V, inverse,
+            static_cast<Logit*>(grad));
+    });
+}
+
 }  // namespace
 
 extern "C" {
@@ -88,6 +101,17 @@ void emulate_token_logprobs(
     const auto run = [&](auto logit) {
         run_token_logprobs<decltype(logit)>(
             logits, row_stride, ids, R, V, inverse, temperature != 1.0, order, log_p, log_q);
+    };
+    kind == 0 ? run(float{}) : kind == 1 ? run(__half{}) : run(__nv_bfloat16{});
+}
+
+void emulate_token_logprobs_backward(
+    const float* grad_log_p, const float* grad_log_q, const void* logits, int kind, int64_t row_stride,
+    const int64_t* ids, int64_t R, int64_t V, double temperature, int order, void* grad) {
+    const float inverse = static_cast<float>(1.0 / temperature);
+    const auto run = [&](auto logit) {
+        run_token_logprobs_backward<decltype(logit)>(
+            grad_log_p, grad_log_q, logits, row_stride, ids, R, V, inverse, temperature != 1.0, order, grad);
     };
     kind == 0 ? run(float{}) : kind == 1 ? run(__half{}) : run(__nv_bfloat16{});
 }

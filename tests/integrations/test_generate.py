@@ -5,13 +5,21 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, MaxTimeCriteria, TextStreamer
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxTimeCriteria,
+    TextStreamer,
+    WatermarkingConfig,
+)
 
 import daemon_fast
 from daemon_fast import Energy, SIRDecoder, TransformersProposal, metrics
 from daemon_fast.errors import ArtefactError, InvalidInput
 
-SETTINGS = {"num_candidates": 6, "max_new_tokens": 10, "min_new_tokens": 0, "temperature": 1.3}
+SETTINGS = {"num_candidates": 6, "max_new_tokens": 10, "min_new_tokens": 1, "temperature": 1.3}
 
 
 @pytest.fixture
@@ -125,22 +133,156 @@ class Nothing(LogitsProcessor):
         return scores
 
 
+# Every field of the generation config: a value that asks for something, and what comes of it: "followed" (tested
+# above), "no effect" on what is sampled, "refused" by us, or words of another error: that about a tokenizer is
+# Transformers' own, raised before we are called.
+FIELDS = {
+    "max_length": (20, "followed"),
+    "max_new_tokens": (10, "followed"),
+    "min_length": (2, "followed"),
+    "min_new_tokens": (2, "followed"),
+    "do_sample": (True, "followed"),
+    "temperature": (1.3, "followed"),
+    "top_k": (0, "followed"),
+    "top_p": (1.0, "followed"),
+    "min_p": (0.0, "followed"),
+    "num_return_sequences": (1, "followed"),
+    "return_dict_in_generate": (False, "followed"),
+    "renormalize_logits": (True, "followed"),
+    "pad_token_id": (0, "followed"),
+    "bos_token_id": (0, "followed"),
+    "eos_token_id": (0, "followed"),
+    "use_cache": (False, "no effect"),
+    "cache_config": (None, "no effect"),
+    "max_cache_len": (60, "no effect"),
+    "compile_config": (None, "no effect"),
+    "disable_compile": (True, "no effect"),
+    "prefill_chunk_size": (4, "no effect"),
+    "low_memory": (True, "no effect"),
+    "continuous_batching_config": (None, "no effect"),
+    "transformers_version": ("5", "no effect"),
+    "early_stopping": (True, "no effect"),
+    "length_penalty": (2.0, "no effect"),
+    "decoder_start_token_id": (3, "no effect"),
+    "is_assistant": (None, "no effect"),
+    "num_assistant_tokens": (3, "no effect"),
+    "num_assistant_tokens_schedule": ("heuristic", "no effect"),
+    "assistant_confidence_threshold": (0.5, "no effect"),
+    "assistant_lookbehind": (5, "no effect"),
+    "target_lookbehind": (5, "no effect"),
+    "assistant_ensemble_weight": (0.5, "no effect"),
+    "max_matching_ngram_size": (2, "no effect"),
+    "speculation_type": (None, "no effect"),
+    "max_time": (1.0, "refused"),
+    "stop_strings": (["w1"], "tokenizer"),
+    "num_beams": (2, "refused"),
+    "use_mtp": (True, "refused"),
+    "cache_implementation": ("static", "refused"),
+    "top_h": (0.5, "refused"),
+    "typical_p": (0.9, "refused"),
+    "epsilon_cutoff": (0.01, "refused"),
+    "eta_cutoff": (0.01, "refused"),
+    "repetition_penalty": (1.2, "refused"),
+    "encoder_repetition_penalty": (1.2, "refused"),
+    "no_repeat_ngram_size": (3, "refused"),
+    "bad_words_ids": ([[5]], "refused"),
+    "forced_bos_token_id": (0, "refused"),
+    "forced_eos_token_id": (0, "refused"),
+    "remove_invalid_values": (True, "refused"),
+    "exponential_decay_length_penalty": ((3, 1.5), "refused"),
+    "suppress_tokens": ([4], "refused"),
+    "begin_suppress_tokens": ([4], "refused"),
+    "sequence_bias": ([[[4], 2.0]], "refused"),
+    "token_healing": (True, "tokenizer"),
+    "guidance_scale": (2.0, "refused"),
+    "watermarking_config": (WatermarkingConfig(), "refused"),
+    "output_attentions": (True, "output_attentions is not offered"),
+    "output_hidden_states": (True, "output_hidden_states is not offered"),
+    "output_scores": (True, "output_scores is not offered"),
+    "output_logits": (True, "output_logits is not offered"),
+    "encoder_no_repeat_ngram_size": (2, "refused"),
+    "prompt_lookup_num_tokens": (2, "refused"),
+    "assistant_early_exit": (1, "refused"),
+    "penalty_alpha": (0.6, "refused"),
+    "dola_layers": ("high", "refused"),
+    "diversity_penalty": (0.5, "refused"),
+    "num_beam_groups": (2, "refused"),
+    "constraints": ([], "refused"),
+    "force_words_ids": ([[4]], "refused"),
+}
+
+
+def test_every_field_of_the_generation_config_is_thought_of():
+    assert {name for name in vars(GenerationConfig()) if not name.startswith("_")} == FIELDS.keys()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("do_sample", [None, True])
+@pytest.mark.parametrize("name", FIELDS)
+def test_an_option_is_followed_or_refused(model, name, do_sample):
+    value, outcome = FIELDS[name]
+    energy, _ = energy_for(model)
+    options = {"do_sample": do_sample, "return_dict_in_generate": outcome != "followed", "seed": 3, name: value}
+    if outcome == "followed":
+        generate(model, energy, **options)
+    elif outcome == "no effect":
+        got = generate(model, energy, **options).sequences
+        assert torch.equal(got, generate(model, energy, do_sample=do_sample))
+    else:
+        message = f"{name} = .* can't be followed" if outcome == "refused" else outcome
+        with pytest.raises(ValueError if outcome == "tokenizer" else InvalidInput, match=message):
+            generate(model, energy, **options)
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"energy": None}, "needs energy="),
-        ({"repetition_penalty": 1.2}, "RepetitionPenaltyLogitsProcessor can't be applied"),
-        ({"do_sample": True, "typical_p": 0.9}, "TypicalLogitsWarper can't be applied"),
+        ({"energy": None}, "needs energy=.* got None"),
+        ({"energy": "energy.json"}, "needs energy=.* got 'energy.json'"),
         ({"logits_processor": LogitsProcessorList([Nothing()])}, "Nothing can't be applied"),
         ({"stopping_criteria": [MaxTimeCriteria(1.0)]}, "MaxTimeCriteria can't be applied"),
-        ({"num_beams": 2}, "num_beams = 2 must be 1"),
-        ({"return_dict_in_generate": True, "output_scores": True}, "output_scores is not offered"),
+        ({"prefix_allowed_tokens_fn": lambda i, ids: [4]}, "PrefixConstrainedLogitsProcessor can't be applied"),
+        ({"assistant_model": tiny.model("llama")}, "assistant_model = <LlamaForCausalLM> can't be followed"),
+        ({"negative_prompt_ids": torch.tensor([[3]])}, "negative_prompt_ids = tensor"),
+        ({"synced_gpus": True}, "synced_gpus = True can't be followed"),
+        ({"do_sample": False}, "do_sample = False asks for the likeliest tokens"),
+        ({"temperature": 0.5}, "temperature = 0.5 needs do_sample=True"),
+        ({"num_candidates": 0}, "num_candidates = 0 must be >= 1"),
+        ({"past_key_values": DynamicCache()}, "past_key_values is not offered"),
+        ({"position_ids": torch.tensor([[3, 4, 5]])}, "position_ids is not offered"),
+        ({"inputs_embeds": torch.zeros(1, 3, 32)}, "inputs_embeds is not offered"),
+        ({"token_type_ids": torch.tensor([[0, 1, 1]])}, "token_type_ids is not offered"),
+        ({"encoder_hidden_states": torch.zeros(1, 3, 32)}, "encoder_hidden_states is not offered"),
     ],
 )
-def test_what_has_no_place_in_it_is_refused(model, options, message):
+def test_what_has_no_place_in_it_is_refused(options, message):
+    model = tiny.model("gpt2")  # whose `forward` takes the most
     energy, _ = energy_for(model)
     with pytest.raises(InvalidInput, match=message):
-        generate(model, options.pop("energy", energy), **options)
+        generate(model, **{"energy": energy, **options})
+
+
+def test_inputs_that_say_nothing_new_are_taken():
+    model = tiny.model("gpt2")
+    energy, _ = energy_for(model)
+    plain = generate(model, energy)
+    inputs = {"token_type_ids": torch.zeros(1, 3, dtype=torch.long), "position_ids": torch.tensor([[0, 1, 2]])}
+    assert torch.equal(generate(model, energy, **inputs), plain)
+    with pytest.warns(UserWarning, match=r"temperature 1.3 -> 1.0, top_k 0 -> 50"):
+        generate(model, energy, do_sample=True, temperature=1.0, top_k=50)  # given by name, Transformers' defaults too
+
+
+def test_a_continuation_has_a_token_unless_none_is_asked_for(model):
+    """Not every metric is defined for the empty continuation."""
+    proposal = TransformersProposal(model, tiny.tokenizer(), **{**SETTINGS, "num_candidates": 50})
+    zero = torch.zeros(1, dtype=torch.float64)
+    energy = Energy(metrics.parse(["ent"]), zero, zero, proposal.settings)
+    ends = {"eos_token_id": list(range(40)), "return_dict_in_generate": True}
+    lengths = generate(model, energy, **ends).decoded.candidates.lengths
+    assert lengths.min() == 1
+    with pytest.raises(InvalidInput, match="ent is not defined for the empty continuation"):
+        generate(model, energy, min_new_tokens=0, **ends)
 
 
 def test_another_vocabulary_is_an_error(model):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import tiny
+import torch
 
 from daemon_fast import RepetitionReward, reference
 from daemon_fast.errors import InvalidInput, UnknownMetric
@@ -30,6 +32,35 @@ def test_what_else_the_trainer_passes_is_ignored():
     got = reward(prompts=["a"], completions=["b"], completion_ids=[[1, 1]], trainer_state=None, column=[3])
     assert got == [-0.5]
     assert reward.__name__ == "sr-1"
+
+
+def test_ids_may_be_arrays_and_tensors():
+    reward = RepetitionReward({"sr_1": -1.0})
+    want = reward(completion_ids=[[1, 1], [2, 3]])
+    assert reward(completion_ids=torch.tensor([[1, 1], [2, 3]])) == want
+    assert reward(completion_ids=[np.array([1, 1], dtype=np.int32), torch.tensor([2, 3])]) == want
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": ["a"], "completions": ["b"]}, "completion_ids is missing.* got prompts, completions"),
+        ({}, "completion_ids is missing.* got nothing"),
+        ({"completion_ids": "text"}, "completion_ids = 'text' must be a list of lists of token ids"),
+        ({"completion_ids": 3}, "completion_ids = 3 must be a list of lists"),
+        ({"completion_ids": [5, 6]}, r"completion_ids\[0\] = 5 must be a list of token ids"),
+        ({"completion_ids": [[5], None]}, r"completion_ids\[1\] = None must be a list of token ids"),
+        ({"completion_ids": [[5], "text"]}, r"completion_ids\[1\] = 'text' must be a list of token ids"),
+        ({"completion_ids": [[5, 1.5]]}, r"completion_ids\[0\] has 1.5 at position 1: a token id is an integer"),
+        ({"completion_ids": [[5, None]]}, r"completion_ids\[0\] has None at position 1"),
+        ({"completion_ids": [[True]]}, r"completion_ids\[0\] has True at position 0"),
+        ({"completion_ids": [[[5]]]}, r"completion_ids\[0\] has \[5\] at position 0"),
+        ({"completion_ids": [torch.tensor([0.5])]}, r"completion_ids\[0\] has 0.5 at position 0"),
+    ],
+)
+def test_what_is_not_a_list_of_ids_is_named(arguments, message):
+    with pytest.raises(InvalidInput, match=message):
+        RepetitionReward({"sr_1": -1.0})(**arguments)
 
 
 @pytest.mark.parametrize("weights", [{"ent": 1.0}, {}, {"sr_2": float("nan")}])

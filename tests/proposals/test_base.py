@@ -1,0 +1,90 @@
+"""What may be given as prefixes, to every engine and to the decoder."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import toy
+
+from daemon_fast import Energy, SIRDecoder, metrics
+from daemon_fast.errors import InvalidInput
+from daemon_fast.proposals.base import as_list, tokenize
+
+ONE = {
+    "a string": "w3 w7 w28",
+    "a list of ids": [5, 9, 30],
+    "a tuple": (5, 9, 30),
+    "a range": range(5, 8),
+    "numpy ints": list(np.array([5, 9, 30])),
+    "an array": np.array([5, 9, 30], dtype=np.int32),
+    "a tensor [P]": torch.tensor([5, 9, 30]),
+    "tensors without dimensions": list(torch.tensor([5, 9, 30])),
+}
+TWO = {
+    "strings": ["w3 w7", "w28"],
+    "lists of ids": [[5, 9], [30]],
+    "a string and ids": ("w3 w7", [30]),
+    "a tensor [N, P]": torch.tensor([[5, 9], [30, 2]]),
+    "an array [N, P]": np.array([[5, 9], [30, 2]]),
+    "tensors": [torch.tensor([5, 9]), np.array([30])],
+}
+BAD = {
+    "None": (None, "prefixes = None must be a string, a list of token ids, or a list of these"),
+    "a number": (5, "prefixes = 5 must be"),
+    "a tensor []": (torch.tensor(5), r"prefixes = tensor\(5\) must be"),
+    "bytes": (b"w1", "prefixes = b'w1' must be"),
+    "messages": ([{"role": "user", "content": "w1"}], "prefix 0 has a chat message, role 'user'.*apply_chat_template"),
+    "lists of messages": ([[{"role": "user"}]], "prefix 0 has a chat message, role 'user'"),
+    "one message": ({"role": "system"}, "prefixes has a chat message, role 'system'"),
+    "what a tokenizer gives": (tiny.tokenizer()(["w1"]), r"prefixes has a BatchEncoding.*give its \['input_ids'\]"),
+    "another dictionary": ([[3], {}], "prefix 1 has a dict in place of a text or token ids$"),
+    "floats": ([[5, 9.0]], r"prefix 0 has 9.0 at position 1: a token id is an integer"),
+    "a flat list of floats": ([0.5], "prefixes has 0.5 at position 0"),
+    "a tensor of floats": (torch.tensor([[0.5]]), "prefix 0 has 0.5 at position 0"),
+    "booleans": ([[5], [True]], "prefix 1 has True at position 0"),
+    "an array of booleans": (np.array([True]), "prefixes has True at position 0"),
+    "strings of ids": ([["5", "9"]], "prefix 0 has '5' at position 0"),
+    "None among texts": (["w1", None], "prefix 1 = None must be a list of token ids"),
+    "an id among lists": ([[5], 9], "prefix 1 = 9 must be a list of token ids"),
+    "a tensor of three dimensions": (torch.zeros(1, 1, 1).long(), r"prefix 0 has \[0\] at position 0"),
+}
+
+
+@pytest.mark.parametrize("form", ONE)
+def test_one_prefix(form):
+    rows = tokenize(ONE[form], tiny.tokenizer(), tiny.VOCABULARY, None, 1)
+    assert rows == [[5, 6, 7] if form == "a range" else [5, 9, 30]]
+    assert {type(token) for token in rows[0]} == {int}
+
+
+@pytest.mark.parametrize("form", TWO)
+def test_two_prefixes(form):
+    rows = tokenize(TWO[form], tiny.tokenizer(), tiny.VOCABULARY, None, 1)
+    assert rows == [[5, 9], [30, 2] if "[N, P]" in form else [30]]
+
+
+@pytest.mark.parametrize("form", BAD)
+def test_what_is_neither_text_nor_ids_is_named(form):
+    prefixes, message = BAD[form]
+    with pytest.raises(InvalidInput, match=message):
+        tokenize(prefixes, tiny.tokenizer(), tiny.VOCABULARY, None, 1)
+
+
+def test_the_decoder_takes_and_refuses_the_same():
+    proposal = toy.ToyProposal(num_candidates=10)
+    zero = torch.zeros(1, dtype=torch.float64)
+    decoder = SIRDecoder(Energy(metrics.parse(["sr_1"]), zero, zero, proposal.settings), proposal, batch_size=1)
+    for forms, count in ((ONE, 1), (TWO, 2)):
+        for prefixes in forms.values():
+            assert len(decoder(prefixes).index) == count
+    for prefixes, message in BAD.values():
+        with pytest.raises(InvalidInput, match=message):
+            decoder(prefixes)
+
+
+def test_nothing_is_no_prefix():
+    assert as_list([]) == as_list(torch.zeros(0, 3).long()) == []
+    with pytest.raises(InvalidInput, match="there are no prefixes"):
+        tokenize([], tiny.tokenizer(), tiny.VOCABULARY, None, 1)
