@@ -53,7 +53,7 @@ MODELS = {
 }  # fmt: skip
 PREFIXES = [[[5, 9, 30], [7]], [[5, 9, 30], [8, 8, 6]], [list(range(8, 20)), list(range(30, 36))]]
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 0.5}
-STEPS = 24
+STEPS = 20
 
 
 class World:
