@@ -17,9 +17,20 @@ from typing import Any
 
 from daemon_fast.errors import EngineError
 from daemon_fast.proposals.base import ProposalSettings
-from daemon_fast.proposals.candidates import TAIL
+from daemon_fast.proposals.candidates import BROKEN, TAIL
 
-__all__ = ["Drawn", "EndedEarly", "Reader", "Refused", "are_copies", "choices_of", "log_probs", "said", "token_ids"]
+__all__ = [
+    "Drawn",
+    "EndedEarly",
+    "Reader",
+    "Refused",
+    "are_copies",
+    "choices_of",
+    "letters",
+    "log_probs",
+    "said",
+    "token_ids",
+]
 
 TOKEN_ID = "token_id:"  # what vLLM writes before an id where other servers write the token's text
 
@@ -107,6 +118,8 @@ class Reader:
                 f"{self.url} ended a candidate with finish_reason = {reason!r}{f' ({said(why)})' if why else ''}: "
                 "that is no sample of the model"
             )
+        if self._lost_tokens(choice, tokens, reason):
+            return self._of_text(choice, prefix, None, reason)
         if self.log_probs and log_p is None:
             raise EngineError(
                 f"{self.url} gives no log-probabilities: with log_probs = False all metrics but ent go without"
@@ -117,6 +130,30 @@ class Reader:
         if tokens is None:
             return self._of_text(choice, prefix, known, reason)
         return self._of_tokens(tokens, known, reason, choice.get("text"))
+
+    def _lost_tokens(self, choice: dict[str, Any], tokens: list[int] | None, reason: str | None) -> bool:
+        """Whether the choice tells only some tokens. llama.cpp lets one with part of a character's bytes wait for the
+        next, and gives both as that one; at the end of a candidate, it gives none."""
+        given, text = choice.get("logprobs") or {}, choice.get("text")
+        entries = given.get("content") or []
+        if isinstance(text, str) and text.endswith(BROKEN) and reason in FULL and (entries or not given):
+            return tokens is None or len(tokens) < self.settings.max_new_tokens
+        return any(
+            entry.get("token") and isinstance(entry.get("id"), int) and not self._shows(entry["id"], entry["token"])
+            for entry in entries
+        )
+
+    def _shows(self, token: int, text: str) -> bool:
+        """Whether a token by itself reads so; special tokens are shown by some servers, and not by others."""
+        if token not in self._pieces:
+            self._pieces[token] = {
+                letters(self.tokenizer.decode([token], skip_special_tokens=skip)) for skip in (True, False)
+            }
+        return letters(text) in self._pieces[token]
+
+    @cached_property
+    def _pieces(self) -> dict[int, set[str]]:
+        return {}
 
     def _of_tokens(self, tokens: list[int], log_p: list[float] | None, reason: str | None, text: Any) -> Drawn:
         s, eos = self.settings, self.tokenizer.eos_token_id
@@ -290,6 +327,11 @@ def _log_chance(one: Drawn, settings: ProposalSettings, vocabulary: int) -> floa
         q = 1 / (1 + math.exp(min(700.0, others - own)))
         total += math.log(min(1.0, max(p, q, 1e-300) / s.top_p))
     return total
+
+
+def letters(text: str) -> str:
+    """Without white space, which some tokenizers drop at the beginning of a text."""
+    return "".join(text.split())
 
 
 def _fitting(log_p: list[float] | None, tokens: list[int]) -> list[float] | None:

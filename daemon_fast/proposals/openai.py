@@ -33,6 +33,7 @@ from daemon_fast.proposals.completions import (
     Refused,
     are_copies,
     choices_of,
+    letters,
     log_probs,
     said,
     token_ids,
@@ -154,7 +155,8 @@ class ServerProposal:
     with a seed of its own; one that refuses token ids is sent texts, if they have the same tokens; one that has no
     /models needs `served_model`. One that only chats can't be used. llama.cpp knows no min_tokens: there, where
     min_new_tokens = max_new_tokens, ignore_eos takes its place (end-of-text is never drawn, which is the same); other
-    minima are refused. Its slots (--parallel) bound n.
+    minima are refused. Its slots (--parallel) bound n. It leaves out tokens that hold part of a character: candidates
+    that have such are read from their text, and their log-probabilities are NaN.
 
     A reply that isn't what was asked for is an error, not a sample: tokens outside the vocabulary or more than
     max_tokens, candidates that a filter or a limit of the server's own cut short, copies whatever the seed.
@@ -223,7 +225,7 @@ class ServerProposal:
             raise EngineError(f"{self.base_url} does not serve {name!r}, but {names}")
         if served[name].get("owned_by") == "llamacpp":
             self._dialect = replace(self._dialect, ignore_eos=self._may_ignore_eos())
-        context = served[name].get("max_model_len")
+        context = served[name].get("max_model_len") or (served[name].get("meta") or {}).get("n_ctx")  # vLLM, llama.cpp
         return name, context if isinstance(context, int) else None
 
     def _may_ignore_eos(self) -> bool:
@@ -353,8 +355,10 @@ class ServerProposal:
         if not self._dialect.seeds:
             self._warn(f"{self.base_url} takes no seed: the same candidates can't be drawn again")
         if any(row.from_text for row in rows):
+            which = "" if all(row.from_text for row in rows) else " of candidates with characters split between tokens"
             self._warn(
-                f"{self.base_url} gives no token ids: texts are tokenized again, which may not be how they were drawn"
+                f"{self.base_url} gives no token ids{which}: texts are tokenized again, which may not be how they were "
+                "drawn"
             )
         if any(row.end_unknown for row in rows):
             self._warn(f"{self.base_url} does not say how candidates ended: some may have been cut short")
@@ -404,7 +408,10 @@ class ServerProposal:
                 return f"{self.base_url} returns none"
             return log_p[len(prefix_tokens[i]) :]
 
-        results = self._map(prompt_log_p, len(texts)) if self._log_probs else []
+        # The first one tells whether a server does this at all: the others wait for it.
+        results = [prompt_log_p(0)] if self._log_probs and texts else []
+        if results and not isinstance(results[0], str):
+            results += self._map(lambda i: prompt_log_p(i + 1), len(texts) - 1)
         log_p = [result for result in results if not isinstance(result, str)]
         for reason in [result for result in results if isinstance(result, str)][:1]:
             self._warn(f"given texts have no log-probabilities: {reason}", stacklevel=3)
@@ -537,9 +544,9 @@ class ServerProposal:
         ------
         EngineError
         """
-        given = [(row, row.text) for row in rows if not row.from_text and row.text and _letters(row.text)]
+        given = [(row, row.text) for row in rows if not row.from_text and row.text and letters(row.text)]
         here = self.detokenize([row.tokens for row, _ in given]) if given else []
-        other = [(*its, text) for its, text in zip(given, here, strict=True) if _letters(its[1]) != _letters(text)]
+        other = [(*its, text) for its, text in zip(given, here, strict=True) if letters(its[1]) != letters(text)]
         # Half a character at the end, say, reads otherwise, too; but not in most texts.
         if 2 * len(other) > len(given):
             (row, there, text), name = other[0], self.settings.model_id
@@ -625,11 +632,6 @@ class ServerProposal:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=stacklevel)
-
-
-def _letters(text: str) -> str:
-    """Without white space, which some tokenizers drop at the beginning of a text."""
-    return "".join(text.split())
 
 
 def _core(refused: Refused) -> str:

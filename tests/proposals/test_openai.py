@@ -301,6 +301,35 @@ def test_what_a_server_does_is_mended_or_met_by_an_error(name, tiny_server, fold
             )
 
 
+def test_tokens_that_a_server_leaves_out(tiny_server, folder):
+    """llama.cpp gives a token with part of a character's bytes and the next as one."""
+
+    def merging(path, body):
+        status, reply = tiny_server(path, body)
+        for choice in reply.get("choices", []):
+            entries = zip(choice.pop("token_ids"), choice["logprobs"]["token_logprobs"], strict=True)
+            shown = [{"id": i, "token": tiny_server.tokenizer.decode([i]), "logprob": p} for i, p in entries]
+            if choice["index"] in (0, 2):
+                shown[:2] = [{**shown[1], "token": shown[0]["token"] + shown[1]["token"]}]
+            choice["logprobs"] = {"content": shown}
+        return status, reply
+
+    prefixes, options = [[5, 9, 30], [3, 4, 5, 6]], {**contract.SETTINGS, "min_new_tokens": 12}
+    with FaultProxy(tiny_server) as server:
+        good = ServerProposal(server.url, folder, **options).propose(prefixes, 0)
+    with FaultProxy(merging) as server, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        c = ServerProposal(server.url, folder, **options).propose(prefixes, 0)
+    assert [str(w.message).split("/v1 ")[1].split(":")[0] for w in told] == [
+        "gives no token ids of candidates with characters split between tokens",
+        "gives some candidates fewer or more log-probabilities than tokens",
+    ]
+    lost = torch.tensor([r % 6 in (0, 2) for r in range(12)])
+    assert torch.equal(c.token_log_p.isnan().any(1), lost)
+    assert torch.equal(c.tokens[~lost], good.tokens[~lost])
+    assert c.texts == good.texts
+
+
 def test_models_are_checked(serve, propose, folder):
     server = serve()
     assert propose(server).served_model == "tiny"
