@@ -26,7 +26,8 @@ test: check
 	$(BIN)/python -m pytest
 
 # vLLM pins other versions than ours of what both need, so its tests have an environment of their own, for the CPU.
-test-engines: $(VLLM_VENV)/built
+test-engines: build $(VLLM_VENV)/built
+	$(BIN)/python -m pytest tests/proposals/test_openai_llamacpp.py
 	$(VLLM_VENV)/bin/python -m pytest tests/proposals/test_vllm.py tests/proposals/test_openai_vllm.py
 
 check: build

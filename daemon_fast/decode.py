@@ -68,9 +68,9 @@ class Decoded:
 
     @property
     def texts(self) -> list[list[str]]:
-        tokens = self.tokens
-        texts = iter(self.candidates.detokenize([row for chosen in tokens for row in chosen]))
-        return [[next(texts) for _ in chosen] for chosen in tokens]
+        rows = self._rows()
+        texts = iter(self.candidates.texts_of([r for chosen in rows for r in chosen]))
+        return [[next(texts) for _ in chosen] for chosen in rows]
 
     def _rows(self) -> list[list[int]]:
         m = self.candidates.shape[1]

@@ -20,6 +20,7 @@ __all__ = [
     "ProposalSettings",
     "as_list",
     "eos_token_ids",
+    "prompt_ids",
     "token_ids",
     "tokenize",
     "vocabulary_fingerprint",
@@ -205,7 +206,7 @@ def tokenize(
         raise InvalidInput("there are no prefixes")
     if any(isinstance(prefix, str) for prefix in listed) and tokenizer is None:
         raise InvalidInput("a prefix is a string, and this proposal was made without a tokenizer: give token ids")
-    rows = [tokenizer(prefix)["input_ids"] if isinstance(prefix, str) else prefix for prefix in listed]
+    rows = [prompt_ids(prefix, tokenizer) if isinstance(prefix, str) else prefix for prefix in listed]
     for i, row in enumerate(rows):
         if not row:
             raise InvalidInput(f"prefix {i} is empty: a language model needs at least one token to continue")
@@ -217,6 +218,19 @@ def tokenize(
         if bad := [token for token in row if not 0 <= token < vocab_size]:
             raise InvalidInput(f"prefix {i} has token {bad[0]}, outside the vocabulary of {vocab_size}")
     return rows
+
+
+def prompt_ids(text: str, tokenizer: Any) -> list[int]:
+    """Token ids of a text that a model shall continue: without the end of text that some tokenizers append."""
+    ids: list[int] = tokenizer(text)["input_ids"]
+    if len(ids) < 2 or ids[-1] not in getattr(tokenizer, "all_special_ids", ()):
+        return ids
+    own = tokenizer(text, add_special_tokens=False)["input_ids"]  # which may itself end in a special token
+    starts = range(len(ids) - len(own) + 1) if own else []
+    end = next((i + len(own) for i in starts if ids[i : i + len(own)] == own), None)
+    if end is not None:
+        return ids[:end]
+    return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
 
 
 def eos_token_ids(configured: int | Sequence[int] | None, tokenizer: Any) -> list[int]:

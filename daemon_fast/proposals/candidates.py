@@ -15,6 +15,9 @@ __all__ = ["Candidates"]
 
 Detokenize = Callable[[Sequence[Sequence[int]]], list[str]]
 
+TAIL = 8  # tokens of a prefix that mostly suffice to see how what follows it reads
+BROKEN = "\ufffd"  # what part of a character's bytes is decoded to
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -83,9 +86,13 @@ class Candidates:
 
     @cached_property
     def texts(self) -> list[str]:
-        """R continuation texts."""
-        lengths = self.lengths.tolist()
-        return self.detokenize([row[:n] for row, n in zip(self.tokens.tolist(), lengths, strict=True)])
+        """R continuation texts, each as it reads behind its prefix: the space between the two belongs to it."""
+        return self.texts_of(range(len(self.tokens)))
+
+    def texts_of(self, rows: Sequence[int]) -> list[str]:
+        """Continuation texts of some rows only."""
+        m, tokens, lengths = self.shape[1], self.tokens.tolist(), self.lengths.tolist()
+        return texts_behind(self.prefix_tokens, [(r // m, tokens[r][: lengths[r]]) for r in rows], self.detokenize)
 
     @cached_property
     def prefix_texts(self) -> list[str]:
@@ -139,3 +146,51 @@ class Candidates:
             prefix_tokens=[prefix for part in parts for prefix in part.prefix_tokens],
             detokenize=parts[0].detokenize,
         )
+
+
+def texts_behind(
+    prefixes: Sequence[Sequence[int]], rows: Sequence[tuple[int, Sequence[int]]], detokenize: Detokenize
+) -> list[str]:
+    """Texts of continuations as they read behind their prefixes: the text of both, less that of the prefix.
+
+    A continuation decoded alone isn't what the model wrote: tokenizers of SentencePiece's kind drop a text's first
+    space, byte-level ones can't read a character of which the prefix has the first bytes, and spaces before punctuation
+    may be cleaned up.
+
+    Parameters
+    ----------
+    prefixes : N lists of token ids
+    rows : the number of its prefix, and the token ids of each continuation
+    """
+    if not rows:
+        return []
+    whole = detokenize(prefixes)
+    tails = [list(prefix[-TAIL:]) for prefix in prefixes]
+    # A tail does where its text is the end of the prefix's: not if it begins within a character, or shows nothing, so
+    # that the first space would be dropped behind it.
+    ends = [
+        (tail, end) if end.strip() and BROKEN not in end and text.endswith(end) else (list(prefix), text)
+        for prefix, text, tail, end in zip(prefixes, whole, tails, detokenize(tails), strict=True)
+    ]
+    both = detokenize([[*ends[i][0], *row] for i, row in rows])
+    texts = [_less(ends[i][1], text) for (i, _), text in zip(rows, both, strict=True)]
+    lost = [r for r, text in enumerate(texts) if text is None]
+    alone = dict(zip(lost, detokenize([rows[r][1] for r in lost]), strict=True)) if lost else {}
+    return [alone[r] if text is None else text for r, text in enumerate(texts)]
+
+
+def _less(before: str, text: str) -> str | None:
+    """`text` less `before`, which it begins with; None where what follows changed more than the border."""
+    if text.startswith(before):
+        return text[len(before) :]
+    whole_characters = before.rstrip(BROKEN)
+    if whole_characters != before and text.startswith(whole_characters):
+        return text[len(whole_characters) :]  # the prefix ended within a character
+    at = 0
+    for letter in "".join(before.split()):  # spaces at the border were cleaned up
+        while at < len(text) and text[at].isspace():
+            at += 1
+        if text[at : at + 1] != letter:
+            return None
+        at += 1
+    return text[at:]

@@ -1,20 +1,22 @@
 """Candidates from a server that speaks the OpenAI completions protocol: vLLM, SGLang, llama.cpp, TGI, ...
 
 One request asks for all candidates of a prefix; several are under way at a time. The openai client waits out faults
-that pass; what a reply lacks is asked for again, so that no prefix is lost and none answered twice.
+that pass; what a reply lacks is asked for again, so that no prefix is lost and none answered twice. What a server
+refuses is asked for in a simpler way, and that is remembered.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import queue
 import random
+import re
+import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import nan
 from typing import Any, TypeVar
 
@@ -22,8 +24,20 @@ import numpy as np
 
 from daemon_fast.errors import EngineError, InvalidInput, require
 from daemon_fast.models import load_tokenizer
-from daemon_fast.proposals.base import Prefix, ProposalSettings, tokenize, vocabulary_fingerprint
+from daemon_fast.proposals.base import Prefix, ProposalSettings, prompt_ids, tokenize, vocabulary_fingerprint
 from daemon_fast.proposals.candidates import Candidates
+from daemon_fast.proposals.completions import (
+    Drawn,
+    EndedEarly,
+    Reader,
+    Refused,
+    are_copies,
+    choices_of,
+    letters,
+    log_probs,
+    said,
+    token_ids,
+)
 
 __all__ = ["ServerProposal"]
 
@@ -31,22 +45,67 @@ T = TypeVar("T")
 
 FIRST_WAIT, MAX_WAIT = 0.5, 8.0  # seconds before the next attempt; each wait is twice the one before
 CONNECT_TIMEOUT = 10.0  # a server that thinks for minutes still accepts connections at once
-TOKEN_ID = "token_id:"  # what vLLM writes before an id where other servers write the token's text
+NO_ROUTE = (404, 405, 410, 501)
+NO_JSON = "the reply is no JSON"
+PASSING = (408, 409, 429)  # and 5xx
 
 
-class _Refused(EngineError):
-    """The server understood the request and won't do that."""
+class _NoRoute(EngineError):
+    """The server knows no such address; or what is there is something else."""
+
+
+class _NothingYet(Exception):
+    """A reply that lacks what it should hold: the next one may have it."""
 
 
 @dataclass(frozen=True)
-class _Drawn:
-    """A candidate: its tokens, an end-of-text token that doesn't count included; no log-probabilities: unknown."""
+class _Dialect:
+    """What a server takes; all of it, until it refuses some.
+
+    Attributes
+    ----------
+    extensions : fields beyond those that OpenAI defines, where they are neutral
+    token_prompts : prompts of token ids, and not only texts
+    seeds : a seed
+    counts : the field n
+    most : candidates of one request
+    ignore_eos : a minimum length is had by never drawing end-of-text, since min_tokens is ignored
+    """
+
+    extensions: bool = True
+    token_prompts: bool = True
+    seeds: bool = True
+    counts: bool = True
+    most: int = sys.maxsize
+    ignore_eos: bool = False
+
+    def simpler(self, n: int, text: str | None) -> Iterator[_Dialect]:
+        """What may be tried where a request for n candidates was refused; last, the least that can be asked for."""
+        no_text = self.token_prompts and text is None
+        if self.extensions:
+            yield replace(self, extensions=False)
+        if self.token_prompts and text is not None:
+            yield replace(self, token_prompts=False)
+        n = min(n, self.most)
+        while n > 1:
+            n //= 2
+            yield replace(self, most=n)
+        if self.counts:
+            yield replace(self, most=1, counts=False)
+        if self.seeds:
+            yield replace(self, seeds=False)
+        least = replace(self, extensions=False, token_prompts=no_text, most=1)
+        for fewer in (least, replace(least, counts=False), replace(least, counts=False, seeds=False)):
+            if fewer != self:
+                yield fewer
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A prefix: its token ids; and a text that has just these, if there is one."""
 
     tokens: list[int]
-    log_p: list[float] | None
-    length: int
-    text: str
-    from_text: bool
+    text: str | None
 
 
 class ServerProposal:
@@ -92,6 +151,16 @@ class ServerProposal:
     That isn't always how the model wrote it: token metrics may differ a little, and where the count differs, the
     candidate's log-probabilities are NaN.
 
+    A server that refuses `n` candidates at once, or gives copies of one, is asked for fewer at a time, each request
+    with a seed of its own; one that refuses token ids is sent texts, if they have the same tokens; one that has no
+    /models needs `served_model`. One that only chats can't be used. llama.cpp knows no min_tokens: there, where
+    min_new_tokens = max_new_tokens, ignore_eos takes its place (end-of-text is never drawn, which is the same); other
+    minima are refused. Its slots (--parallel) bound n. It leaves out tokens that hold part of a character: candidates
+    that have such are read from their text, and their log-probabilities are NaN.
+
+    A reply that isn't what was asked for is an error, not a sample: tokens outside the vocabulary or more than
+    max_tokens, candidates that a filter or a limit of the server's own cut short, copies whatever the seed.
+
     Examples
     --------
     >>> proposal = ServerProposal("http://localhost:8000/v1", "Qwen/Qwen3-0.6B", num_candidates=25, temperature=0.97)
@@ -122,30 +191,46 @@ class ServerProposal:
         self._max_in_flight, self._max_retries = max_in_flight, max_retries
         self.tokenizer = load_tokenizer(model_id)
         self.settings = ProposalSettings(model_id, vocabulary_fingerprint(self.tokenizer), **settings)
-        added = self.tokenizer.added_tokens_decoder.items()
-        self._special = {*self.tokenizer.all_special_ids, *(i for i, token in added if token.special)}
+        self._vocabulary = 1 + max(self.tokenizer.get_vocab().values())
+        self._reader = Reader(base_url, self.tokenizer, self._vocabulary, self.settings, log_probs)
         self._client = openai.OpenAI(
             base_url=base_url,
             api_key=os.environ.get("OPENAI_API_KEY") or "none",
             timeout=openai.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT)),
             max_retries=max_retries,
         )
-        self._knows_extensions = True
+        self._dialect, self._settling = _Dialect(), threading.Lock()
         self._warned: set[str] = set()
         self.served_model, self._context = self._served(served_model)
 
     def _served(self, model: str | None) -> tuple[str, int | None]:
         """Name of the model asked for, or of the only one served, and its context where the server tells."""
-        entries = self._ask(lambda: self._client.models.with_raw_response.list(), "data")
-        served = {str(entry.get("id")): entry for entry in entries}
+        try:
+            entries = self._ask(self._client.models.with_raw_response.list, _models_of)
+            why = "its list is empty"
+        except _NoRoute as error:
+            entries, why = [], str(error).removeprefix(f"{self.base_url} ")
+        if not entries:  # not every server has a list
+            if model is None:
+                raise EngineError(
+                    f"{self.base_url} does not tell which models it serves ({why}): name one, served_model = ..."
+                )
+            return model, None
+        served = {str(entry["id"]): entry for entry in entries}
         names = ", ".join(map(repr, served))
         if model is None and len(served) > 1:
             raise EngineError(f"{self.base_url} serves {names}: choose one by its name, served_model = ...")
         name = model or next(iter(served))
         if name not in served:
             raise EngineError(f"{self.base_url} does not serve {name!r}, but {names}")
-        context = served[name].get("max_model_len")
+        if served[name].get("owned_by") == "llamacpp":
+            self._dialect = replace(self._dialect, ignore_eos=self._may_ignore_eos())
+        context = served[name].get("max_model_len") or (served[name].get("meta") or {}).get("n_ctx")  # vLLM, llama.cpp
         return name, context if isinstance(context, int) else None
+
+    def _may_ignore_eos(self) -> bool:
+        """Whether never to draw end-of-text is what the minimum length asks for."""
+        return self.settings.min_new_tokens == self.settings.max_new_tokens
 
     def detokenize(self, rows: Sequence[Sequence[int]]) -> list[str]:
         texts: list[str] = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
@@ -158,7 +243,7 @@ class ServerProposal:
         ------
         InvalidInput
         """
-        return tokenize(prefixes, self.tokenizer, len(self.tokenizer), self._context, self.settings.max_new_tokens)
+        return tokenize(prefixes, self.tokenizer, self._vocabulary, self._context, self.settings.max_new_tokens)
 
     def propose(self, prefixes: Sequence[Prefix], seed: int) -> Candidates:
         """M candidates of each prefix.
@@ -178,38 +263,109 @@ class ServerProposal:
             `min_new_tokens`, or has another vocabulary.
         """
         prefix_tokens = self.tokenize(prefixes)
-        seed %= 2**64
+        prompts = [_Prompt(ids, self._text(p, ids)) for p, ids in zip(prefixes, prefix_tokens, strict=True)]
+        drawn = self._settle(prompts, seed % 2**64)
+        rows = [row for own in drawn for row in own]
+        self._check_vocabulary(drawn[0])
+        self._tell(rows)
+        log_p = [row.log_p or [nan] * len(row.tokens) for row in rows] if self._log_probs else None
+        lengths = [row.length for row in rows]
+        return self._candidates([row.tokens for row in rows], log_p, lengths, prefix_tokens)
 
-        def draw(i: int) -> list[_Drawn]:
-            drawn: list[_Drawn] = []
-            for part in itertools.count():
-                missing = self.settings.num_candidates - len(drawn)
-                if not missing:
-                    break
-                # 30 bits: some servers hold a seed in 32, and add the candidate's number to it.
-                own_seed = int(np.random.SeedSequence([seed, i, part]).generate_state(1)[0] >> 2)
-                choices = self._draw({"prompt": prefix_tokens[i], "n": missing, "seed": own_seed})
-                drawn += map(self._read, choices[:missing])
-            return drawn
+    def _text(self, prefix: Prefix, tokens: list[int]) -> str | None:
+        """What a prefix is sent as where token ids are refused: a text of the same tokens."""
+        if isinstance(prefix, str):
+            return prefix
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text if text and prompt_ids(text, self.tokenizer) == tokens else None
 
-        rows = [row for drawn in self._map(draw, len(prefix_tokens)) for row in drawn]
-        self._check_vocabulary(rows[: self.settings.num_candidates])
-        if not self._knows_extensions:
+    def _settle(self, prompts: list[_Prompt], seed: int) -> list[list[Drawn]]:
+        """Candidates of each prompt, all drawn in one way. A server that ignores part of what it was asked is asked in
+        another, for all of them: what it gave till then isn't what was asked for."""
+        while True:
+            try:
+                drawn = self._draw_all(prompts, seed)
+            except EndedEarly as early:
+                if self._dialect.ignore_eos or not self._may_ignore_eos():
+                    raise
+                before, self._dialect = self._dialect, replace(self._dialect, ignore_eos=True)
+                try:
+                    return self._settle(prompts, seed)
+                except (EndedEarly, Refused):
+                    self._dialect = before
+                    raise early from None
+            copied = [own for own in drawn if are_copies(own, self.settings, self._vocabulary)]
+            if not copied:
+                return drawn
+            if self._dialect.most == 1:
+                tokens = max(len(one.tokens) for one in copied[0])
+                raise EngineError(
+                    f"{self.base_url} gives equal candidates of up to {tokens} tokens, more than chance allows at "
+                    f"temperature = {self.settings.temperature}, though each was asked for with a seed of its own: it "
+                    "seems to ignore temperature or seed"
+                )
+            self._dialect = replace(self._dialect, most=1)
+            self._warn(
+                f"{self.base_url} gives equal candidates where several are asked for with one seed: they are asked for "
+                "one by one"
+            )
+
+    def _draw_all(self, prompts: list[_Prompt], seed: int) -> list[list[Drawn]]:
+        """M candidates of each prompt: what the replies of one round lack, the next round asks for with other seeds."""
+        m = self.settings.num_candidates
+        drawn: list[list[Drawn]] = [[] for _ in prompts]
+        sizes, parts = [m] * len(prompts), [0] * len(prompts)
+        while True:
+            jobs = []
+            for i, own in enumerate(drawn):
+                size = min(sizes[i], self._dialect.most)
+                for begin in range(len(own), m, size):
+                    # 30 bits: some servers hold a seed in 32, and add the candidate's number to it.
+                    own_seed = int(np.random.SeedSequence([seed, i, parts[i]]).generate_state(1)[0] >> 2)
+                    jobs.append((i, min(size, m - begin), own_seed))
+                    parts[i] += 1
+            if not jobs:
+                return drawn
+            came = [0] * len(prompts)
+            for (i, n, _), choices in zip(jobs, self._round(prompts, jobs), strict=True):
+                drawn[i] += [self._reader.read(choice, prompts[i].tokens) for choice in choices[:n]]
+                came[i] = max(came[i], len(choices))
+            sizes = [min(size, n) if n else size for size, n in zip(sizes, came, strict=True)]
+
+    def _round(self, prompts: list[_Prompt], jobs: list[tuple[int, int, int]]) -> list[list[dict[str, Any]]]:
+        """Choices of each job: the number of its prompt, how many, and the seed."""
+
+        def work(j: int) -> list[dict[str, Any]]:
+            i, n, seed = jobs[j]
+            return self._draw(prompts[i], n, seed)
+
+        return self._map(work, len(jobs))
+
+    def _tell(self, rows: list[Drawn]) -> None:
+        """Warn of what the server lacks."""
+        if not self._dialect.extensions:
             self._warn(
                 f"{self.base_url} accepts only the fields that OpenAI defines: where it truncates or penalises by "
                 "defaults of its own, these hold"
             )
-        if any(row.from_text for row in rows):
+        if not self._dialect.token_prompts:
             self._warn(
-                f"{self.base_url} gives no token ids: texts are tokenized again, which may not be how they were drawn"
+                f"{self.base_url} takes only texts as prompts: it tokenizes them itself, which may not be as here"
             )
+        if not self._dialect.seeds:
+            self._warn(f"{self.base_url} takes no seed: the same candidates can't be drawn again")
+        if any(row.from_text for row in rows):
+            which = "" if all(row.from_text for row in rows) else " of candidates with characters split between tokens"
+            self._warn(
+                f"{self.base_url} gives no token ids{which}: texts are tokenized again, which may not be how they were "
+                "drawn"
+            )
+        if any(row.end_unknown for row in rows):
+            self._warn(f"{self.base_url} does not say how candidates ended: some may have been cut short")
         if self._log_probs and any(row.log_p is None for row in rows):
             self._warn(
                 f"{self.base_url} gives some candidates fewer or more log-probabilities than tokens: these are NaN"
             )
-        log_p = [row.log_p or [nan] * len(row.tokens) for row in rows] if self._log_probs else None
-        lengths = [row.length for row in rows]
-        return self._candidates([row.tokens for row in rows], log_p, lengths, prefix_tokens)
 
     def score(self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> Candidates:
         """Given continuations, one of each prefix, with the log-probabilities that the model gives them (M = 1).
@@ -242,17 +398,23 @@ class ServerProposal:
         def prompt_log_p(i: int) -> list[float] | str:
             body = {"prompt": texts[i], "max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 1.0}
             try:
-                log_p = _log_probs(self._complete(body, {})[0])
-            except _Refused as refused:
+                choice = self._complete(body, {})[0]
+                log_p, ids = log_probs(choice), token_ids(choice)
+            except Refused as refused:
                 return str(refused)
-            if log_p is None or len(log_p) != len(texts[i]):
+            except (AttributeError, KeyError, TypeError, ValueError):
+                return f"{self.base_url} returns what makes no sense"
+            if log_p is None or len(log_p) != len(texts[i]) or (ids is not None and ids != texts[i]):
                 return f"{self.base_url} returns none"
             return log_p[len(prefix_tokens[i]) :]
 
-        results = self._map(prompt_log_p, len(texts)) if self._log_probs else []
+        # The first one tells whether a server does this at all: the others wait for it.
+        results = [prompt_log_p(0)] if self._log_probs and texts else []
+        if results and not isinstance(results[0], str):
+            results += self._map(lambda i: prompt_log_p(i + 1), len(texts) - 1)
         log_p = [result for result in results if not isinstance(result, str)]
         for reason in [result for result in results if isinstance(result, str)][:1]:
-            self._warn(f"given texts have no log-probabilities: {reason}")
+            self._warn(f"given texts have no log-probabilities: {reason}", stacklevel=3)
         known = log_p if len(log_p) == len(rows) else None
         return self._candidates(rows, known, [len(row) for row in rows], prefix_tokens)
 
@@ -268,11 +430,58 @@ class ServerProposal:
         log_q = log_p if is_model else None
         return Candidates.from_rows(rows, log_p, log_q, lengths, prefix_tokens, self.detokenize)
 
-    def _draw(self, request: dict[str, Any]) -> list[dict[str, Any]]:
-        """Choices drawn as the settings say."""
+    def _draw(self, prompt: _Prompt, n: int, seed: int) -> list[dict[str, Any]]:
+        """Choices drawn as the settings say, n at most."""
+        while True:
+            dialect = self._dialect
+            try:
+                return self._complete(*self._request(prompt, n, seed, dialect))
+            except Refused as refused:
+                with self._settling:
+                    if self._dialect == dialect:
+                        return self._simplify(prompt, n, seed, refused)
+                # Another request has found meanwhile what the server takes.
+
+    def _simplify(self, prompt: _Prompt, n: int, seed: int, refused: Refused) -> list[dict[str, Any]]:
+        """Choices asked for in the first way that the server takes, from now on.
+
+        One thing is left out at a time. It stays so where the request is then refused for another reason: that part is
+        mended.
+        """
+        dialect, reason = self._dialect, refused
+        while True:
+            for simpler in dialect.simpler(n, prompt.text):
+                try:
+                    choices = self._complete(*self._request(prompt, n, seed, simpler))
+                except Refused as other:
+                    if _core(other) != _core(reason):
+                        dialect, reason = simpler, other
+                        break
+                except EngineError:
+                    raise reason from None  # what was asked for is refused; how this attempt fails is of no interest
+                else:
+                    self._dialect = simpler
+                    return choices
+            else:
+                if dialect.token_prompts and prompt.text is None:
+                    raise Refused(
+                        f"{reason} (a text in place of the token ids {prompt.tokens[:4]} ... was not tried: tokenized "
+                        "again, it has others)"
+                    )
+                raise reason
+
+    def _request(self, prompt: _Prompt, n: int, seed: int, dialect: _Dialect) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Fields that OpenAI defines, and others."""
         s = self.settings
+        if not dialect.token_prompts and prompt.text is None:
+            raise EngineError(
+                f"{self.base_url} takes only texts as prompts, and there is none for the token ids "
+                f"{prompt.tokens[:4]} ...: tokenized again, it has others"
+            )
         body = {
-            **request,
+            "prompt": prompt.tokens if dialect.token_prompts else prompt.text,
+            **({"n": min(n, dialect.most)} if dialect.counts else {}),
+            **({"seed": seed} if dialect.seeds else {}),
             "max_tokens": s.max_new_tokens,
             "temperature": s.temperature,
             "top_p": s.top_p,
@@ -280,86 +489,74 @@ class ServerProposal:
             "frequency_penalty": 0.0,
             **({"logprobs": 1} if self._log_probs else {}),
         }
-        asked = {"top_k": s.top_k, "min_p": s.min_p, "min_tokens": s.min_new_tokens}
+        asked = {"top_k": s.top_k, "min_p": s.min_p, "min_tokens": s.min_new_tokens, "ignore_eos": dialect.ignore_eos}
         needed = {name: value for name, value in asked.items() if value}
         # Also what is neutral is said: servers have defaults of their own (llama.cpp: top-k 40, min-p 0.05), or
         # take the model's (vLLM and SGLang: generation_config.json). Token ids: newer and older versions of vLLM.
         neutral = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
         ids = {"return_token_ids": True, "return_tokens_as_token_ids": True}
-        if not self._knows_extensions:
-            return self._complete(body, needed)
-        try:
-            return self._complete(body, {**neutral, **ids, **needed})
-        except _Refused as refused:
-            try:
-                choices = self._complete(body, needed)
-            except _Refused:
-                raise refused from None
-            self._knows_extensions = False
-            return choices
+        return body, {**neutral, **ids, **needed} if dialect.extensions else needed
 
     def _complete(self, body: dict[str, Any], extensions: dict[str, Any]) -> list[dict[str, Any]]:
         """The reply's choices, in order."""
         create = self._client.completions.with_raw_response.create
-        choices = self._ask(lambda: create(model=self.served_model, **body, extra_body=extensions), "choices")
-        return sorted(choices, key=lambda choice: choice.get("index") or 0)
-
-    def _read(self, choice: dict[str, Any]) -> _Drawn:
-        """A choice as a candidate.
-
-        Raises
-        ------
-        EngineError
-            It lacks what was asked for.
-        """
         try:
-            log_p, tokens = _log_probs(choice), _token_ids(choice)
-            text, ended = str(choice["text"]), choice.get("finish_reason") == "stop"
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            return self._ask(lambda: create(model=self.served_model, **body, extra_body=extensions), self._completed)
+        except _NoRoute as error:
+            # That there is no such model comes as 404, too.
+            if re.search("model", str(error).removeprefix(self.base_url), re.IGNORECASE) and "chat" not in str(error):
+                raise
             raise EngineError(
-                f"{self.base_url} gives a choice that makes no sense: {type(error).__name__}: {error}"
-            ) from error
-        if self._log_probs and log_p is None:
-            raise EngineError(
-                f"{self.base_url} gives no log-probabilities: with log_probs = False all metrics but ent go without"
-            )
-        known = log_p if self._log_probs else None
-        if from_text := tokens is None:
-            tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        # Servers differ in whether the token that ended a candidate is among its tokens, and its log-probabilities.
-        ends = bool(ended and tokens and tokens[-1] in self._special)
-        if ended and not from_text and len(tokens) - ends < self.settings.min_new_tokens:
-            raise EngineError(
-                f"{self.base_url} ended a candidate after {len(tokens) - ends} tokens, though min_tokens = "
-                f"{self.settings.min_new_tokens} was asked for: it needs min_new_tokens = 0"
-            )
-        lacks_end = ended and not ends and self.tokenizer.eos_token_id is not None
-        if lacks_end and (self.settings.count_eos or (known is not None and len(known) == len(tokens) + 1)):
-            tokens, ends = [*tokens, self.tokenizer.eos_token_id], True
-        if known is not None and len(known) != len(tokens):
-            known = None
-        return _Drawn(tokens, known, len(tokens) - (ends and not self.settings.count_eos), text, from_text)
+                f"{error}; daemon_fast continues texts: it needs {self.base_url}/completions, and can't use a server "
+                "that only chats"
+            ) from None
 
-    def _check_vocabulary(self, rows: list[_Drawn]) -> None:
+    def _completed(self, reply: Any) -> list[dict[str, Any]]:
+        """Choices of a reply to a request for completions."""
+        if isinstance(reply, dict) and reply.get("error"):
+            self._raise_fault(reply["error"])
+        choices = choices_of(reply) if isinstance(reply, dict) else []
+        # vLLM that is told to stop answers with what it has so far.
+        if found := [choice for choice in choices if choice.get("finish_reason") != "abort"]:
+            return found
+        raise _NothingYet("a reply was aborted" if choices else "the reply has no choices")
+
+    def _raise_fault(self, fault: Any) -> None:
+        """Raise what a server says under status 200, as if it came under the status that it should have."""
+        fault = fault if isinstance(fault, dict) else {"message": fault}
+        code, text = fault.get("code"), self._without_key(said(fault))
+        status = int(code) if isinstance(code, int) or str(code).isdigit() else None
+        kind = f"{fault.get('type')} {code}".lower()
+        if (
+            status in PASSING
+            or (status or 0) >= 500
+            or re.search("rate_?limit|overload|timeout|unavail|server|internal", kind)
+        ):
+            raise _NothingYet(text)
+        if status in (None, 400, 422):
+            raise Refused(f"{self.base_url} answers an error: {text}")
+        raise (_NoRoute if status in NO_ROUTE else EngineError)(f"{self.base_url} answers {status}: {text}")
+
+    def _check_vocabulary(self, rows: list[Drawn]) -> None:
         """A server tells nothing of its vocabulary; but tokens that read otherwise there than here are of another one.
 
         Raises
         ------
         EngineError
         """
-        given = [row for row in rows if not row.from_text and _letters(row.text)]
-        here = self.detokenize([row.tokens for row in given]) if given else []
-        other = [(row, text) for row, text in zip(given, here, strict=True) if _letters(row.text) != _letters(text)]
+        given = [(row, row.text) for row in rows if not row.from_text and row.text and letters(row.text)]
+        here = self.detokenize([row.tokens for row, _ in given]) if given else []
+        other = [(*its, text) for its, text in zip(given, here, strict=True) if letters(its[1]) != letters(text)]
         # Half a character at the end, say, reads otherwise, too; but not in most texts.
         if 2 * len(other) > len(given):
-            (row, text), name = other[0], self.settings.model_id
+            (row, there, text), name = other[0], self.settings.model_id
             raise EngineError(
-                f"{self.base_url} reads the tokens {row.tokens[:4]} ... as {row.text[:40]!r}, the tokenizer of {name} "
+                f"{self.base_url} reads the tokens {row.tokens[:4]} ... as {there[:40]!r}, the tokenizer of {name} "
                 f"as {text[:40]!r}: {name} is not the model that the server serves"
             )
 
-    def _ask(self, ask: Callable[[], Any], field: str) -> list[dict[str, Any]]:
-        """The list that a reply has under `field`; a reply that has none, though its status is 200, is asked for again.
+    def _ask(self, ask: Callable[[], Any], read: Callable[[Any], T]) -> T:
+        """What `read` finds in the reply; where that is nothing, though its status is 200, it is asked for again.
 
         Raises
         ------
@@ -372,32 +569,33 @@ class ServerProposal:
             if attempt:  # spread out, so that requests which failed together don't come back together
                 time.sleep(min(MAX_WAIT, FIRST_WAIT * 2 ** (attempt - 1)) * random.uniform(0.5, 1))
             try:
-                reply = ask().http_response.json()
-                entries = reply.get(field) if isinstance(reply, dict) else None
-                # vLLM that is told to stop answers with what it has so far.
-                if found := [e for e in entries or [] if isinstance(e, dict) and e.get("finish_reason") != "abort"]:
-                    return found
-                problem = f"the reply has no {field}"
+                return read(ask().http_response.json())
+            except _NothingYet as error:
+                problem = str(error)
             except openai.APIStatusError as error:
-                status, said = error.status_code, f"{error.status_code}: {self._message(error)}"
-                if status in (408, 409, 429) or status >= 500:
-                    raise EngineError(f"{none}: {said}") from None  # whose message may tell the key
-                kind = _Refused if status in (400, 422) else EngineError
-                raise kind(f"{self.base_url} answers {said}") from None
+                status, text = error.status_code, f"{error.status_code}: {self._message(error)}"
+                if status in NO_ROUTE:
+                    raise _NoRoute(f"{self.base_url} answers {text}") from None  # whose message may tell the key
+                if status in PASSING or status >= 500:
+                    raise EngineError(f"{none}: {text}") from None
+                kind = Refused if status in (400, 422) else EngineError
+                raise kind(f"{self.base_url} answers {text}") from None
             except openai.APIConnectionError as error:
-                said = " ".join(str(error.__cause__ or error).split()) or type(error.__cause__).__name__
-                raise EngineError(f"{none}: {said}") from None
+                text = " ".join(str(error.__cause__ or error).split()) or type(error.__cause__).__name__
+                raise EngineError(f"{none}: {text}") from None
             except ValueError:
-                problem = "the reply is no JSON"
-        raise EngineError(f"{none}: {problem}")
+                problem = NO_JSON
+        raise (_NoRoute if problem == NO_JSON else EngineError)(f"{none}: {problem}")
 
     def _message(self, error: Any) -> str:
         """What the server says, in one line and without the key."""
         body = error.body
         if isinstance(body, dict):
             body = body.get("message") or body.get("detail") or body
+        return self._without_key(said(body or error.message))
+
+    def _without_key(self, text: str) -> str:
         key = self._client.api_key
-        text = " ".join(str(body or error.message).split())
         return text if key == "none" else text.replace(key, "***")
 
     def _map(self, work: Callable[[int], T], n: int) -> list[T]:
@@ -430,33 +628,21 @@ class ServerProposal:
             stop.set()
         return [results[i] for i in range(n)]
 
-    def _warn(self, message: str) -> None:
+    def _warn(self, message: str, stacklevel: int = 4) -> None:
         if message not in self._warned:
             self._warned.add(message)
-            warnings.warn(message, stacklevel=3)
+            warnings.warn(message, stacklevel=stacklevel)
 
 
-def _letters(text: str) -> str:
-    """Without white space, which some tokenizers drop at the beginning of a text."""
-    return "".join(text.split())
+def _core(refused: Refused) -> str:
+    """A server's reason without the numbers of this request."""
+    return re.sub(r"\d+", "", str(refused))
 
 
-def _log_probs(choice: dict[str, Any]) -> list[float] | None:
-    given = choice.get("logprobs") or {}
-    if (entries := given.get("content")) is not None:  # llama.cpp answers in the form that chats have
-        return [float(entry["logprob"]) for entry in entries]
-    values = given.get("token_logprobs")
-    return None if values is None else [nan if value is None else float(value) for value in values]
-
-
-def _token_ids(choice: dict[str, Any]) -> list[int] | None:
-    """None where the server gives only text."""
-    given = choice.get("logprobs") or {}
-    ids = choice.get("token_ids")
-    if ids is None and (entries := given.get("content")) is not None:
-        ids = [entry.get("id") for entry in entries]
-        ids = None if None in ids else ids
-    names = given.get("tokens") or []
-    if ids is None and names and all(name.startswith(TOKEN_ID) for name in names):
-        ids = [name.removeprefix(TOKEN_ID) for name in names]
-    return None if ids is None else [int(i) for i in ids]
+def _models_of(reply: Any) -> list[dict[str, Any]]:
+    """The models that a reply lists: OpenAI's form, or a bare list."""
+    entries = reply.get("data") if isinstance(reply, dict) else reply
+    if not isinstance(entries, list):
+        raise _NoRoute("answers no list")
+    named = [{"id": entry} if isinstance(entry, str) else entry for entry in entries]
+    return [entry for entry in named if isinstance(entry, dict) and entry.get("id")]

@@ -1,8 +1,9 @@
-"""A completions server over a tiny model, and a proxy that spoils replies as real servers and networks do."""
+"""A completions server over a tiny model, a proxy that spoils replies as networks do, a table of what servers do."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import json
 import random
@@ -11,6 +12,8 @@ import threading
 import time
 import urllib.parse
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socket import SO_LINGER, SOL_SOCKET
 
@@ -36,6 +39,8 @@ class TinyServer:
 
     def __call__(self, path, body):
         """(status, reply) to a request."""
+        if body is not None and isinstance(body["prompt"], str):
+            body = {**body, "prompt": self.tokenizer(body["prompt"])["input_ids"]}
         if path == "/v1/models":
             return 200, {"data": [{"id": MODEL, "max_model_len": tiny.CONTEXT}]}
         if body["model"] != MODEL:
@@ -46,11 +51,12 @@ class TinyServer:
 
     def _draw(self, body):
         settings = {
-            "num_candidates": body["n"], "max_new_tokens": body["max_tokens"], "temperature": body["temperature"],
-            "top_p": body["top_p"], "top_k": max(body.get("top_k", 0), 0), "min_p": body.get("min_p", 0.0),
-            "min_new_tokens": body.get("min_tokens", 0),
+            "num_candidates": body.get("n", 1), "max_new_tokens": body["max_tokens"],
+            "temperature": body["temperature"], "top_p": body["top_p"], "top_k": max(body.get("top_k", 0), 0),
+            "min_p": body.get("min_p", 0.0), "min_new_tokens": body.get("min_tokens", 0),
         }  # fmt: skip
-        c = TransformersProposal(self.model, self.tokenizer, **settings).propose([body["prompt"]], body["seed"])
+        proposal = TransformersProposal(self.model, self.tokenizer, **settings)
+        c = proposal.propose([body["prompt"]], body.get("seed", 0))
         for r, n in enumerate((c.token_log_p != 0).sum(1).tolist()):
             yield c.tokens[r, :n].tolist(), c.token_log_p[r, :n].tolist()
 
@@ -181,7 +187,7 @@ class FaultProxy:
         if fault == "delay":
             time.sleep(self.delay)
         status, reply = self.answer(handler.path, body)
-        if status == 200:
+        if status == 200 and (self.always or self.fewer or fault == "aborted"):
             for choice in reply["choices"]:
                 self.spoil(choice)
                 if fault == "aborted":
@@ -200,3 +206,281 @@ class FaultProxy:
             given["tokens"] = ["" for _ in given["tokens"]]
         if "no log-probs" in self.always:
             choice["logprobs"] = None
+
+
+def refuses(said, when):
+    """Answers 400 to some requests."""
+
+    def spoil(answer, path, body):
+        if path.endswith("/completions") and when(body):
+            return 400, {"error": {"message": said(body) if callable(said) else said}}
+        return answer(path, body)
+
+    return spoil
+
+
+def changes(request):
+    """Does something else than it was asked for."""
+
+    def spoil(answer, path, body):
+        return answer(path, body if body is None else {**body, **request(body)})
+
+    return spoil
+
+
+def replies(change):
+    """Replies something else: `change` gets the choices, and returns the reply."""
+
+    def spoil(answer, path, body):
+        status, reply = answer(path, body)
+        return (status, change(reply["choices"])) if path.endswith("/completions") else (status, reply)
+
+    return spoil
+
+
+def choices(change):
+    """Changes each choice, in place."""
+
+    def spoil(answer, path, body):
+        status, reply = answer(path, body)
+        for choice in reply.get("choices", ()):
+            change(choice)
+        return status, reply
+
+    return spoil
+
+
+def lists(status, reply):
+    """Answers so when asked for its models."""
+    return lambda answer, path, body: (status, reply) if path.endswith("/models") else answer(path, body)
+
+
+def copies(request):
+    """n copies of one candidate."""
+
+    def spoil(answer, path, body):
+        if body is None:
+            return answer(path, body)
+        status, reply = answer(path, {**body, "n": 1, **request(body)})
+        return status, {"choices": [{**reply["choices"][0], "index": i} for i in range(body.get("n", 1))]}
+
+    return spoil
+
+
+def sets(**fields):
+    return choices(lambda choice: choice.update(fields))
+
+
+def text_only(**fields):
+    """Only texts and how they ended."""
+
+    def spoil(choice):
+        choice.pop("token_ids")
+        choice["logprobs"] = None
+        choice.update(fields)
+
+    return choices(spoil)
+
+
+def cut(reason):
+    def spoil(choice):
+        given = choice["logprobs"]
+        choice["token_ids"], given["token_logprobs"] = choice["token_ids"][:2], given["token_logprobs"][:2]
+        choice.update(finish_reason=reason, text="")
+
+    return choices(spoil)
+
+
+def draws_on(choice):
+    """Goes on behind the end of text."""
+    given, more = choice["logprobs"], 12 - len(choice["token_ids"])
+    choice["token_ids"] = choice["token_ids"] + [7] * more
+    given["token_logprobs"] = given["token_logprobs"] + [-1.0] * more
+    choice["finish_reason"] = "length"
+
+
+def own_text(answer, path, body):
+    """Takes only texts, and says so as a validator does."""
+    if body is not None and not isinstance(body["prompt"], str):
+        return 422, {"detail": [{"loc": ["body", "prompt"], "msg": "Input should be a valid string"}]}
+    return answer(path, body)
+
+
+def both(*spoils):
+    def spoil(answer, path, body):
+        for outer in reversed(spoils):
+            answer = functools.partial(outer, answer)
+        return answer(path, body)
+
+    return spoil
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What a server does, and what must come of it.
+
+    Attributes
+    ----------
+    spoil : from the good server's answer, a path and a request to status and reply
+    error : what the EngineError says; None: candidates come
+    same : whether they are the good server's candidates; else others, as good
+    told : what is warned of
+    options : of the proposal
+    """
+
+    spoil: Callable
+    error: str | None = None
+    same: bool = True
+    told: str | None = None
+    options: dict = field(default_factory=dict)
+
+
+UNSAMPLED = "that is no sample of the model"
+CUT = "neither an end-of-text token nor max_tokens = 12 ended it"
+UNNAMED = {"served_model": MODEL}
+STRICT = refuses(lambda b: f"unknown field {sorted(b.keys() - OPENAI_FIELDS)[0]}", lambda b: b.keys() - OPENAI_FIELDS)
+TEXTS = {"log_probs": False}
+
+FAULTS = {
+    # n and seeds
+    "copies of one seed": Fault(copies(lambda _: {}), same=False, told="asked for one by one"),
+    "copies whatever the seed": Fault(copies(lambda _: {"seed": 7}), "seems to ignore temperature or seed"),
+    "copies in texts": Fault(
+        both(text_only(finish_reason="length"), copies(lambda b: {"seed": 7, "min_tokens": 12})),
+        "equal candidates of up to 12 tokens",
+        options=TEXTS,
+    ),
+    "greedy": Fault(changes(lambda b: {"temperature": 1e-3, "min_tokens": 12}), "more than chance allows"),
+    "n has a bound": Fault(refuses(lambda b: f"n = {b['n']} exceeds 4 slots", lambda b: b["n"] > 4), same=False),
+    "n has a bound of 1": Fault(refuses("only one", lambda b: b["n"] > 1), same=False),
+    "n is cut": Fault(changes(lambda b: {"n": min(b["n"], 4)}), same=False),
+    "n is ignored": Fault(changes(lambda b: {"n": 1}), same=False),
+    "n not with a seed": Fault(
+        refuses("n with a seed is not supported", lambda b: b["n"] > 1 and "seed" in b), same=False
+    ),
+    "n is unknown": Fault(both(refuses("unexpected n", lambda b: "n" in b), changes(lambda b: {"n": 1})), same=False),
+    "seed is unknown": Fault(
+        both(refuses("unexpected seed", lambda b: "seed" in b), changes(lambda b: {"seed": random.randrange(2**30)})),
+        same=False,
+        told="takes no seed",
+    ),
+    "n is refused by an error under 200": Fault(
+        lambda answer, path, body: (
+            answer(path, body) if body is None or body["n"] == 1 else (200, {"error": "n must be 1"})
+        ),
+        same=False,
+    ),
+    # prompts and fields
+    "texts only": Fault(own_text, told="takes only texts as prompts"),
+    "texts only, and few fields": Fault(both(own_text, STRICT), told="takes only texts as prompts"),
+    "texts only, few fields and no n, all told alike": Fault(
+        refuses("Bad Request", lambda b: b.keys() - OPENAI_FIELDS or b["n"] > 1 or not isinstance(b["prompt"], str)),
+        same=False,
+        told="takes only texts as prompts",
+    ),
+    "few fields, n has a bound": Fault(
+        both(STRICT, refuses("n is too large", lambda b: b["n"] > 2)),
+        same=False,
+        told="only the fields that OpenAI defines",
+    ),
+    "refuses everything": Fault(refuses("no credit", lambda b: True), r"answers 400: no credit$"),
+    # tokens
+    "more tokens": Fault(
+        changes(lambda b: {"max_tokens": 15, "min_tokens": 15}), "gives 15 tokens, though max_tokens = 12"
+    ),
+    "more text": Fault(
+        both(text_only(finish_reason="length"), changes(lambda b: {"max_tokens": 40, "min_tokens": 40})),
+        r"gives \d+ tokens, though max_tokens = 12",
+        options=TEXTS,
+    ),
+    "an id too large": Fault(sets(token_ids=[5, tiny.VOCABULARY]), "gives token 62, outside the vocabulary of 62"),
+    "an id below 0": Fault(sets(token_ids=[-1]), "gives token -1, outside the vocabulary of 62"),
+    "ids of words": Fault(sets(token_ids=["w1"]), "a choice that makes no sense"),
+    "ids of fractions": Fault(sets(token_ids=[5.5]), "a choice that makes no sense"),
+    "draws on behind the end": Fault(choices(draws_on)),
+    "probabilities for logarithms": Fault(
+        choices(lambda c: c["logprobs"].update(token_logprobs=[0.5] * len(c["token_ids"]))), "must be at most 0"
+    ),
+    # how candidates ended
+    **{
+        f"ended by {reason}": Fault(sets(finish_reason=reason))
+        for reason in ("eos_token", "eos", "end_turn", "length", "x", None)
+    },
+    "says nothing of the end": Fault(choices(lambda c: c.pop("finish_reason"))),
+    "texts say nothing of the end": Fault(
+        text_only(finish_reason=None), same=False, told="does not say how candidates ended", options=TEXTS
+    ),
+    "texts ended by x": Fault(
+        text_only(finish_reason="x"), "finish_reason = 'x', and gives no token ids", options=TEXTS
+    ),
+    **{
+        f"ended by {reason}": Fault(sets(finish_reason=reason), UNSAMPLED)
+        for reason in ("content_filter", "tool_calls")
+    },
+    "failed midway": Fault(
+        sets(finish_reason="error", error={"message": "out of\nmemory"}), rf"\(out of memory\): {UNSAMPLED}"
+    ),
+    "aborted for ever": Fault(sets(finish_reason="abort"), "in 3 attempts: a reply was aborted"),
+    "cut, and no reason": Fault(cut(None), CUT),
+    "cut for length": Fault(cut("length"), CUT),
+    "cut, another reason": Fault(cut("shutdown"), f"finish_reason = 'shutdown': {CUT}"),
+    "ignores min_tokens, knows ignore_eos": Fault(
+        changes(lambda b: {"min_tokens": 12 * b.get("ignore_eos", False)}), options={"min_new_tokens": 12}
+    ),
+    "ignores min_tokens and ignore_eos": Fault(
+        changes(lambda b: {"min_tokens": 0}), "it needs min_new_tokens = 0", options={"min_new_tokens": 12}
+    ),
+    "ignores min_tokens in texts": Fault(
+        text_only(text="w1", finish_reason="stop"),
+        "it needs min_new_tokens = 0",
+        options={"min_new_tokens": 11, **TEXTS},
+    ),
+    # texts and choices
+    "no text, but ids": Fault(choices(lambda c: c.pop("text"))),
+    "null for the text, but ids": Fault(sets(text=None)),
+    "null for the text": Fault(text_only(text=None), r"neither token ids nor a text \(text = null\)", options=TEXTS),
+    "an empty text": Fault(text_only(text="", finish_reason="length"), "gives an empty text, though", options=TEXTS),
+    "half of the text": Fault(
+        text_only(text="w1 w2", finish_reason="length"), "gives a text of 2 tokens", options=TEXTS
+    ),
+    "no numbers": Fault(choices(lambda c: c.pop("index"))),
+    "one number": Fault(sets(index=0), same=False),
+    "one choice again and again": Fault(replies(lambda given: {"choices": [given[0]] * len(given)}), same=False),
+    "no choices": Fault(replies(lambda _: {"choices": None}), "in 3 attempts: the reply has no choices"),
+    "choices that are none": Fault(replies(lambda _: {"choices": "none"}), "the reply has no choices"),
+    "a list": Fault(replies(lambda given: given), "the reply has no choices"),
+    "a chat": Fault(
+        replies(lambda given: {"choices": [{"index": 0, "message": {"content": "w1"}, "finish_reason": "stop"}]}),
+        "it answers as a chat",
+        options=TEXTS,
+    ),
+    # errors under 200
+    "an error": Fault(replies(lambda _: {"error": {"message": "no\ncredit"}}), "answers an error: no credit$"),
+    "an error in a word": Fault(replies(lambda _: {"error": "no credit"}), "answers an error: no credit$"),
+    "an error beside choices": Fault(
+        replies(lambda given: {"choices": given, "error": {"message": "no"}}), "error: no$"
+    ),
+    "an error of a code": Fault(replies(lambda _: {"error": {"message": "pay", "code": 402}}), "answers 402: pay$"),
+    "an error that stays": Fault(
+        replies(lambda _: {"error": {"message": "full", "code": 503}}), "no answer in 3 attempts: full$"
+    ),
+    "an overload that stays": Fault(
+        replies(lambda _: {"error": {"message": "full", "type": "overloaded_error"}}), "no answer in 3 attempts: full$"
+    ),
+    "no error": Fault(replies(lambda given: {"choices": given, "error": None})),
+    # routes
+    "no /models": Fault(lists(404, {"detail": "Not Found"}), options=UNNAMED),
+    "no /models, and no name": Fault(
+        lists(404, {"detail": "Not Found"}), r"which models it serves \(answers 404: Not Found\)"
+    ),
+    "no models": Fault(lists(200, {"data": []}), options=UNNAMED),
+    "no models, and no name": Fault(lists(200, {"data": []}), "its list is empty"),
+    "models that are no list": Fault(lists(200, {"status": "ok"}), options=UNNAMED),
+    "a bare list": Fault(lists(200, [{"id": MODEL}])),
+    "a bare list of names": Fault(lists(200, [MODEL])),
+    "null for models": Fault(lists(200, None), options=UNNAMED),
+    "no completions": Fault(
+        lambda answer, path, body: answer(path, body) if body is None else (404, {"detail": "Not Found"}),
+        r"404: Not Found; .* can't use a server that only chats",
+    ),
+}

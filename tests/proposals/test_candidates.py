@@ -24,7 +24,7 @@ def candidates(rows=6, width=4, prefixes=3, **changes):
 def test_only_what_counts_is_text():
     c = candidates()
     assert c.shape == (3, 2)
-    assert c.texts == ["", "4", "8 9", "12 13 14", "16 17 18 19", "20 21 22 23"]
+    assert c.texts == ["", " 4", " 8 9", " 12 13 14", " 16 17 18 19", " 20 21 22 23"]
     assert c.prefix_texts == ["7"] * 3
     assert torch.equal(c.log_p, torch.full((3, 2), -4.0, dtype=torch.float64))
     assert torch.equal(c.log_q, 2 * c.log_p)
@@ -54,6 +54,6 @@ def test_parts_of_different_widths_are_joined():
     joined = Candidates.concatenate([candidates(), candidates(rows=2, width=6, prefixes=1)])
     assert joined.shape == (4, 2)
     assert joined.tokens.shape == (8, 6)
-    assert joined.texts == [*candidates().texts, "", "6"]
+    assert joined.texts == [*candidates().texts, "", " 6"]
     with pytest.raises(InvalidInput, match="no candidates to concatenate"):
         Candidates.concatenate([])

@@ -17,7 +17,7 @@ import fault_proxy
 import pytest
 import tiny
 import torch
-from fault_proxy import KEY, FaultProxy, TinyServer
+from fault_proxy import FAULTS, KEY, FaultProxy, TinyServer
 
 from daemon_fast import TransformersProposal, metrics
 from daemon_fast.data.collect import collect
@@ -247,6 +247,87 @@ def test_a_minimum_that_the_server_ignores_is_an_error(tiny_server, folder):
 
     with FaultProxy(ignorant) as server, pytest.raises(EngineError, match="it needs min_new_tokens = 0"):
         ServerProposal(server.url, folder, num_candidates=100, max_new_tokens=12, min_new_tokens=8).propose([[5]], 0)
+
+
+@pytest.fixture(scope="module")
+def good_candidates(tiny_server, folder):
+    """Those of the server that does what it is asked."""
+    kept = {}
+
+    def draw(options):
+        key = str(options)
+        if key not in kept:
+            with FaultProxy(tiny_server) as server:
+                kept[key] = ServerProposal(server.url, folder, **options).propose(contract.PREFIXES, 0)
+        return kept[key]
+
+    return draw
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_a_server_does_is_mended_or_met_by_an_error(name, tiny_server, folder, good_candidates):
+    fault = FAULTS[name]
+    options = {**contract.SETTINGS, "max_retries": 2, **fault.options}
+
+    def draw(answer):
+        with FaultProxy(answer) as server, warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            p = ServerProposal(server.url, folder, **options)
+            first, again = p.propose(contract.PREFIXES, 0), p.propose(contract.PREFIXES, 0)
+        assert same(first, again) or "takes no seed" in str(told[0].message)
+        return first, [str(w.message) for w in told]
+
+    def answer(path, body):
+        return fault.spoil(tiny_server, path, body)
+
+    if fault.error:
+        with pytest.raises(EngineError, match=fault.error):
+            draw(answer)
+        return
+    c, told = draw(answer)
+    assert any(fault.told in text for text in told) if fault.told else not told
+    if fault.same:
+        good = good_candidates(options)
+        assert same(c, good)
+        assert torch.equal(c.token_log_p, good.token_log_p)
+    else:
+        assert c.shape == (3, 6)
+        assert len({tuple(row) for row in c.tokens.tolist()}) >= 15
+        for r, n in enumerate(c.lengths.tolist() if options.get("log_probs", True) else []):
+            drawn = c.tokens[r, :n].tolist()
+            logits = teacher(tiny_server)(contract.PREFIXES[r // 6], drawn).double()
+            torch.testing.assert_close(
+                c.token_log_p[r, :n].double(), logits.log_softmax(-1)[range(n), drawn], atol=1e-3, rtol=0
+            )
+
+
+def test_tokens_that_a_server_leaves_out(tiny_server, folder):
+    """llama.cpp gives a token with part of a character's bytes and the next as one."""
+
+    def merging(path, body):
+        status, reply = tiny_server(path, body)
+        for choice in reply.get("choices", []):
+            entries = zip(choice.pop("token_ids"), choice["logprobs"]["token_logprobs"], strict=True)
+            shown = [{"id": i, "token": tiny_server.tokenizer.decode([i]), "logprob": p} for i, p in entries]
+            if choice["index"] in (0, 2):
+                shown[:2] = [{**shown[1], "token": shown[0]["token"] + shown[1]["token"]}]
+            choice["logprobs"] = {"content": shown}
+        return status, reply
+
+    prefixes, options = [[5, 9, 30], [3, 4, 5, 6]], {**contract.SETTINGS, "min_new_tokens": 12}
+    with FaultProxy(tiny_server) as server:
+        good = ServerProposal(server.url, folder, **options).propose(prefixes, 0)
+    with FaultProxy(merging) as server, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        c = ServerProposal(server.url, folder, **options).propose(prefixes, 0)
+    assert [str(w.message).split("/v1 ")[1].split(":")[0] for w in told] == [
+        "gives no token ids of candidates with characters split between tokens",
+        "gives some candidates fewer or more log-probabilities than tokens",
+    ]
+    lost = torch.tensor([r % 6 in (0, 2) for r in range(12)])
+    assert torch.equal(c.token_log_p.isnan().any(1), lost)
+    assert torch.equal(c.tokens[~lost], good.tokens[~lost])
+    assert c.texts == good.texts
 
 
 def test_models_are_checked(serve, propose, folder):
