@@ -277,9 +277,13 @@ def choices_of(reply: dict[str, Any]) -> list[dict[str, Any]]:
 def log_probs(choice: dict[str, Any]) -> list[float] | None:
     given = choice.get("logprobs") or {}
     if (entries := given.get("content")) is not None:  # llama.cpp answers in the form that chats have
-        return [float(entry["logprob"]) for entry in entries]
-    values = given.get("token_logprobs")
-    return None if values is None else [nan if value is None else float(value) for value in values]
+        values: list[Any] | None = [entry["logprob"] for entry in entries]
+    else:
+        values = given.get("token_logprobs")
+    if values is None:
+        return None
+    known = [nan if value is None else float(value) for value in values]
+    return [nan if value == -math.inf else value for value in known]  # what was drawn can't be impossible
 
 
 def token_ids(choice: dict[str, Any]) -> list[int] | None:

@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import nan
+from math import isnan, nan
 from typing import Any, TypeVar
 
 import numpy as np
@@ -102,10 +102,10 @@ class _Dialect:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """A prefix: its token ids; and a text that has just these, if there is one."""
+    """A prefix as it was given, and its token ids."""
 
+    given: Prefix
     tokens: list[int]
-    text: str | None
 
 
 class ServerProposal:
@@ -208,7 +208,7 @@ class ServerProposal:
         try:
             entries = self._ask(self._client.models.with_raw_response.list, _models_of)
             why = "its list is empty"
-        except _NoRoute as error:
+        except (_NoRoute, Refused) as error:
             entries, why = [], str(error).removeprefix(f"{self.base_url} ")
         if not entries:  # not every server has a list
             if model is None:
@@ -263,7 +263,7 @@ class ServerProposal:
             `min_new_tokens`, or has another vocabulary.
         """
         prefix_tokens = self.tokenize(prefixes)
-        prompts = [_Prompt(ids, self._text(p, ids)) for p, ids in zip(prefixes, prefix_tokens, strict=True)]
+        prompts = list(map(_Prompt, prefixes, prefix_tokens))
         drawn = self._settle(prompts, seed % 2**64)
         rows = [row for own in drawn for row in own]
         self._check_vocabulary(drawn[0])
@@ -272,12 +272,12 @@ class ServerProposal:
         lengths = [row.length for row in rows]
         return self._candidates([row.tokens for row in rows], log_p, lengths, prefix_tokens)
 
-    def _text(self, prefix: Prefix, tokens: list[int]) -> str | None:
-        """What a prefix is sent as where token ids are refused: a text of the same tokens."""
-        if isinstance(prefix, str):
-            return prefix
-        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        return text if text and prompt_ids(text, self.tokenizer) == tokens else None
+    def _text(self, prompt: _Prompt) -> str | None:
+        """What is sent where token ids are refused: a text of the same tokens; None if there is none."""
+        if isinstance(prompt.given, str):
+            return prompt.given
+        text: str = self.tokenizer.decode(prompt.tokens, skip_special_tokens=True)
+        return text if text and prompt_ids(text, self.tokenizer) == prompt.tokens else None
 
     def _settle(self, prompts: list[_Prompt], seed: int) -> list[list[Drawn]]:
         """Candidates of each prompt, all drawn in one way. A server that ignores part of what it was asked is asked in
@@ -362,10 +362,8 @@ class ServerProposal:
             )
         if any(row.end_unknown for row in rows):
             self._warn(f"{self.base_url} does not say how candidates ended: some may have been cut short")
-        if self._log_probs and any(row.log_p is None for row in rows):
-            self._warn(
-                f"{self.base_url} gives some candidates fewer or more log-probabilities than tokens: these are NaN"
-            )
+        if self._log_probs and any(row.log_p is None or any(map(isnan, row.log_p)) for row in rows):
+            self._warn(f"{self.base_url} lacks log-probabilities of some candidates' tokens: these are NaN")
 
     def score(self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> Candidates:
         """Given continuations, one of each prefix, with the log-probabilities that the model gives them (M = 1).
@@ -448,9 +446,9 @@ class ServerProposal:
         One thing is left out at a time. It stays so where the request is then refused for another reason: that part is
         mended.
         """
-        dialect, reason = self._dialect, refused
+        dialect, reason, text = self._dialect, refused, self._text(prompt)
         while True:
-            for simpler in dialect.simpler(n, prompt.text):
+            for simpler in dialect.simpler(n, text):
                 try:
                     choices = self._complete(*self._request(prompt, n, seed, simpler))
                 except Refused as other:
@@ -463,7 +461,7 @@ class ServerProposal:
                     self._dialect = simpler
                     return choices
             else:
-                if dialect.token_prompts and prompt.text is None:
+                if dialect.token_prompts and text is None:
                     raise Refused(
                         f"{reason} (a text in place of the token ids {prompt.tokens[:4]} ... was not tried: tokenized "
                         "again, it has others)"
@@ -473,13 +471,14 @@ class ServerProposal:
     def _request(self, prompt: _Prompt, n: int, seed: int, dialect: _Dialect) -> tuple[dict[str, Any], dict[str, Any]]:
         """Fields that OpenAI defines, and others."""
         s = self.settings
-        if not dialect.token_prompts and prompt.text is None:
+        sent: list[int] | str | None = prompt.tokens if dialect.token_prompts else self._text(prompt)
+        if sent is None:
             raise EngineError(
                 f"{self.base_url} takes only texts as prompts, and there is none for the token ids "
                 f"{prompt.tokens[:4]} ...: tokenized again, it has others"
             )
         body = {
-            "prompt": prompt.tokens if dialect.token_prompts else prompt.text,
+            "prompt": sent,
             **({"n": min(n, dialect.most)} if dialect.counts else {}),
             **({"seed": seed} if dialect.seeds else {}),
             "max_tokens": s.max_new_tokens,
@@ -643,6 +642,7 @@ def _models_of(reply: Any) -> list[dict[str, Any]]:
     """The models that a reply lists: OpenAI's form, or a bare list."""
     entries = reply.get("data") if isinstance(reply, dict) else reply
     if not isinstance(entries, list):
-        raise _NoRoute("answers no list")
+        fault = reply.get("error") if isinstance(reply, dict) else None
+        raise _NoRoute(f"answers no list{f', but {said(fault)}' if fault else ''}")
     named = [{"id": entry} if isinstance(entry, str) else entry for entry in entries]
     return [entry for entry in named if isinstance(entry, dict) and entry.get("id")]

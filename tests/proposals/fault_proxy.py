@@ -473,6 +473,10 @@ FAULTS = {
     "no /models, and no name": Fault(
         lists(404, {"detail": "Not Found"}), r"which models it serves \(answers 404: Not Found\)"
     ),
+    "/models refused": Fault(lists(400, {"error": {"message": "no"}}), options=UNNAMED),
+    "/models refused, and no name": Fault(
+        lists(200, {"error": "no list"}), r"which models it serves \(answers no list, but no list\)"
+    ),
     "no models": Fault(lists(200, {"data": []}), options=UNNAMED),
     "no models, and no name": Fault(lists(200, {"data": []}), "its list is empty"),
     "models that are no list": Fault(lists(200, {"status": "ok"}), options=UNNAMED),

@@ -322,7 +322,7 @@ def test_tokens_that_a_server_leaves_out(tiny_server, folder):
         c = ServerProposal(server.url, folder, **options).propose(prefixes, 0)
     assert [str(w.message).split("/v1 ")[1].split(":")[0] for w in told] == [
         "gives no token ids of candidates with characters split between tokens",
-        "gives some candidates fewer or more log-probabilities than tokens",
+        "lacks log-probabilities of some candidates' tokens",
     ]
     lost = torch.tensor([r % 6 in (0, 2) for r in range(12)])
     assert torch.equal(c.token_log_p.isnan().any(1), lost)
