@@ -111,6 +111,10 @@ class Twin:
         return type(self.model).__name__
 
     @property
+    def dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+
+    @property
     def structure(self) -> tuple[Any, ...]:
         """What decides how the model can be run: its classes, a `forward` of a module's own, its configuration; not its
         weights."""
