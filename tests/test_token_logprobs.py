@@ -66,6 +66,15 @@ def test_rows_may_be_strided(device):
         check(rows, torch.tensor([0, 49, 7]), 0.9, device)
 
 
+def test_every_number_of_half_precision_is_read_as_it_is(device):
+    for dtype in (torch.float16, torch.bfloat16):
+        every = torch.arange(-(2**15), 2**15, device=device).to(torch.int16).view(dtype)
+        logits, ids = torch.stack([every, torch.zeros_like(every)], dim=1), torch.ones(2**16, device=device).long()
+        wide = daemon_fast.token_logprobs(logits.float(), ids, 0.5)
+        for got, want in zip(daemon_fast.token_logprobs(logits, ids, 0.5), wide, strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
 def test_ids_may_be_int32():
     logits = torch.randn(4, 30)
     ids = torch.tensor([0, 29, 3, 3])
@@ -182,6 +191,19 @@ def test_excluded_ids_and_rows_without_a_distribution(device):
     torch.testing.assert_close(logits.grad[:2].cpu(), want)
     assert logits.grad[2:4].isnan().all()
     assert (logits.grad[4] == 0).all()  # the loss leaves that row out
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_gradient_of_half_precision_is_the_nearest(device, dtype):
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (100_000,), generator=generator).to(torch.int32)
+    steps = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).float()  # every number, and halfway to the next
+    grads = torch.cat([bits.view(torch.float32), steps, steps.nextafter(torch.tensor(1e9)), steps * (1 + 2**-11)])
+    grads = grads.to(device)
+    logits, ids = torch.zeros(len(grads), 2, dtype=dtype, device=device), torch.zeros(len(grads), device=device).long()
+    grad = torch.ops.daemon_fast.token_logprobs_backward(2 * grads, torch.zeros_like(grads), logits, ids, 1.0)
+    want = torch.stack([(2 * grads).mul(0.5), (2 * grads).mul(-0.5)], dim=1).to(dtype)
+    torch.testing.assert_close(grad, want, rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_gradient_is_the_same_for_any_number_of_threads(threads):

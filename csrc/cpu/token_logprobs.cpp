@@ -51,7 +51,7 @@ DAEMON_FAST_INLINE void differentiate(
             if (Tempered) g += tempered * exp_nonpositive<7>(x * inverse);
             store_vec(block + v, g);
         }
-        for (int64_t v = 0; v < count; ++v) grad[begin + v] = static_cast<Logit>(static_cast<float>(block[v]));
+        for (int64_t v = 0; v < count; ++v) grad[begin + v] = from_float<Logit>(static_cast<float>(block[v]));
     }
     // 1 - softmax, with all its digits where the softmax is next to 1
     const double x = static_cast<double>(static_cast<float>(row[id])) - sums.max;
