@@ -36,6 +36,7 @@ def test_log_probs_agree_with_a_teacher_forced_pass(proposal):
         want = torch.log_softmax(logits, -1)[range(len(drawn)), drawn]
         torch.testing.assert_close(c.token_log_p[r, : len(drawn)].double(), want, atol=1e-4, rtol=0)
     assert all(text.strip() for text in c.texts)
+    assert proposal.path == "shared"
 
 
 def test_coherence_tells_a_topic_from_another():
