@@ -90,7 +90,8 @@ class World:
         for prefixes in (self.last, self.random.choice([x for x in PREFIXES if x != self.last])):
             seed = self.random.randrange(3)
             self.last = prefixes
-            want = self.new_proposal(copy.deepcopy(reference)).propose(prefixes, seed)
+            fresh = self.new_proposal(copy.deepcopy(reference))
+            want = fresh.propose(prefixes, seed)
             try:
                 got = self.proposals[0].propose(prefixes, seed)
             except DaemonFastError:
@@ -99,6 +100,8 @@ class World:
             finally:
                 changed = conformance.changes(before, conformance.snapshot(self.model))
                 assert not changed, f"drawing changed {changed}"
+            if self.model.dtype == torch.bfloat16 and self.proposals[0].path != fresh.path:
+                continue  # where rounding is coarse, weights decide whether a trial sees two ways as one
             self.compare(got, want, "drawing again")
         error = conformance.largest_error(want, prefixes, conformance.Plain(reference))
         assert error <= TOLERANCE[self.model.dtype], f"{error:.1e} from a plain pass"
@@ -117,7 +120,7 @@ class World:
             (parent, name)
             for path, parent in self.model.named_modules()
             for name, child in parent.named_children()
-            if type(child) in (nn.Linear, Conv1D) and "lm_head" not in (path, name)
+            if type(child) in (nn.Linear, Conv1D) and "lm_head" not in (path, name) and "lora" not in path
         ]
         return self.random.choice(found)
 
