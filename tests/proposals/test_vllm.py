@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llm(folder):
-    return VLLMProposal.load(folder, engine=ENGINE).llm
+    return VLLMProposal.load(folder, engine_kwargs=ENGINE).llm
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ def test_what_vllm_refuses_is_one_line(proposal, folder, tmp_path):
     with pytest.raises(EngineError, match="vLLM failed: n must be at most"):
         proposal(num_candidates=100_000).propose([[5]], 0)
     with pytest.raises(EngineError, match=r"vLLM can't start with model .*max_model_len") as failure:
-        VLLMProposal.load(folder, engine={**ENGINE, "max_model_len": 1000})
+        VLLMProposal.load(folder, engine_kwargs={**ENGINE, "max_model_len": 1000})
     assert "\n" not in str(failure.value)
     with pytest.raises(ModelUnavailable, match="no such folder"):
         VLLMProposal.load("./nowhere")
