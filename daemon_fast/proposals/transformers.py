@@ -136,6 +136,8 @@ class TransformersProposal:
         InvalidInput
             No prefixes, an empty one, one too long for the model's context; or a model that is no causal LM.
         """
+        if not -(2**63) <= seed < 2**64:
+            raise InvalidInput(f"seed = {seed} must be from -2^63 to 2^64 - 1")
         tokens = self.tokenize(prefixes)
         model = Twin(self.model)
         self.path = way_of(model)
@@ -162,10 +164,26 @@ class TransformersProposal:
         -------
         Candidates
             `token_log_q` is what the proposal would give: -inf for a token that it can't draw.
+
+        Raises
+        ------
+        InvalidInput
+            None, an empty one, a token outside the vocabulary; or a model that is no causal LM.
         """
         model = Twin(self.model)
         way_of(model)  # refuses what is no causal language model
         prefix_tokens = [list(map(int, prefix)) for prefix in prefixes]
+        size = model.config.vocab_size
+        if len(prefix_tokens) == 0 or len(prefix_tokens) != len(continuations):
+            raise InvalidInput(
+                f"there are {len(prefix_tokens)} prefixes and {len(continuations)} continuations: give one for each"
+            )
+        for name, given in (("prefix", prefix_tokens), ("continuation", continuations)):
+            for i, row in enumerate(given):
+                if len(row) == 0:
+                    raise InvalidInput(f"{name} {i} is empty: it has no log-probability")
+                if bad := [token for token in row if not 0 <= token < size]:
+                    raise InvalidInput(f"{name} {i} has token {bad[0]}, outside the vocabulary of {size}")
         rows = [p + list(map(int, c)) for p, c in zip(prefix_tokens, continuations, strict=True)]
         lengths = torch.tensor([len(c) for c in continuations])
         shape = len(rows), int(lengths.max())

@@ -54,7 +54,11 @@ def _compiled(module: Any) -> bool:
 
 def text_config(model: Any) -> Any:
     """The configuration of the model's language model: of a multimodal one, a part of its own."""
-    config = unwrapped(model).config
+    config = getattr(unwrapped(model), "config", None)
+    if config is None:
+        raise InvalidInput(
+            f"model is a {type(model).__name__} without a configuration: give a causal LM of Transformers"
+        )
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 

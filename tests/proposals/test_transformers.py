@@ -187,3 +187,26 @@ def test_without_a_tokenizer_prefixes_are_ids():
     assert p.propose([[5]], 0).tokens.shape == (2, 3)
     with pytest.raises(InvalidInput, match="made without a tokenizer"):
         p.propose(["w1"], 0)
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "continuations", "message"),
+    [
+        ([], [], "0 prefixes and 0 continuations"),
+        ([[5]], [[6], [7]], "1 prefixes and 2 continuations"),
+        ([[5]], [[]], "continuation 0 is empty"),
+        ([[]], [[5]], "prefix 0 is empty"),
+        ([[5], [6]], [[7], [999]], "continuation 1 has token 999, outside the vocabulary of 62"),
+        ([[-1]], [[7]], "prefix 0 has token -1, outside"),
+    ],
+)
+def test_what_can_not_be_scored_is_named(prefixes, continuations, message):
+    with pytest.raises(InvalidInput, match=message):
+        proposal().score(prefixes, continuations)
+
+
+def test_a_seed_out_of_range_and_a_module_that_is_no_model_are_named():
+    with pytest.raises(InvalidInput, match=r"seed = 1180591620717411303424 must be from -2\^63 to 2\^64 - 1"):
+        proposal().propose(PREFIXES, seed=2**70)
+    with pytest.raises(InvalidInput, match="model is a Linear without a configuration"):
+        TransformersProposal(torch.nn.Linear(2, 2))
