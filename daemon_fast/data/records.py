@@ -34,11 +34,24 @@ PARQUET_ROWS = 1024  # that are read together
 
 @dataclass(frozen=True)
 class Item:
-    """A record of a file and where it stands; or, where it can't be used, why."""
+    """A record of a file and where it stands; or, where it can't be used, why.
 
-    where: str
+    Attributes
+    ----------
+    source : name of the file
+    number : of the line or row, from 1
+    unit : "line", or "row" of a Parquet file
+    """
+
     record: Record
     problem: str | None = None
+    source: str = ""
+    number: int = 0
+    unit: str = "line"
+
+    @property
+    def where(self) -> str:
+        return f"{self.source}, {self.unit} {self.number}"
 
 
 @dataclass(frozen=True)
@@ -66,36 +79,36 @@ def read_records(path: str | os.PathLike[str], field: str = "text") -> Iterator[
     try:
         if source.suffix == ".parquet":
             for number, row in enumerate(_parquet_rows(source), 1):
-                yield _checked(row, field, f"{source.name}, row {number}")
+                yield Item(row, _problem(row, field), source.name, number, "row")
             return
         with source.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield _parsed(line, field, source.suffix == ".jsonl", f"{source.name}, line {number}")
+                    record, problem = _parsed(line, field, source.suffix == ".jsonl")
+                    yield Item(record, problem, source.name, number)
     except OSError as error:
         raise DataError(f"{source} can't be read: {error.strerror or error}") from error
 
 
-def _parsed(line: bytes, field: str, is_json: bool, where: str) -> Item:
-    """A line of a file as a record."""
+def _parsed(line: bytes, field: str, is_json: bool) -> tuple[Record, str | None]:
+    """A line of a file as a record, and what is wrong with it."""
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
-        return Item(where, {}, f"is not UTF-8: byte {error.start} is {line[error.start]:#04x}")
+        return {}, f"is not UTF-8: byte {error.start} is {line[error.start]:#04x}"
     if not is_json:
-        return Item(where, {field: text.rstrip("\r\n")})
+        return {field: text.rstrip("\r\n")}, None
     try:
-        return _checked(json.loads(text), field, where)
+        record = json.loads(text)
     except (ValueError, RecursionError) as error:
-        return Item(where, {}, f"is not JSON: {error}")
+        return {}, f"is not JSON: {error}"
+    return record if isinstance(record, dict) else {}, _problem(record, field)
 
 
-def _checked(record: Any, field: str, where: str) -> Item:
+def _problem(record: Any, field: str) -> str | None:
     if not isinstance(record, dict) or not isinstance(record.get(field), str):
-        return Item(where, record if isinstance(record, dict) else {}, f"has no string field {field!r}")
-    if RESULT in record:
-        return Item(where, record, f"has a field {RESULT!r} already")
-    return Item(where, record)
+        return f"has no string field {field!r}"
+    return f"has a field {RESULT!r} already" if RESULT in record else None
 
 
 def _parquet_rows(path: Path) -> Iterator[Record]:

@@ -112,7 +112,7 @@ class _Decode:
 
     def __call__(self, table: pyarrow.Table) -> pyarrow.Table:
         texts = table[self._field].to_pylist()
-        known = [Item("", {self._field: text}) for text in texts if isinstance(text, str)]
+        known = [Item({self._field: text}) for text in texts if isinstance(text, str)]
         drawn = iter(self._work(known, table[ROW][0].as_py()))
         missing = {"error": f"has no string field {self._field!r}"}
         results = [next(drawn) if isinstance(text, str) else missing for text in texts]
