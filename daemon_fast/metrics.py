@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from daemon_fast import ops
-from daemon_fast.errors import ArtefactError, InvalidInput, UnknownMetric
+from daemon_fast.errors import ArtefactError, InvalidInput, Problems, UnknownMetric
 from daemon_fast.models import Encoder, load_encoder, load_tokenizer
 from daemon_fast.proposals.candidates import Candidates
 
@@ -219,14 +219,20 @@ def parse(names: Iterable[str | Metric | Function], encoder: Encoder | str | Non
         A name that is none of sr_<n>, tr_<w>, div, ent, coh.
     InvalidInput
         No metrics, a metric twice, or `coh` without an encoder.
+    SeveralProblems
+        More than one of these.
     """
-    metrics = [_parse_one(name, encoder) for name in names]
+    problems, metrics = Problems(), list[Metric]()
+    for name in names:
+        with problems:
+            metrics.append(_parse_one(name, encoder))
+    columns = column_names(metrics)
+    with problems:
+        if twice := sorted({name for name in columns if columns.count(name) > 1}):
+            raise InvalidInput(f"metric given twice: {', '.join(twice)}")
+    problems.report()
     if not metrics:
         raise InvalidInput(f"no metrics given; known: {KNOWN}")
-    columns = column_names(metrics)
-    twice = sorted({name for name in columns if columns.count(name) > 1})
-    if twice:
-        raise InvalidInput(f"metric given twice: {', '.join(twice)}")
     return metrics
 
 

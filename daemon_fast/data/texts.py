@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from daemon_fast.data.records import read_records
-from daemon_fast.errors import DataError
+from daemon_fast.errors import DataError, InvalidInput
 from daemon_fast.models import TEXTS, locate
 
 __all__ = ["Pairs", "Texts", "read_texts", "split"]
@@ -108,7 +108,18 @@ def split(
     ------
     DataError
         Fewer texts are long enough.
+    InvalidInput
+        What is no text, or one with a lone surrogate, half of a character, which no tokenizer reads.
     """
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InvalidInput(f"texts[{i}] is a {type(text).__name__}: it must be a string")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidInput(
+                f"texts[{i}] has the lone surrogate {text[error.start]!r} at position {error.start}: it is no valid text"
+            ) from error
     needed, longest = prefix_tokens + continuation_tokens, 0
     pairs = Pairs([], [])
     for i in random.Random(seed).sample(range(len(texts)), len(texts)):
