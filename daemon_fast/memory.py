@@ -49,7 +49,8 @@ def check_fits(what: str, needed: Mapping[str, int], device: torch.device, lower
         return
     parts = ", ".join(f"{name} {_readable(size)}" for name, size in needed.items())
     raise InvalidInput(
-        f"{what} takes at least {_readable(total)} of memory ({parts}), and {device} has {_readable(limit)}: lower {lower}"
+        f"{what} takes at least {_readable(total)} of memory ({parts}), and there are {_readable(limit)} ({device}): "
+        f"lower {lower}"
     )
 
 

@@ -66,6 +66,9 @@ class Metric(ABC):
         """What an artefact stores of it."""
         return {"name": self.name}
 
+    def prepare(self) -> None:  # noqa: B027  (most need nothing)
+        """Load what `evaluate` needs, so that what is missing is known before candidates are drawn."""
+
     @abstractmethod
     def evaluate(self, candidates: Candidates) -> Tensor:
         """[R] or [R, k] float32 values of R candidates."""
@@ -171,10 +174,14 @@ class Coherence(Metric):
             self._prefixes.update(zip(new, self._embed(new), strict=True))
         return torch.stack([self._prefixes[text] for text in texts])
 
-    def _embed(self, texts: list[str]) -> Tensor:
+    def prepare(self) -> None:
         if self._encoder is None:
             assert self._reference is not None
             self._encoder = load_encoder(self._reference)
+
+    def _embed(self, texts: list[str]) -> Tensor:
+        self.prepare()
+        assert self._encoder is not None
         return torch.as_tensor(self._encoder.encode(texts, show_progress_bar=False)).float()
 
 

@@ -118,7 +118,7 @@ def split(
             text.encode()
         except UnicodeEncodeError as error:
             raise InvalidInput(
-                f"texts[{i}] has the lone surrogate {text[error.start]!r} at position {error.start}: it is no valid text"
+                f"texts[{i}] has the lone surrogate {text[error.start]!r} at position {error.start}: half a character"
             ) from error
     needed, longest = prefix_tokens + continuation_tokens, 0
     pairs = Pairs([], [])
