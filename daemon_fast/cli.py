@@ -27,6 +27,13 @@ if TYPE_CHECKING:
     from daemon_fast.proposals.load import EngineSpec
 
 
+# Of `daemon_fast.experiments.studies.STUDIES`, whose import takes seconds.
+STUDIES = (
+    "alignment", "perplexity", "convergence", "one_metric", "temperatures", "ablation", "forward_kl", "tail",
+    "transfer",
+)  # fmt: skip
+
+
 class _Command(click.Command):
     """Every command has these two."""
 
@@ -405,7 +412,13 @@ def _check_new(folder: Path, name: str, force: bool) -> None:
 @click.option("--data", multiple=True, required=True, help="The human text it was fitted to; one for each --energy.")
 @data_option
 @click.option("--model", help="Instead of the one in the artefact.")
-@click.option("--study", "wanted", multiple=True, help="Only this one; may be repeated.  [default: all]")
+@click.option(
+    "--study",
+    "wanted",
+    multiple=True,
+    type=click.Choice(STUDIES),
+    help="Only this one; may be repeated.  [default: all]",
+)
 @click.option("--held-out", type=click.IntRange(2), default=300, help="Prefixes of each domain.")
 @click.option("--pool-prefixes", type=click.IntRange(1), default=10, help="For the convergence study.")
 @click.option("--pool-candidates", type=click.IntRange(20), default=1000, help="For the convergence study.")
@@ -425,8 +438,7 @@ def evaluate(
     """The paper's experiments for fitted artefacts: tables, figures, report.html. Interrupted, it resumes.
 
     Candidates that fit left in ENERGY.candidates are read, not drawn again. Records of --data that can't be used are
-    named and left out; the exit code is then 1. Studies: alignment, perplexity, convergence, forward_kl, ablation,
-    one_metric, temperatures, tail, transfer.
+    named and left out; the exit code is then 1.
     """
     _check_new(output, "report.json", force)
     for name in (model, amateur):
@@ -451,7 +463,7 @@ def evaluate(
         for path, source, energy in zip(energies, data, loaded, strict=True)
     ]
     report = evaluation.evaluate(
-        domains, output, language_model, tokenizer, wanted=wanted or tuple(evaluation.STUDIES),
+        domains, output, language_model, tokenizer, wanted=wanted or STUDIES,
         sizes=evaluation.Sizes(held_out, pool_prefixes, pool_candidates, sweep_prefixes),
         amateur=load_language_model(amateur, device, getattr(torch, dtype))[0] if amateur else None,
         featurizer=featurizer, prefix_tokens=prefix_tokens, batch_size=batch_size, seed=seed,
