@@ -11,7 +11,15 @@ from daemon_fast.extension import build_info
 from daemon_fast.fit import FitResult, fit
 from daemon_fast.fit.from_texts import fit_energy
 from daemon_fast.integrations.reward import RepetitionReward
-from daemon_fast.ops import importance_weights, repetition, sample_tokens, sir_select, tilted_moments, token_logprobs
+from daemon_fast.ops import (
+    importance_weights,
+    race_select,
+    repetition,
+    sample_tokens,
+    sir_select,
+    tilted_moments,
+    token_logprobs,
+)
 from daemon_fast.proposals.base import Proposal, ProposalSettings
 from daemon_fast.proposals.candidates import Candidates
 
@@ -43,6 +51,7 @@ __all__ = [
     "generate",
     "importance_weights",
     "metrics",
+    "race_select",
     "repetition",
     "sample_tokens",
     "sir_select",
