@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from daemon_fast.errors import DataError, InvalidInput
 
 __all__ = [
     "MANIFEST",
+    "check_folder",
     "check_same_run",
     "check_writable",
     "digest",
@@ -60,6 +62,22 @@ def check_writable(path: str | os.PathLike[str], force: bool = False) -> None:
         probe = _temporary(path)
         probe.open("wb").close()
         probe.unlink()
+
+
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Find out before the work whether files can be written into a folder, which may have to be made.
+
+    Raises
+    ------
+    DataError
+    """
+    path = Path(path)
+    with writing(path):
+        there = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
+        if not there.is_dir():
+            raise DataError(f"{path} can't be written: {there} is no folder")
+        with TemporaryFile(dir=there):
+            pass
 
 
 @contextmanager

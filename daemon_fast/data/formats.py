@@ -57,11 +57,18 @@ STANDARD_INPUT = "standard input"
 
 @dataclass(frozen=True)
 class Source:
-    """A file of records, or standard input (no path); a format of None is seen by what comes."""
+    """A file of records, or standard input (no path).
+
+    Attributes
+    ----------
+    format : None: seen by what comes
+    told : whether the caller has said so, or only its name
+    """
 
     path: Path | None
     format: Format | None
     name: str = STANDARD_INPUT
+    told: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ def find_sources(where: str | Path, format: Format | None = None) -> list[Source
     """
     name, path = str(where), Path(where)
     if name == "-":
-        return [Source(None, format)]
+        return [Source(None, format, told=format is not None)]
     if path.is_dir():
         hidden = (".", "_")
         paths = sorted(
@@ -106,18 +113,23 @@ def find_sources(where: str | Path, format: Format | None = None) -> list[Source
         raise DataError(f"{name} can't be read: No such file or directory")
     if not paths:
         raise DataError(f"{name}: there is no file in it" if path.is_dir() else f"{name} matches no file")
-    return [Source(p, format or _format_of(p), p.name) for p in paths]
+    return [Source(p, format or _format_of(p), p.name, format is not None) for p in paths]
 
 
 def _format_of(path: Path) -> Format | None:
     if not path.is_file():  # a pipe
         return None
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSED:
-        del suffixes[-1]
-    if not suffixes or suffixes[-1] not in FORMATS:
+    name = _uncompressed(path.name)
+    suffix = Path(name).suffix
+    if suffix not in FORMATS or (suffix == ".parquet" and name != path.name.lower()):
         raise DataError(f"{path}: unknown format. Known by name: {KNOWN}; --format says what another file is")
-    return FORMATS[suffixes[-1]]
+    return FORMATS[suffix]
+
+
+def _uncompressed(name: str) -> str:
+    """A file's name in lower case, without what says how it is compressed."""
+    lower = name.lower()
+    return next((lower.removesuffix(suffix) for suffix in COMPRESSED if lower.endswith(suffix)), lower)
 
 
 def output_format(path: str | Path) -> Format:
@@ -128,11 +140,10 @@ def output_format(path: str | Path) -> Format:
     InvalidInput
         Neither.
     """
-    name = str(path).lower()
-    bare = next((name.removesuffix(suffix) for suffix in COMPRESSED if name.endswith(suffix)), name)
-    if name == "-" or bare.endswith((".jsonl", ".ndjson")):
+    name = str(path)
+    if name == "-" or _uncompressed(name).endswith((".jsonl", ".ndjson")):
         return "json"
-    if name.endswith(".parquet"):
+    if name.lower().endswith(".parquet"):
         return "parquet"
     raise InvalidInput(f"output {path}: unknown format. Known by name: {OUTPUTS}")
 
@@ -193,7 +204,7 @@ def _text_rows(source: Source, file: IO[bytes]) -> Iterator[Row]:
     start = first[1].lstrip()
     looks_like_json = start.startswith((b"{", b"["))
     is_json = source.format == "json" or (source.format is None and looks_like_json)
-    if source.format == "text" and source.path is not None and _is_object(start):
+    if source.format == "text" and not source.told and _is_object(start):
         # Continued as if it were prose, it would give results that look right.
         raise DataError(f"{source.name} holds JSON, not text: name it .jsonl, or insist by --format text")
     of_many_lines = source.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".json") and not _is_object(
@@ -307,10 +318,22 @@ def compressed(path: str | Path, file: IO[bytes]) -> Iterator[IO[bytes]]:
         with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as target:  # no name, no time: the same bytes each time
             yield target  # type: ignore[misc]
     elif name.endswith(".zst"):
-        with arrow("lib").CompressedOutputStream(file, "zstd") as target:
+        with arrow("lib").CompressedOutputStream(_KeptOpen(file), "zstd") as target:
             yield target
     else:
         yield file
+
+
+class _KeptOpen:
+    """What Arrow closes, though more is to be done with it."""
+
+    closed = False
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.write, self.flush = file.write, file.flush
+
+    def close(self) -> None:
+        pass
 
 
 def to_json(value: Any) -> str:

@@ -14,7 +14,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
@@ -286,7 +286,7 @@ def _spooled(source: Source, folder: Path, output: str) -> Source:
         else:
             with source.path.open("rb") as pipe:
                 shutil.copyfileobj(pipe, file)
-    return Source(folder / SPOOL, source.format, source.name)
+    return replace(source, path=folder / SPOOL)
 
 
 def _identity(source: Source) -> list[Any]:
@@ -372,7 +372,7 @@ def _parquet_schema(sources: Sequence[Source], work: Work) -> Any:
             schemas.append(file.schema_arrow)
     try:
         schema = lib.unify_schemas(schemas)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise DataError(f"the files have columns of different types: {error}") from error
     if RESULT in schema.names:
         raise DataError(f"{sources[0].name} has a column {RESULT!r} already")
@@ -444,7 +444,7 @@ def _column_types(blocks: Callable[[], Iterable[list[Record]]]) -> dict[str, Any
                 schemas = [lib.schema([(name, kind)]) for kind in (types[name], own)]
                 try:
                     own = lib.unify_schemas(schemas, promote_options="permissive").field(name).type
-                except ValueError:
+                except (ValueError, TypeError):
                     own = None
             types[name] = own
     # A common type of blocks may be wider than each, and change values: 2**53 + 1 as a float, a field that one lacks.

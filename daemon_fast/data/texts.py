@@ -14,7 +14,7 @@ from typing import Any
 from daemon_fast.data.formats import Format
 from daemon_fast.data.records import read_records
 from daemon_fast.embedded import TEXTS, locate
-from daemon_fast.errors import DataError
+from daemon_fast.errors import DataError, InvalidInput
 
 __all__ = ["Pairs", "Texts", "read_texts", "split"]
 
@@ -109,7 +109,18 @@ def split(
     ------
     DataError
         Fewer texts are long enough.
+    InvalidInput
+        What is no text, or one with a lone surrogate, half of a character, which no tokenizer reads.
     """
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InvalidInput(f"texts[{i}] is a {type(text).__name__}: it must be a string")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidInput(
+                f"texts[{i}] has the lone surrogate {text[error.start]!r} at position {error.start}: half a character"
+            ) from error
     needed, longest = prefix_tokens + continuation_tokens, 0
     pairs = Pairs([], [])
     for i in random.Random(seed).sample(range(len(texts)), len(texts)):

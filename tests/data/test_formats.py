@@ -24,10 +24,10 @@ TEXT = "".join(record["text"] + "\n" for record in RECORDS).encode()
 
 def zstandard(content):
     pyarrow = pytest.importorskip("pyarrow")
-    packed = io.BytesIO()
+    packed = pyarrow.BufferOutputStream()
     with pyarrow.CompressedOutputStream(packed, "zstd") as stream:
         stream.write(content)
-    return packed.getvalue()
+    return packed.getvalue().to_pybytes()
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_text(tmp_path, name, content):
 
 @pytest.mark.parametrize("name", ["a.jsonl.zst", "a.json.ZST"])
 def test_zstandard(tmp_path, name):
-    (tmp_path / name).write_bytes(zstandard(LINES))
+    (tmp_path / name).write_bytes(zstandard(LINES[:40]) + zstandard(LINES[40:]))
     assert [item.record for item in read_records(tmp_path / name)] == RECORDS
 
 

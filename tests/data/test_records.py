@@ -1,4 +1,4 @@
-"""Files of records: order, bad records, resuming to the same bytes, full disks, and output that can't fail at its end."""
+"""Files of records: order, bad records, resuming to the same bytes, full disks, outputs that can't fail."""
 
 from __future__ import annotations
 
@@ -325,7 +325,7 @@ def test_from_parquet_to_json_every_value_has_a_form(tmp_path):
     assert (first["decimal"], third["decimal"]) == ("1.10", "-0.01")
     assert (first["bytes"], first["u64"], first["map"]) == ("/wA=", 2**64 - 1, [["k", 1]])
     assert (first["nested"], first["latin"]) == ({"a": [{"b": "eA=="}]}, "Y2Fm6Q==")
-    assert "31690" in first["far"]
+    assert "out of range" in first["far"]
     assert (second["half"], third["half"]) == (None, None)
     assert second["daemon"]["error"] == "in.parquet, row 2 has no string field 'text'"
 
