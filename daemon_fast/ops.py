@@ -36,6 +36,7 @@ _ops = torch.ops.daemon_fast
 _Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
 
 Normalization = Literal["per_prefix", "global"]  # of importance weights: see `tilted_moments`
+Draw = Literal["race", "sir"]  # the rule that chooses among candidates: `race_select` or `sir_select`
 
 
 def _fake_of(operator: str) -> Callable[[_Kernel], _Kernel]:
