@@ -23,6 +23,7 @@ __all__ = [
     "Problems",
     "SeveralProblems",
     "TargetsNotMet",
+    "Undefined",
     "UnknownMetric",
     "require",
 ]
@@ -90,6 +91,10 @@ class InfeasibleTargets(FitError, ValueError):
 
 class FitDidNotConverge(FitError, RuntimeError):
     """The fit neither reached its tolerance nor proved the targets infeasible."""
+
+
+class Undefined(DaemonFastError):
+    """A figure that was asked for is not defined for what was drawn: a standard deviation of one text, a log of 0."""
 
 
 class LowEffectiveSampleSize(UserWarning):

@@ -15,8 +15,8 @@ from daemon_fast.errors import require
 from daemon_fast.experiments.collected import Means
 
 __all__ = [
-    "COLOURS", "LABELS", "Cell", "Chapter", "Figure", "Row", "Section", "Table", "ess_cell", "means", "new_figure",
-    "number", "perplexity_cell", "render", "svg",
+    "COLOURS", "LABELS", "Cell", "Chapter", "Figure", "Row", "Section", "Table", "distance", "ess_cell", "means",
+    "new_figure", "number", "perplexity_cell", "render", "svg",
 ]  # fmt: skip
 
 COLOURS = {"sampling": "#c44e52", "daemon": "#2b6ca3", "human": "0.2", "refitted": "#2b6ca3", "reused": "#8172b3"}
@@ -117,6 +117,11 @@ def number(value: float) -> str:
     return f"{value:.3f}"
 
 
+def distance(value: float, interval: tuple[float, float]) -> str:
+    """With its 95% interval."""
+    return f"{value:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"
+
+
 def means(names: Sequence[str], found: Means) -> list[str]:
     """With standard errors, x100; but `ent`, which is a perplexity."""
     scales = [1 if name == "ent" else 100 for name in names]
@@ -128,8 +133,10 @@ def ess_cell(ess: float) -> Cell:
     return Cell(f"{ess:.1f}", "next to no choice" if ess < LOW_ESS else "")
 
 
-def perplexity_cell(perplexity: float, ess: float | None = None) -> Cell:
-    """With the effective sample size that its log Z comes from, if it has one."""
+def perplexity_cell(perplexity: float | None, ess: float | None = None) -> Cell:
+    """With the effective sample size that its log Z comes from, if it has one. None: undefined."""
+    if perplexity is None:
+        return Cell("undefined")
     flag = ""
     if perplexity < 1:
         flag = "means nothing: below 1"

@@ -109,7 +109,11 @@ def evaluate(
     new_figure(1, 1)  # says that matplotlib is missing before hours of drawing
     found, chapters = {}, []
     for one in data:
-        studies = {name: rounded(attempt(partial(study.run, one))) for name, study in STUDIES.items() if name in wanted}
+        studies = {
+            name: defined(rounded(attempt(partial(study.run, one))))
+            for name, study in STUDIES.items()
+            if name in wanted
+        }
         sections = [(STUDIES[name].HEADING, _section(name, result)) for name, result in studies.items()]
         verdict = [sentence for _, section in sections for sentence in section.verdict]
         report = DomainReport(
