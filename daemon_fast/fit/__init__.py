@@ -26,7 +26,7 @@ from daemon_fast.metrics import Metric
 from daemon_fast.ops import Draw, Normalization
 from daemon_fast.proposals.base import ProposalSettings
 
-__all__ = ["FitResult", "Ridge", "check_ridge", "fit", "rule"]
+__all__ = ["FitResult", "Ridge", "check_draw", "check_ridge", "default_draw", "fit"]
 
 TOLERATED = 0.1  # residual, in standard deviations of a metric, up to which a target counts as met
 
@@ -141,7 +141,7 @@ def fit(
     base_log_w: Tensor | None = None,  # [N, M]
     *,
     normalization: Normalization = "per_prefix",
-    draw: Draw | None = None,
+    draw: Draw = "sir",
     method: Method = "newton",
     ridge: Ridge = 0.0,
     names: Sequence[str] | None = None,
@@ -171,8 +171,7 @@ def fit(
         all samples.
     draw : "race" or "sir"
         The rule that will choose among a prefix's candidates, and whose expected metrics are to be the targets: see
-        `ops.race_select` and `ops.sir_select`. Default: the race; SIR with global weights, for which a race has no
-        meaning.
+        `ops.race_select` and `ops.sir_select`. By SIR they are those of the weights themselves.
     method : "newton" or "rmse"
         "rmse" is the paper's procedure, the reference: Adam on the relative root mean square error of F̂ against F
         (on its square, whose gradient vanishes at the minimum: on the root itself Adam oscillates by its step size).
@@ -207,7 +206,7 @@ def fit(
 
     Source: Ji et al. 2024 (arXiv 2310.01041), section 3.3 and algorithm 1; the duals and Newton steps are ours.
     """
-    draw = rule(draw, normalization)
+    check_draw(draw, normalization)
     problem, human = _checked(features, targets, base_log_w, normalization, ridge, names)
     if method == "rmse" and ridge != 0:
         raise InvalidInput(f"ridge = {ridge!r} is for method='newton': 'rmse' has none")
@@ -278,16 +277,13 @@ def _checked(
     return Problem.standardised(samples, mean, normalization, names, penalty), human
 
 
-def rule(draw: Draw | None, normalization: Normalization) -> Draw:
-    """The rule that draws, the default where none is given.
+def default_draw(normalization: Normalization) -> Draw:
+    """The rule of an artefact unless told another: the race where it is defined."""
+    return "sir" if normalization == "global" else "race"
 
-    Raises
-    ------
-    InvalidInput
-        No such rule, or a race with global weights.
-    """
-    if draw is None:
-        return "race" if normalization == "per_prefix" else "sir"
+
+def check_draw(draw: Draw, normalization: Normalization) -> None:
+    """Raise InvalidInput for what is no rule, or for a race with global weights."""
     if draw not in get_args(Draw):
         raise InvalidInput(f"draw = {draw!r} must be one of {', '.join(get_args(Draw))}")
     if draw == "race" and normalization == "global":
@@ -295,7 +291,6 @@ def rule(draw: Draw | None, normalization: Normalization) -> Draw:
             "draw = 'race' is not defined for normalization = 'global': it is a race between the candidates of one "
             "prefix. Use draw = 'sir', or normalization = 'per_prefix'"
         )
-    return draw
 
 
 def check_ridge(ridge: Ridge) -> None:

@@ -25,7 +25,7 @@ from daemon_fast.errors import (
     TargetsNotMet,
 )
 from daemon_fast.files import check_folder
-from daemon_fast.fit import FitResult, Ridge, check_ridge, fit, rule
+from daemon_fast.fit import FitResult, Ridge, check_draw, check_ridge, default_draw, fit
 from daemon_fast.fit.advice import advice
 from daemon_fast.fit.dual import Problem
 from daemon_fast.fit.newton import newton
@@ -80,7 +80,8 @@ def fit_energy(
     num_prefixes : N, of which candidates are drawn
     num_targets : human continuations that give the targets; default: those of the prefixes
     prefix_tokens : where texts are cut
-    normalization, draw, ridge, bootstrap : see `daemon_fast.fit`
+    normalization, ridge, bootstrap : see `daemon_fast.fit`
+    draw : "race" or "sir", see there; default: the race, and SIR with global weights
     base : "proposal": that is tilted, as in the paper; "model": p_theta at temperature 1 is
     seed : of the choice of texts, the candidates and the bootstrap
     batch_size : prefixes drawn together
@@ -201,7 +202,7 @@ def prepare(
         if value not in get_args(options):
             problems.found.append(InvalidInput(f"{name} = {value!r} must be one of {', '.join(get_args(options))}"))
     with problems:
-        rule(draw, normalization)
+        check_draw(draw or default_draw(normalization), normalization)
     parsed: list[Metric] = []
     with problems:
         parsed = metrics_module.parse(metrics, encoder)
@@ -292,7 +293,8 @@ def _fitted(
     names, samples = metrics_module.column_names(varying), InMemory(Block(features, measured.base_log_w))
     try:
         result = fit(
-            features, human, measured.base_log_w, normalization=normalization, draw=draw, ridge=ridge, names=names,
+            features, human, measured.base_log_w, normalization=normalization,
+            draw=draw or default_draw(normalization), ridge=ridge, names=names,
             bootstrap=bootstrap, seed=seed, progress=True,
         )  # fmt: skip
     except InfeasibleTargets as error:
