@@ -183,8 +183,9 @@ def prepare(
     SeveralProblems
         More than one thing is wrong; else the one error.
     """
-    if isinstance(human, Pairs):
-        num_prefixes, num_targets = min(num_prefixes, len(human)), min(num_targets or len(human), len(human))
+    if isinstance(human, Pairs) and len(human) > 0:
+        num_prefixes = min(num_prefixes, len(human))
+        num_targets = len(human) if num_targets is None else min(num_targets, len(human))
     limits = {
         "num_prefixes": (num_prefixes, 1),
         "num_targets": (1 if num_targets is None else num_targets, 1),
@@ -221,7 +222,7 @@ def prepare(
     with problems:
         if isinstance(human, Pairs):
             pairs = human
-        elif human is not None and tokenizer is not None and min(num_prefixes, prefix_tokens, texts) >= 1:
+        elif human is not None and tokenizer is not None and min(num_prefixes, prefix_tokens, new_tokens, texts) >= 1:
             pairs = split(human, tokenizer, prefix_tokens, new_tokens, max(num_prefixes, texts), seed)
     problems.report()
     return Plan(parsed, pairs[:num_prefixes], pairs[:texts])
@@ -287,8 +288,9 @@ def _fitted(
 ) -> tuple[FitResult, list[Metric]]:
     """The fit of all metrics that the candidates vary in, and these; warns of the others, and of targets not met."""
     varying, columns, missed = _varying(measured, metrics, normalization)
+    constant = f"the same for all candidates, unlike their targets: {', '.join(missed.values())}"
     if not varying:
-        raise InvalidInput("all metrics are constant over the candidates: there is nothing to fit")
+        raise InfeasibleTargets(constant) if missed else InvalidInput("no metric is left to fit")
     features, human = measured.features[..., columns], measured.human[:, columns]
     names, samples = metrics_module.column_names(varying), InMemory(Block(features, measured.base_log_w))
     try:
@@ -298,11 +300,11 @@ def _fitted(
             bootstrap=bootstrap, seed=seed, progress=True,
         )  # fmt: skip
     except InfeasibleTargets as error:
-        raise InfeasibleTargets("; ".join([*missed.values(), str(error)])) from error
+        raise InfeasibleTargets(f"{constant}; {error}" if missed else str(error)) from error
     if missed and ridge == 0:
-        raise InfeasibleTargets(f"{'; '.join(missed.values())}: leave out {' and '.join(missed)}, or give ridge = 'cv'")
-    for problem in missed.values():
-        warnings.warn(f"{problem}: it is left out", TargetsNotMet, stacklevel=3)
+        raise InfeasibleTargets(f"{constant}. Leave out {' and '.join(missed)}, or take ridge = 'cv', which does")
+    if missed:
+        warnings.warn(f"left out, with their targets missed: metrics that are {constant}", TargetsNotMet, stacklevel=3)
     if result.unmet:
         exact = Problem.standardised(samples, result.targets, normalization, tuple(names), 0.0)
         try:
@@ -334,7 +336,8 @@ def _varying(
     low, high = Problem(samples, targets, normalization, names, torch.ones_like(targets), 0.0).reachable()
     constant = high - low <= ROUNDING * high.abs().maximum(low.abs())
     met = (targets - low).abs() <= ROUNDING * targets.abs().maximum(low.abs())
-    varying, columns, missed, start = list[Metric](), list[int](), dict[str, str](), 0
+    varying, columns, start = list[Metric](), list[int](), 0
+    missed, useless = dict[str, str](), list[str]()
     for metric in metrics:
         own = range(start, start + len(metric.names))
         start = own.stop
@@ -342,14 +345,14 @@ def _varying(
             varying.append(metric)
             columns += own
             continue
-        for k in own:
-            same = f"metric {names[k]} is {low[k]:.6g} for all candidates"
-            if normalization == "per_prefix":
-                same = f"metric {names[k]} is the same for all candidates of a prefix, {low[k]:.6g} on average"
-            if met[k]:
-                warnings.warn(f"{same}, as for human text: it is left out", stacklevel=4)
-            else:
-                missed[names[k]] = f"{same}, and its target is {targets[k]:.6g}"
+        useless += [f"{names[k]} ({low[k]:.6g})" for k in own if met[k]]
+        missed |= {names[k]: f"{names[k]} ({low[k]:.6g}, target {targets[k]:.6g})" for k in own if not met[k]}
+    if useless:
+        warnings.warn(
+            f"left out, as nothing is to be fitted: metrics that are the same for all candidates, and for human text: "
+            f"{', '.join(useless)}",
+            stacklevel=4,
+        )
     return varying, columns, missed
 
 

@@ -7,7 +7,7 @@ import tiny
 import torch
 import toy
 
-from daemon_fast import Energy, SIRDecoder, TransformersProposal, fit_energy, metrics
+from daemon_fast import Energy, SIRDecoder, TransformersProposal, fit_energy, metrics, reference
 from daemon_fast.data import Pairs
 from daemon_fast.errors import DataError, InfeasibleTargets, InvalidInput, UnknownMetric
 
@@ -30,10 +30,12 @@ def test_expected_metrics_of_the_fits_own_candidates_are_those_of_the_human_text
     # Drawn a second time, batch by batch and seed by seed: the same candidates.
     decoded = SIRDecoder(energy, toy.ToyProposal(num_candidates=12), batch_size=7)(["x"] * 200, seed=0)
     if normalization == "per_prefix":
-        expected = (decoded.weights.double()[..., None] * decoded.candidate_features.double()).sum(1).mean(0)
+        chances = torch.tensor([reference.race_probabilities(row) for row in decoded.weights.tolist()])
+        expected = (chances.double()[..., None] * decoded.candidate_features.double()).sum(1).mean(0)
         torch.testing.assert_close(expected, energy.targets, atol=1e-6, rtol=0)
     assert max(map(abs, energy.diagnostics.residual)) < 1e-9
-    assert (energy.normalization, energy.base) == (normalization, "proposal")
+    draw = "race" if normalization == "per_prefix" else "sir"
+    assert (energy.normalization, energy.draw, energy.base) == (normalization, draw, "proposal")
     assert (energy.diagnostics.num_prefixes, energy.diagnostics.num_targets) == (200, 200)
 
 
