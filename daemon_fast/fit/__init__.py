@@ -267,14 +267,15 @@ def _checked(
 
     per_prefix = normalization == "per_prefix"
     found = list(samples.map(lambda block: weightless(block.base_log_w, per_prefix)))
-    for i, problem in enumerate(found):
-        if problem is not None:
-            raise InvalidInput(problem + (f" (of block {i})" if len(found) > 1 else ""))
+    for i, said in enumerate(found):
+        if said is not None:
+            raise InvalidInput(said + (f" (of block {i})" if len(found) > 1 else ""))
 
     human = targets if targets.ndim == 2 else None
     mean = targets if human is None else human.mean(0)
     penalty = 0.0 if isinstance(ridge, str) else float(ridge)
-    return Problem.standardised(samples, mean, normalization, names, penalty), human
+    problem = Problem.standardised(samples, mean, normalization, names, penalty)
+    return problem, None if human is None else human - problem.centre
 
 
 def default_draw(normalization: Normalization) -> Draw:
@@ -332,7 +333,7 @@ def _diagnosed(problem: Problem, nu: Tensor, iterations: int, converged: bool, m
     return FitResult(
         mu=mu,
         names=problem.names,
-        targets=problem.targets,
+        targets=problem.targets + problem.centre,
         residual=mean - problem.targets,
         scale=problem.scale,
         normalization=problem.normalization,
