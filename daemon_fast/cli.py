@@ -170,7 +170,7 @@ force_option = click.option("--force", is_flag=True, help="Overwrite what is the
     cls=_Commands,
     context_settings={"max_content_width": 120, "show_default": True, "help_option_names": ["-h", "--help"]},
     epilog="""\b
-    Metrics: sr_<n>, tr_<w>, div, ent, coh.
+    Metrics: sr_<n>, tr_<w>, div, ent, coh, nats.
     Files in: .jsonl, .ndjson, .json, .txt (these also with .gz or .zst), .parquet; a folder, a pattern, or -.
     Files out: .jsonl, .ndjson (these also with .gz or .zst), .parquet, or -.
     Completion of what you type: eval "$(daemon-fast completion bash)".""",
@@ -395,8 +395,8 @@ def decode(
         check_writable(output, force)
     from daemon_fast.data.records import DecodeWork, process
 
-    decoder = _decoder(path, batch_size, **options)
     _quiet_transformers()
+    decoder = _decoder(path, batch_size, **options)
     energy = json.loads(path.read_text(encoding="utf-8"))
     used = {"energy": energy, "num_samples": num_samples, "seed": seed, "batch_size": batch_size}
     used |= {name: options[name] for name in ("model", "dtype", "engine_name", "engine_args", "served_model")}

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Means:
-    """Of K metrics, over prefixes; fractions, but for `ent`, a perplexity."""
+    """Of K metrics, over prefixes; fractions, but for `ent`, a perplexity, and `nats`, its logarithm."""
 
     mean: list[float]
     standard_error: list[float]

@@ -74,8 +74,8 @@ class DomainData:
     Attributes
     ----------
     energies : artefacts of all domains of the run, by name
-    names : of the metrics that are measured: the artefact's, and `div`, which is a function of three of them and in
-        the paper's tables
+    names : of the metrics that are measured: the artefact's, and `div` and `ent`, which are functions of some of them
+        and in the paper's tables
     to_fit_pairs, target_pairs : texts that the fit took its prefixes and its targets from
     """
 
@@ -103,8 +103,8 @@ class DomainData:
                 f"{domain.name}: {len(pairs)} texts are long enough, and the fit took {seen}: none is held out"
             )
         self.metrics = [*self.energy.metrics]
-        if "div" not in self.energy.names:
-            self.metrics += metrics_module.parse(["div"])
+        more = [name for name in ("div", "ent") if name not in self.energy.names]
+        self.metrics += metrics_module.parse(more) if more else []
         self.names = metrics_module.column_names(self.metrics)
         self._human: dict[str, tuple[Candidates, Tensor]] = {}
 

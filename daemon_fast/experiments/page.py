@@ -118,8 +118,8 @@ def number(value: float) -> str:
 
 
 def means(names: Sequence[str], found: Means) -> list[str]:
-    """With standard errors, x100; but `ent`, which is a perplexity."""
-    scales = [1 if name == "ent" else 100 for name in names]
+    """With standard errors, x100; but `ent` and `nats`, which are no fractions."""
+    scales = [1 if name in ("ent", "nats") else 100 for name in names]
     parts = zip(scales, found.mean, found.standard_error, strict=True)
     return [f"{scale * mean:.2f} ± {scale * error:.2f}" for scale, mean, error in parts]
 

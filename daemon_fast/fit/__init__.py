@@ -8,16 +8,18 @@ candidates on.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from daemon_fast import metrics as metrics_module
 from daemon_fast import ops
 from daemon_fast.energy import Base, Diagnostics, Energy, weightless
-from daemon_fast.errors import FitError, InvalidInput
+from daemon_fast.errors import FitError, InvalidInput, UnboundedTilt
 from daemon_fast.fit import newton, resample
 from daemon_fast.fit.advice import advice
 from daemon_fast.fit.dual import Problem
@@ -26,7 +28,7 @@ from daemon_fast.metrics import Metric
 from daemon_fast.ops import Draw, Normalization
 from daemon_fast.proposals.base import ProposalSettings
 
-__all__ = ["FitResult", "Ridge", "check_draw", "check_ridge", "default_draw", "fit"]
+__all__ = ["FitResult", "Ridge", "check_draw", "check_ridge", "default_draw", "fit", "warn_of_unbounded"]
 
 TOLERATED = 0.1  # residual, in standard deviations of a metric, up to which a target counts as met
 
@@ -204,6 +206,11 @@ def fit(
     FitDidNotConverge
         Neither solved nor proved infeasible.
 
+    Warns
+    -----
+    UnboundedTilt
+        A built-in metric, by its name, whose tilt grows without bound: `ent` with a negative coefficient.
+
     Source: Ji et al. 2024 (arXiv 2310.01041), section 3.3 and algorithm 1; the duals and Newton steps are ours.
     """
     check_draw(draw, normalization)
@@ -225,6 +232,8 @@ def fit(
         raise type(error)(f"{error}. {advice(by_weights, human)}") from error
     result = _diagnosed(problem, nu, iterations, converged, method)
     result = replace(result, unmet=_unmet(result, human))
+    known = filter(None, map(metrics_module.built_in, result.names))
+    warn_of_unbounded(known, dict(zip(result.names, result.mu.tolist(), strict=True)), stacklevel=3)
     if bootstrap > 0:
         interval, infeasible = resample.bootstrap(problem, human, nu, bootstrap, seed, progress)
         result = replace(result, confidence_interval=interval, bootstrap_infeasible=infeasible)
@@ -301,6 +310,21 @@ def check_ridge(ridge: Ridge) -> None:
             raise InvalidInput(f"ridge = {ridge!r} must be a number >= 0 or 'cv'")
     elif not (ridge >= 0 and math.isfinite(ridge)):
         raise InvalidInput(f"ridge = {ridge} must be finite and >= 0")
+
+
+def warn_of_unbounded(metrics: Iterable[Metric], mu: Mapping[str, float], stacklevel: int) -> None:
+    """Warn of metrics whose tilt has no bound."""
+    names = metrics_module.unbounded_tilts(metrics, mu)
+    if not names:
+        return
+    what = ", ".join(f"{name} (coefficient {mu[name]:.3g})" for name in names)
+    hint = "; fit nats in its place, whose tilt is a power of the model's probability" if "ent" in names else ""
+    warnings.warn(
+        f"exp(-mu · f) grows without bound in {what}: the exact p_mu may not exist, and expected metrics under M "
+        f"candidates then drift as M grows, however large{hint}",
+        UnboundedTilt,
+        stacklevel=stacklevel,
+    )
 
 
 def _unmet(result: FitResult, human: Tensor | None) -> tuple[str, ...]:

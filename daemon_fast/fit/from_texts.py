@@ -25,7 +25,7 @@ from daemon_fast.errors import (
     TargetsNotMet,
 )
 from daemon_fast.files import check_folder
-from daemon_fast.fit import FitResult, Ridge, check_draw, check_ridge, default_draw, fit
+from daemon_fast.fit import FitResult, Ridge, check_draw, check_ridge, default_draw, fit, warn_of_unbounded
 from daemon_fast.fit.advice import advice
 from daemon_fast.fit.dual import Problem
 from daemon_fast.fit.newton import newton
@@ -109,7 +109,7 @@ def fit_energy(
     Examples
     --------
     >>> proposal = TransformersProposal.load(num_candidates=25, min_new_tokens=64, max_new_tokens=64, temperature=0.97)
-    >>> fit_energy(proposal, "wikipedia", ["sr_2", "sr_4", "ent"]).save("energy.json")
+    >>> fit_energy(proposal, "wikipedia", ["sr_2", "sr_4", "nats"]).save("energy.json")
     """
     problems = Problems()
     texts: Sequence[str] | Pairs | None = None
@@ -313,6 +313,8 @@ def _fitted(
         except FitError as error:
             why = f"they are {error}. {advice(exact, human, soft=False)}"
         warnings.warn(f"targets not met: {_missed_by(result, human)}; {why}", TargetsNotMet, stacklevel=3)
+    own = [metric for metric in varying if metrics_module.built_in(metric.name) is None]  # fit has told of the others
+    warn_of_unbounded(own, dict(zip(names, result.mu.tolist(), strict=True)), stacklevel=4)
     if is_low(result.ess_mean, result.num_candidates):
         warnings.warn(
             f"the effective sample size is {result.ess_mean:.2f} of {result.num_candidates} candidates on average: the "

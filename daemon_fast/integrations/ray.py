@@ -6,7 +6,7 @@ Ray places the actors, gives them GPUs, starts dead ones again and repeats what 
 
     eight = ray.data.ActorPoolStrategy(size=8)
     texts = ray.data.read_json("s3://bucket/texts/")
-    cluster.measure(texts, ["sr_2", "sr_4", "ent"], num_gpus=1, compute=eight).write_parquet("s3://bucket/measured/")
+    cluster.measure(texts, ["sr_2", "sr_4", "nats"], num_gpus=1, compute=eight).write_parquet("s3://bucket/measured/")
     energy = cluster.fit(ray.data.read_parquet("s3://bucket/measured/"))
     prompts = ray.data.read_json("s3://bucket/prompts/")
     cluster.decode(prompts, energy, num_gpus=1, compute=eight).write_parquet("s3://bucket/continued/")
