@@ -3,8 +3,8 @@
 python benchmarks/draw.py --directory draw [--save]
 
 Candidates are drawn once and kept in the directory; a run that is cut off goes on there. Prefixes are halved: mu is
-fitted to the one half, for each rule and M, and judged on the other. Every M sees the same pool of candidates: groups of
-M are its disjoint parts where mu is fitted, and random parts where a choice is judged.
+fitted to the one half, for each rule and M, and judged on the other. Every M sees the same pool of candidates: groups
+of M are its disjoint parts where mu is fitted, and random parts where a choice is judged.
 """
 
 from __future__ import annotations
