@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from daemon_fast import ops
@@ -33,9 +34,10 @@ class Means:
 
     @classmethod
     def of(cls, values: Tensor) -> Means:
-        """Of values [N, K]."""
-        values = values.double()
-        return cls(values.mean(0).tolist(), (values.std(0) / math.sqrt(len(values))).tolist())
+        """Of values [N, K]. The error of one prefix is not known: NaN."""
+        values, n = values.double(), len(values)
+        error = values.std(0) / math.sqrt(n) if n > 1 else torch.full_like(values[0], math.nan)
+        return cls(values.mean(0).tolist(), error.tolist())
 
 
 @dataclass(frozen=True)

@@ -102,14 +102,12 @@ def compute(
 
     def described(name: str, values: Tensor, expected: bool) -> Method:
         paired = ((values.double() - human) / held_out.spread)[:, :k]  # of the same prefix
-        distances = paired[resamples].mean(1).square().mean(1).sqrt()
-        low, high = torch.quantile(distances, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
         return Method(
             name=name,
             expected=expected,
             means=Means.of(values),
             distance=held_out.distance(values),
-            interval=(low, high),
+            interval=measures.distance_interval(paired, resamples),
             relative_rmse=measures.relative_rmse(values[:, :k], human[:, :k]),
             nearest=[] if expected else [metric for metric, best in nearest.items() if best == name],
             mauve=None if expected else (mauve or {}).get(name),
