@@ -26,6 +26,7 @@ from daemon_fast.fit import fit
 from daemon_fast.fit.from_texts import measure
 from daemon_fast.models import DEFAULT_ENCODER, DEFAULT_MODEL
 from daemon_fast.proposals.transformers import TransformersProposal
+from daemon_fast.seeds import stream
 
 __all__ = ["run"]
 
@@ -96,7 +97,12 @@ def run(output: Path, *, quick: bool, device: str | None, seed: int, echo: Calla
     decoder = SIRDecoder(energy, proposal, BATCH_SIZE)
     with stage("decode"):
         candidates, drawing_held_out = collect(
-            proposal, held_out.prefixes, directory / "held-out", seed + 1, BATCH_SIZE, "held-out candidates"
+            proposal,
+            held_out.prefixes,
+            directory / "held-out",
+            stream(seed, "held-out"),
+            BATCH_SIZE,
+            "held-out candidates",
         )
         decoded = decoder.choose(candidates, seed=seed)
     with stage("score human text"):

@@ -22,6 +22,7 @@ from daemon_fast.experiments.collected import Collected
 from daemon_fast.files import digest, read_arrays, write_arrays, writing
 from daemon_fast.proposals.candidates import Candidates
 from daemon_fast.proposals.transformers import TransformersProposal
+from daemon_fast.seeds import stream
 
 __all__ = ["Domain", "DomainData", "Options", "Sizes"]
 
@@ -138,7 +139,8 @@ class DomainData:
         if name == "fit" and self.domain.candidates is not None:
             folder = self.domain.candidates
             batch_size = saved_batch_size(folder) or batch_size
-        seed = self.options.seed + (name != "fit")
+        # That of the fit is the run's own, so that its candidates serve again.
+        seed = self.options.seed if name == "fit" else stream(self.options.seed, name)
         return collect(proposal, pairs.prefixes, folder, seed, batch_size, f"{self.domain.name}: {name}")[0]
 
     def collected(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -362,7 +363,8 @@ def _missed_by(result: FitResult, human: Tensor) -> str:
     found = []
     for k, name in enumerate(result.names):
         if name in result.unmet:
-            target, error = float(result.targets[k]), float(human[:, k].double().std()) / len(human) ** 0.5
+            target, n = float(result.targets[k]), len(human)
+            error = float(human[:, k].double().std()) / n**0.5 if n > 1 else math.inf
             reached = target + float(result.residual[k])
             found.append(f"{name} (target {target:.4g}, standard error {error:.2g}, reached {reached:.4g})")
     return ", ".join(found)

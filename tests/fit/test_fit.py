@@ -453,3 +453,15 @@ def test_a_tilt_without_bound_warns():
         found = [warning for warning in caught if issubclass(warning.category, UnboundedTilt)]
         assert len(found) == expected
         assert all("ent (coefficient -" in str(one.message) and one.filename == __file__ for one in found)
+
+
+def test_prefixes_without_weights_take_no_part_in_a_global_fit():
+    """Theirs may be a whole fold, or all that a bootstrap draws."""
+    features, human = population(6, 2, 0)
+    base = torch.zeros(6, 25, dtype=F64)
+    base[[1, 3]] = -math.inf
+    found = fit(features, human, base, normalization="global", ridge="cv", bootstrap=20)
+    without = fit(features[[0, 2, 4, 5]], human.mean(0), base[[0, 2, 4, 5]], normalization="global", ridge=found.ridge)
+    torch.testing.assert_close(found.mu, without.mu, rtol=1e-6, atol=1e-8)
+    assert found.ess_min == 0
+    assert found.confidence_interval.isfinite().all()
