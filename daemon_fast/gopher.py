@@ -20,7 +20,7 @@ from torch import Tensor
 from daemon_fast import extension
 from daemon_fast.errors import InvalidInput
 
-__all__ = ["GOPHER_THRESHOLDS", "gopher_repetition", "split_words"]
+__all__ = ["GOPHER_THRESHOLDS", "gopher_repetition", "gopher_violations", "split_words"]
 
 extension.load()  # registers the operators
 _ops = torch.ops.daemon_fast
@@ -78,11 +78,11 @@ def gopher_repetition(texts: Sequence[str], words: Sequence[Sequence[str]] | Non
 
     Examples
     --------
-    >>> from daemon_fast.gopher import GOPHER_THRESHOLDS, gopher_repetition
+    >>> from daemon_fast.gopher import gopher_repetition, gopher_violations
     >>> found = gopher_repetition(["Buy now! Buy now! Buy now!"])
     >>> found[0, 4]  # "Buy now" thrice: 21 of 26 characters
     tensor(0.8077, dtype=torch.float64)
-    >>> (found > torch.tensor(list(GOPHER_THRESHOLDS.values()))).any(dim=1)
+    >>> gopher_violations(found).any(dim=1)
     tensor([True])
     """
     if words is not None and len(words) != len(texts):
@@ -103,6 +103,11 @@ def gopher_repetition(texts: Sequence[str], words: Sequence[Sequence[str]] | Non
                 counts[i, column : column + 2] = _duplicates(parts)
                 sizes[i, column] = len(parts)
     return torch.from_numpy(counts / sizes)
+
+
+def gopher_violations(fractions: Tensor) -> Tensor:
+    """[N, 13] bool: which of `gopher_repetition`'s fractions exceed their threshold. None do of an empty text."""
+    return fractions > torch.tensor(list(GOPHER_THRESHOLDS.values()), dtype=torch.float64)
 
 
 @torch.library.register_fake("daemon_fast::gopher_repetition")  # type: ignore[untyped-decorator]

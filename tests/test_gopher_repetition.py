@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from daemon_fast import reference
 from daemon_fast.errors import InvalidInput
-from daemon_fast.gopher import BATCH_TEXTS, GOPHER_THRESHOLDS, gopher_repetition, split_words
+from daemon_fast.gopher import BATCH_TEXTS, GOPHER_THRESHOLDS, gopher_repetition, gopher_violations, split_words
 
 NAMES = list(GOPHER_THRESHOLDS)
 
@@ -42,6 +42,13 @@ def test_equals_the_definition(texts):
 def test_equals_the_definition_on_words_of_another_tokenizer(rows):
     texts, words = map(list, zip(*rows, strict=True))
     assert torch.equal(gopher_repetition(texts, words), defined(texts, words))
+
+
+def test_violations_are_compared_in_double_precision():
+    fractions = torch.tensor([list(GOPHER_THRESHOLDS.values())], dtype=torch.float64)
+    assert not gopher_violations(fractions).any()
+    assert gopher_violations(fractions.nextafter(torch.tensor(2.0, dtype=torch.float64))).all()
+    assert not gopher_violations(gopher_repetition([""])).any()
 
 
 def test_more_texts_than_one_call_takes():
