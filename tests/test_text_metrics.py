@@ -19,7 +19,7 @@ from daemon_fast.data.records import Item
 from daemon_fast.errors import InvalidInput, UnknownMetric
 from daemon_fast.filters import parse_filter
 from daemon_fast.gopher import GOPHER_THRESHOLDS, gopher_repetition
-from daemon_fast.text_metrics import DistinctNGrams, Summary, TextMetrics, json_line, measure_records
+from daemon_fast.text_metrics import BATCH_RECORDS, DistinctNGrams, Summary, TextMetrics, json_line, measure_records
 
 NGRAMS, WINDOWS = (1, 2, 3, 5), (1, 8)
 texts = st.lists(st.text(st.sampled_from("aab \n\u00a0é"), max_size=60), max_size=6)
@@ -205,6 +205,19 @@ def test_the_summary_is_that_of_one_table(monkeypatch):
     np.testing.assert_allclose(
         summary.standard_error.numpy(), values.std(0, ddof=1) / len(values) ** 0.5, rtol=1e-6, atol=1e-12
     )
+
+
+def test_records_are_read_as_they_are_needed():
+    read = []
+
+    def endless():
+        for item in items({"text": "a b"} for _ in range(10 * BATCH_RECORDS)):
+            read.append(item.number)
+            yield item
+
+    batches = measure_records(endless(), "text", TextMetrics())
+    assert len(next(batches).items) == BATCH_RECORDS
+    assert len(read) == BATCH_RECORDS
 
 
 def test_lines_are_valid_json():
