@@ -2,40 +2,107 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import json
 import math
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import click
+from click.shell_completion import get_completion_class
 
+from daemon_fast.embedded import check_model
 from daemon_fast.errors import DaemonFastError, DataError, InvalidInput
 
 if TYPE_CHECKING:
+    from daemon_fast.data.formats import Format
     from daemon_fast.data.records import Item
     from daemon_fast.decode import SIRDecoder
     from daemon_fast.proposals.load import EngineSpec
 
 
-class _OneLineErrors(click.Group):
-    """Expected errors end in one line and exit code 2, never in a traceback; a run that was cut off says so."""
+class _Command(click.Command):
+    """Every command has these two."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.params += [
+            click.Option(
+                ["--quiet", "-q"], is_flag=True, expose_value=False, callback=_quiet,
+                help="Results and errors only: no progress, no warnings.",
+            ),
+            click.Option(
+                ["--verbose", "-v"], is_flag=True, expose_value=False, callback=_verbose,
+                help="Also what libraries log, and where in the code an error arose.",
+            ),
+        ]  # fmt: skip
+
+
+def _quiet(context: click.Context, _option: click.Parameter, chosen: bool) -> None:
+    if chosen:
+        os.environ["TQDM_DISABLE"] = "1"
+        context.call_on_close(lambda: os.environ.pop("TQDM_DISABLE"))
+        warnings.simplefilter("ignore")
+
+
+def _verbose(context: click.Context, _option: click.Parameter, chosen: bool) -> None:
+    context.find_root().obj = chosen
+
+
+class _Commands(click.Group):
+    """Expected errors end in a line each and exit code 2, never in a traceback; a run that was cut off says so."""
+
+    command_class = _Command
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            finally:
+                sys.stdout.flush()  # a full disk shows here, and not when Python ends
         except DaemonFastError as error:
-            click.echo(f"Error: {' '.join(str(error).split())}", err=True)
-            sys.exit(2)
+            _fail(ctx, str(error))
+        except MemoryError as error:
+            _fail(ctx, f"there is not enough memory: {error or 'none is left'}")
+        except RuntimeError as error:
+            if not any(
+                words in str(error) for words in ("out of memory", "can't allocate memory", "not enough memory")
+            ):
+                raise
+            _fail(ctx, f"there is not enough memory: {str(error).splitlines()[0]}")
         except KeyboardInterrupt:
             click.echo("interrupted; run the same command again to go on from here", err=True)
             sys.exit(130)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.ENOSPC):
+                raise
+            _drop_stdout()
+            if error.errno == errno.EPIPE:  # who read it, head, say, has enough
+                sys.exit(141)
+            _fail(ctx, "standard output can't be written: the disk is full")
+
+
+def _fail(context: click.Context, message: str) -> NoReturn:
+    if context.find_root().obj:
+        traceback.print_exc()
+    for line in message.splitlines():
+        click.echo(f"Error: {' '.join(line.split())}", err=True)
+    sys.exit(2)
+
+
+def _drop_stdout() -> None:
+    """What is still buffered can't be written: Python must not try again when it ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _shared(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -44,7 +111,7 @@ def _shared(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 model_options = _shared(
     click.option("--device", help="Such as cpu or cuda:0.  [default: a GPU if there is one]"),
-    click.option("--seed", default=0, help="Of all random draws."),
+    click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of all random draws."),
     click.option("--batch-size", type=click.IntRange(1), default=4, help="Prefixes drawn together."),
     click.option(
         "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", help="Of weights."
@@ -61,10 +128,24 @@ engine_options = _shared(
     ),
     click.option("--served-model", help="The server's name for the model.  [default: the only one that it serves]"),
 )  # fmt: skip
-data_option = click.option("--field", default="text", help="Of each object of a .jsonl file.")
+data_option = _shared(
+    click.option("--field", default="text", help="Of each record: its text; meta.title for one within others."),
+    click.option(
+        "--format", "format_", type=click.Choice(["json", "text", "parquet"]), help="Of files whose names don't tell."
+    ),
+)
+force_option = click.option("--force", is_flag=True, help="Overwrite what is there.")
 
 
-@click.group(cls=_OneLineErrors, context_settings={"max_content_width": 120, "show_default": True})
+@click.group(
+    cls=_Commands,
+    context_settings={"max_content_width": 120, "show_default": True, "help_option_names": ["-h", "--help"]},
+    epilog="""\b
+    Metrics: sr_<n>, tr_<w>, div, ent, coh.
+    Files in: .jsonl, .ndjson, .json, .txt (these also with .gz or .zst), .parquet; a folder, a pattern, or -.
+    Files out: .jsonl, .ndjson (these also with .gz or .zst), .parquet, or -.
+    Completion of what you type: eval "$(daemon-fast completion bash)".""",
+)
 @click.version_option(package_name="daemon-fast")
 def main() -> None:
     """Decode language models so that expected metrics equal those of human text (DAEMON, arXiv 2310.01041)."""
@@ -75,6 +156,7 @@ def main() -> None:
 def _engine(
     name: str, arguments: str | None, served_model: str | None, model_id: str, device: str | None, dtype: str
 ) -> EngineSpec:
+    check_model(model_id)  # before torch and Transformers are imported: at once
     from daemon_fast.proposals.load import EngineSpec
 
     try:
@@ -89,6 +171,8 @@ def _engine(
 
 
 def _quiet_transformers() -> None:
+    if click.get_current_context().find_root().obj:  # --verbose
+        return
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -123,7 +207,8 @@ def _quiet_transformers() -> None:
 def fit(
     names: str | None, data: str, field: str, output: Path, work_dir: Path | None, engine_name: str,
     engine_args: str | None, served_model: str | None, model: str, device: str | None, dtype: str, new_tokens: int,
-    num_candidates: int, temperature: float, top_k: int, top_p: float, encoder: str, **options: Any,
+    num_candidates: int, temperature: float, top_k: int, top_p: float, encoder: str, format_: Format | None,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Fit mu: make a model's expected metrics equal those of human text. Interrupted, it resumes.
 
@@ -137,7 +222,7 @@ def fit(
     listed = DEFAULT if names is None else [name.strip() for name in names.split(",") if name.strip()]
     metrics = parse(listed, encoder)
     engine = _engine(engine_name, engine_args, served_model, model, device, dtype)
-    texts = read_texts(data, field)
+    texts = read_texts(data, field, format_)
     proposal = engine.proposal(
         num_candidates=num_candidates, max_new_tokens=new_tokens, min_new_tokens=new_tokens, temperature=temperature,
         top_k=top_k, top_p=top_p,
@@ -217,32 +302,49 @@ def _decoder(
 
 @main.command()
 @click.argument("source", metavar="INPUT")
-@click.argument("output", type=click.Path(path_type=Path))
+@click.argument("output", type=click.Path(allow_dash=True))
 @click.option("--energy", "path", type=click.Path(path_type=Path), required=True, help="Artefact written by fit.")
-@click.option("--field", default="text", help="Of each record: what to continue.")
+@data_option
 @click.option("--model", help="Instead of the one in the artefact.")
 @click.option("--num-samples", type=click.IntRange(1), default=1, help="Per record.")
+@force_option
 @engine_options
 @model_options
 def decode(
-    source: str, output: Path, path: Path, field: str, num_samples: int, seed: int, batch_size: int, **options: Any
-) -> None:
-    """Continue the text of each record of INPUT (.jsonl, .parquet, or one text a line), to OUTPUT (.jsonl or .parquet).
+    source: str, output: str, path: Path, field: str, format_: Format | None, num_samples: int, force: bool, seed: int,
+    batch_size: int, **options: Any,
+) -> None:  # fmt: skip
+    """Continue the text of each record of INPUT, to OUTPUT.
 
-    Each record gets a field "daemon": texts, metrics, ess, log_z; or error, if it can't be used: then the exit code
-    is 1. Records keep their order. A file of any size; interrupted, it resumes, to the same bytes.
+    INPUT is a file, a folder, a pattern in quotes, or - for standard input: .jsonl or .ndjson (an object a line), .json
+    (an array, or lines), .txt (a text a line), each also with .gz or .zst; or .parquet. OUTPUT is .jsonl or .ndjson,
+    also with .gz or .zst; .parquet; or - for standard output.
+
+    Each record keeps its fields, and gets one more, "daemon": texts, metrics, ess, log_z; or error, if it can't be
+    used: then the exit code is 1. Records keep their order. Files of any size; interrupted, it resumes, to the same
+    bytes. From Parquet to Parquet, columns keep their types.
     """
-    from daemon_fast.data.records import decode_records, process
+    from daemon_fast.data.formats import find_sources, output_format
+    from daemon_fast.files import check_writable
 
-    _quiet_transformers()
+    # Known before a model is loaded: `process` finds out again, with all that it takes to read them.
+    find_sources(source, format_)
+    output_format(output)
+    if output != "-":
+        check_writable(output, force)
+    from daemon_fast.data.records import DecodeWork, process
+
     decoder = _decoder(path, batch_size, **options)
+    _quiet_transformers()
     energy = json.loads(path.read_text(encoding="utf-8"))
-    used = {"energy": energy, "num_samples": num_samples, "seed": seed}
+    used = {"energy": energy, "num_samples": num_samples, "seed": seed, "batch_size": batch_size}
     used |= {name: options[name] for name in ("model", "dtype", "engine_name", "engine_args", "served_model")}
-    work = decode_records(decoder, field, num_samples, seed)
-    chunk_size = -(-64 // batch_size) * batch_size  # whole batches
-    summary = process(source, output, work, used | {"batch_size": batch_size}, field, chunk_size, "decode")
-    click.echo(f"{summary.records - len(summary.errors)} of {summary.records} records continued; written to {output}")
+    summary = process(
+        source, output, DecodeWork(decoder, num_samples, seed), used, field, chunk_size=batch_size,
+        description="decode", format=format_, force=force,
+    )  # fmt: skip
+    done = f"{summary.records - len(summary.errors)} of {summary.records} records continued"
+    click.echo(f"{done}; written to {'standard output' if output == '-' else output}", err=output == "-")
     for problem in summary.errors[:10]:
         click.echo(problem, err=True)
     if more := len(summary.errors[10:]):
@@ -267,11 +369,12 @@ def decode(
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a record instead of the means.")
 @click.option("--filter", "condition", metavar="CONDITION", help="Write the records that meet it instead of the means.")
 @click.option("--output", type=click.Path(path_type=Path), help="For --json or --filter.  [default: standard output]")
+@force_option
 def metrics(
-    file: str, field: str, id_field: str | None, unit: str, tokenizer: str | None, ngrams: str, windows: str,
-    gopher: bool, as_json: bool, condition: str | None, output: Path | None,
+    file: str, field: str, format_: Format | None, id_field: str | None, unit: str, tokenizer: str | None, ngrams: str,
+    windows: str, gopher: bool, as_json: bool, condition: str | None, output: Path | None, force: bool,
 ) -> None:  # fmt: skip
-    """Repetition metrics of each text of FILE, without a model: .jsonl, .parquet, or one text a line.
+    """Repetition metrics of each text of FILE, a folder, a pattern, or - for standard input, without a model.
 
     \b
     sr_n   n-grams that occurred before in the text, of all its n-grams; 0 if it is shorter than n
@@ -285,18 +388,18 @@ def metrics(
     By default prints their means over the texts that are not empty, and distinct_n: of the n-grams of all texts taken
     together those that are distinct. That takes about 70 bytes a token; the rest any size of FILE.
 
-    --json writes an object for each record, in order: its "source", its "line" (from 1; of Parquet its "row"), its
-    "id", and its metrics. Of an empty text they are null, and "empty" is true. A record that can't be used has an
-    "error" in their place.
+    --json writes an object for each record, in order: its "source"; its "line", "row" (of Parquet) or "element" (of an
+    array), from 1; its "id"; and its metrics. Of an empty text they are null, and "empty" is true. A record that can't
+    be used has an "error" in their place.
 
-    --filter writes, as JSON lines, the records for which CONDITION holds, with all their fields: such as
+    --filter writes the records for which CONDITION holds, as they were read, one of JSON a line: such as
     "sr_4 <= 0.2 and (tr_8 < 0.5 or gopher_violations == 0)". Metrics that it names are measured. Empty texts never
     pass, nor do records that can't be used.
 
     The exit code is 1 if a record can't be used.
     """
     from daemon_fast.filters import parse_filter
-    from daemon_fast.text_metrics import DistinctNGrams, Summary, TextMetrics, json_line, measure_records
+    from daemon_fast.text_metrics import DistinctNGrams, Summary, TextMetrics, measure_records
 
     _quiet_transformers()
     if as_json and condition is not None:
@@ -316,12 +419,12 @@ def metrics(
     if not as_json and wanted is None:
         measure.distinct = distinct
     summary, written = Summary(), 0
-    with _binary(output) as sink:
-        for batch in measure_records(_items(file, field), field, measure):
+    with _binary(output, force) as sink:
+        for batch in measure_records(_items(file, field, format_), measure):
             summary.add(batch)
-            chosen = batch.rows(id_field) if as_json else () if wanted is None else batch.passing(wanted)
-            for record in chosen:
-                sink.write(json_line(record))
+            lines = batch.rows(id_field) if as_json else () if wanted is None else batch.passing(wanted)
+            for line in lines:
+                sink.write(f"{line}\n".encode())
                 written += 1
     if not summary.records or (not as_json and wanted is None and not summary.texts):
         raise DataError(f"{file} holds no text" + (f": {summary.problems[0]}" if summary.problems else ""))
@@ -350,29 +453,28 @@ def metrics(
     sys.exit(1 if summary.unusable else 0)
 
 
-def _items(file: str, field: str) -> Iterator[Item]:
-    """Records of a file, or texts of an embedded collection."""
+def _items(file: str, field: str, format_: Format | None) -> Iterator[Item]:
+    """Records of files, or texts of an embedded collection."""
     from daemon_fast.data import records
     from daemon_fast.data.texts import read_texts
-    from daemon_fast.models import TEXTS
+    from daemon_fast.embedded import TEXTS
 
     if file not in TEXTS:
-        yield from records.read_records(file, field)
+        yield from records.read_records(file, field, format=format_)
         return
     for number, text in enumerate(read_texts(file), 1):
-        yield records.Item({field: text}, None, file, number)
+        yield records.Item({field: text}, text, None, file, number)
 
 
 @contextmanager
-def _binary(path: Path | None) -> Iterator[IO[bytes]]:
-    """Standard output, or a new file that appears when it is whole."""
-    from daemon_fast.files import replacing, writing
+def _binary(path: Path | None, force: bool) -> Iterator[IO[bytes]]:
+    """Standard output, or a file that appears when it is whole."""
+    from daemon_fast.files import check_writable, replacing, writing
 
     if path is None:
         yield sys.stdout.buffer
         return
-    if path.exists():
-        raise InvalidInput(f"output {path} is there already: choose another name, or delete it")
+    check_writable(path, force)
     with writing(f"output {path}"), replacing(path) as file:
         yield file
 
@@ -380,8 +482,19 @@ def _binary(path: Path | None) -> Iterator[IO[bytes]]:
 def _sizes(text: str, option: str) -> list[int]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not all(re.fullmatch(r"[1-9]\d{0,8}", part) for part in parts) or len(set(parts)) < len(parts):
-        raise InvalidInput(f"{option} = {text!r} must be different whole numbers >= 1, separated by commas")
+        raise InvalidInput(
+            f"{option} = {text!r} must be whole numbers >= 1 and below 10^9, each once, separated by commas"
+        )
     return [int(part) for part in parts]
+
+
+def _check_new(folder: Path, name: str, force: bool) -> None:
+    """That a folder of results can be written to, and holds none unless they may be overwritten."""
+    from daemon_fast.files import check_writable, writing
+
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder / name, force)
 
 
 @main.command()
@@ -400,16 +513,24 @@ def _sizes(text: str, option: str) -> list[int]:
 @click.option("--amateur", help="Model for contrastive decoding.  [default: the model itself, of its last 8 tokens]")
 @click.option("--featurizer", type=click.Choice(["encoder", "model"]), default="encoder", help="For MAUVE.")
 @click.option("--output", type=click.Path(path_type=Path), default="evaluation", help="Folder.")
+@force_option
 @model_options
 def evaluate(
     energies: tuple[Path, ...], data: tuple[str, ...], field: str, model: str | None, wanted: tuple[str, ...],
     held_out: int, pool_prefixes: int, pool_candidates: int, sweep_prefixes: int, prefix_tokens: int,
     amateur: str | None, featurizer: str, output: Path, device: str | None, seed: int, batch_size: int, dtype: str,
+    format_: Format | None, force: bool,
 ) -> None:  # fmt: skip
     """The paper's experiments for fitted artefacts: tables, figures, report.html. Interrupted, it resumes.
 
-    Candidates that fit left in ENERGY.candidates are read, not drawn again.
+    Candidates that fit left in ENERGY.candidates are read, not drawn again. Records of --data that can't be used are
+    named and left out; the exit code is then 1. Studies: alignment, perplexity, convergence, forward_kl, ablation,
+    one_metric, temperatures, tail, transfer.
     """
+    _check_new(output, "report.json", force)
+    for name in (model, amateur):
+        if name is not None:
+            check_model(name)
     import torch
 
     from daemon_fast.energy import Energy
@@ -423,7 +544,9 @@ def evaluate(
     model_id = model or loaded[0].proposal_settings.model_id
     language_model, tokenizer = load_language_model(model_id, device, getattr(torch, dtype))
     domains = [
-        evaluation.Domain(path.stem, source, energy, field, kept if (kept := _candidates_of(path)).exists() else None)
+        evaluation.Domain(
+            path.stem, source, energy, field, kept if (kept := _candidates_of(path)).exists() else None, format_
+        )
         for path, source, energy in zip(energies, data, loaded, strict=True)
     ]
     report = evaluation.evaluate(
@@ -437,6 +560,16 @@ def evaluate(
         for sentence in found.verdict:
             click.echo(f"{name}: {sentence}")
     click.echo(f"written to {output}: report.html, report.json")
+    sys.exit(1 if any(found.left_out for found in report.domains.values()) else 0)  # a warning has named them
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """What makes a shell complete commands and options: eval "$(daemon-fast completion bash)"."""
+    found = get_completion_class(shell)
+    assert found is not None
+    click.echo(found(main, {}, "daemon-fast", "_DAEMON_FAST_COMPLETE").source())
 
 
 @main.command()
@@ -456,10 +589,12 @@ def doctor() -> None:
 @main.command()
 @click.option("--quick", is_flag=True, help="Fewer prefixes: a fifth of the time.")
 @click.option("--output", type=click.Path(path_type=Path), default="demo", help="Folder for results.")
+@force_option
 @click.option("--device", help="Such as cpu or cuda:0.  [default: a GPU if there is one]")
-@click.option("--seed", default=0)
-def demo(quick: bool, output: Path, device: str | None, seed: int) -> None:
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0)
+def demo(quick: bool, output: Path, force: bool, device: str | None, seed: int) -> None:
     """Align SmolLM2-135M with Wikipedia: fit, decode held-out prefixes, compare. Interrupted, it resumes."""
+    _check_new(output, "results.json", force)
     from daemon_fast.experiments.demo import run
 
     _quiet_transformers()

@@ -45,6 +45,9 @@ class Diagnostics:
     num_prefixes: int
     num_targets: int
     seed: int
+    unmet: list[str] | None = (
+        None  # metrics, also those that were left out; None: an artefact from before this was kept
+    )
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ class Energy:
         _check_fields("", document, FIELDS)
         _check_fields("proposal_settings.", document["proposal_settings"], _fields_of(ProposalSettings))
         if document["diagnostics"] is not None:
-            _check_fields("diagnostics.", document["diagnostics"], _fields_of(Diagnostics))
+            _check_fields("diagnostics.", {"unmet": None} | document["diagnostics"], _fields_of(Diagnostics))
         for i, spec in enumerate(document["metrics"]):
             if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
                 raise ArtefactError(f"metrics[{i}] must be an object with a name, got {_short(spec)}")
@@ -258,6 +261,10 @@ _BY_ANNOTATION: dict[str, Check] = {
     "float": NUMBER,
     "bool": TRUTH,
     "list[float]": NUMBERS,
+    "list[str] | None": (
+        lambda v: v is None or (isinstance(v, list) and all(isinstance(name, str) for name in v)),
+        "a list of strings, or null",
+    ),
     "float | None": (lambda v: v is None or _number(v), "a finite number or null"),
     "list[list[float]] | None": (
         lambda v: v is None or (isinstance(v, list) and len(v) == 2 and all(map(_numbers, v))),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,13 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from daemon_fast import ops
-from daemon_fast.data.records import Item, Record
+from daemon_fast.data.formats import SURROGATE, to_json
+from daemon_fast.data.records import Item, Record, lookup
 from daemon_fast.errors import InvalidInput, UnknownMetric
 from daemon_fast.filters import Filter
 from daemon_fast.gopher import GOPHER_THRESHOLDS, gopher_repetition, gopher_violations
 from daemon_fast.models import load_tokenizer
 
-__all__ = ["Batch", "DistinctNGrams", "Measured", "Summary", "TextMetrics", "json_line", "measure_records"]
+__all__ = ["Batch", "DistinctNGrams", "Measured", "Summary", "TextMetrics", "measure_records"]
 
 Split = Callable[[Sequence[str]], list[list[Any]]]
 GOPHER_COLUMNS = (*GOPHER_THRESHOLDS, "gopher_violations")
@@ -233,8 +233,8 @@ class Batch:
     problems: list[str | None]
     measured: Measured
 
-    def rows(self, id_field: str | None) -> Iterator[Record]:
-        """Of each record where it stands and its id, and its metrics or its error.
+    def rows(self, id_field: str | None) -> Iterator[str]:
+        """Of each record, as JSON, where it stands and its id, and its metrics or its error.
 
         An empty text has "empty": true and metrics of None. By default the id is what a record has in "id", if it has.
         """
@@ -242,29 +242,28 @@ class Batch:
         measured = zip(self.measured.empty.tolist(), zip(*columns, strict=True), strict=True)
         for item, problem in zip(self.items, self.problems, strict=True):
             row: Record = {"source": item.source, item.unit: item.number}
-            identity = {"id": item.record.get(id_field or "id")}
+            identity = {"id": lookup(item.record, id_field or "id")}
             if (id_field is not None or "id" in item.record) and _unwritable(identity) is None:
                 row |= identity
             if problem is not None:
-                yield {**row, "error": problem}
-                continue
-            empty, values = next(measured)
-            yield (
-                {**row, "empty": True, **dict.fromkeys(names)} if empty else row | dict(zip(names, values, strict=True))
-            )
+                row["error"] = problem
+            else:
+                empty, values = next(measured)
+                row |= {"empty": True, **dict.fromkeys(names)} if empty else dict(zip(names, values, strict=True))
+            yield to_json(row)
 
-    def passing(self, condition: Filter) -> Iterator[Record]:
-        """Records whose metrics meet the condition; those of an empty text meet none."""
+    def passing(self, condition: Filter) -> Iterator[str]:
+        """Records, as JSON, whose metrics meet the condition; those of an empty text meet none."""
         passes = iter((condition(self.measured.columns) & ~self.measured.empty).tolist())
         for item, problem in zip(self.items, self.problems, strict=True):
             if problem is None and next(passes):
-                yield item.record
+                yield to_json(item.record) if item.line is None else item.line
 
 
-def measure_records(items: Iterable[Item], field: str, metrics: TextMetrics) -> Iterator[Batch]:
-    """Metrics of the texts in `field`, batch after batch of bounded size.
+def measure_records(items: Iterable[Item], metrics: TextMetrics) -> Iterator[Batch]:
+    """Metrics of the records' texts, batch after batch of bounded size.
 
-    A record with a lone surrogate, which JSON can spell and no UTF-8 can hold, can't be used, in whichever field it is.
+    A record with half a surrogate pair, which JSON can spell and UTF-8 can't hold, can't be used, in whichever field.
     """
     batch: list[Item] = []
     problems: list[str | None] = []
@@ -275,7 +274,7 @@ def measure_records(items: Iterable[Item], field: str, metrics: TextMetrics) -> 
         batch.append(item)
         problems.append(problem)
         if problem is None:
-            texts.append(item.record[field])
+            texts.append(item.text)
             characters += len(texts[-1])
         if len(batch) == BATCH_RECORDS or characters > BATCH_CHARACTERS:
             yield Batch(batch, problems, metrics(texts))
@@ -327,26 +326,8 @@ class Summary:
 
 def _unwritable(record: Record) -> str | None:
     try:
-        json.dumps(record, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError as error:
-        return f"holds a lone surrogate, {ascii(error.object[error.start])[1:-1]}, which is no character"
+        text = json.dumps(record, ensure_ascii=False, default=str)
     except RecursionError:
         return "is nested too deeply"
-    return None
-
-
-def json_line(record: Record) -> bytes:
-    """A line of JSON in UTF-8; what JSON has no number for is null, and what it has no form for its text."""
-    try:
-        text = json.dumps(record, ensure_ascii=False, default=str, allow_nan=False)
-    except ValueError:
-        text = json.dumps(_finite(record), ensure_ascii=False, default=str)
-    return f"{text}\n".encode("utf-8", "replace")  # of a file's name, which may be any bytes
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    half = None if text.isascii() else SURROGATE.search(text)
+    return None if half is None else f"has half a surrogate pair, \\u{ord(half[0]):04x}, in one of its fields"

@@ -58,7 +58,7 @@ def test_a_row_for_each_record(jsonl):
     found = rows(result)
     assert found[0] == {"source": "in.jsonl", "line": 1, "id": 3, "sr_2": 0.5, "tr_2": pytest.approx(0.6)}
     assert found[1] == {"source": "in.jsonl", "line": 3, "id": "e", "empty": True, "sr_2": None, "tr_2": None}
-    assert [(row["line"], row["error"][:12]) for row in found[2:4]] == [(4, "is not JSON:"), (5, "holds a lone")]
+    assert [(row["line"], row["error"][:12]) for row in found[2:4]] == [(4, "is not JSON:"), (5, "has half a s")]
     assert found[4] == {"source": "in.jsonl", "line": 6, "sr_2": 0, "tr_2": 0}
     assert "in.jsonl, line 4 is not JSON" in result.stderr
     assert [row.get("id") for row in rows(run(jsonl, "--json", "--id-field", "n"))] == [1.5, None, None, None, None]
@@ -72,7 +72,9 @@ def test_rows_go_to_a_file(jsonl, tmp_path):
     assert output.read_text(encoding="utf-8") == run(jsonl, "--json", "--gopher").stdout
     assert json.loads(output.read_text().splitlines()[0])["top_2_gram"] == 2 * 3 / 9
     fails(run(jsonl, "--json", "--output", output), "out.jsonl is there already")
-    fails(run(jsonl, "--json", "--output", tmp_path / "none" / "o.jsonl"), "can't be written: No such file")
+    assert run(jsonl, "--json", "--gopher", "--output", output, "--force").exit_code == 1
+    assert output.read_text(encoding="utf-8") == run(jsonl, "--json", "--gopher").stdout
+    fails(run(jsonl, "--json", "--output", tmp_path / "none" / "o.jsonl"), "can't be written")
 
 
 def test_filter_writes_the_records_that_pass(jsonl, tmp_path):
@@ -80,15 +82,17 @@ def test_filter_writes_the_records_that_pass(jsonl, tmp_path):
     assert result.exit_code == 1
     assert rows(result) == [{"text": "x y z w", "more": {"é": [None]}}]
     assert "1 of 5 records pass (2 texts, 1 empty, 2 unusable)" in result.stderr
-    assert "in.jsonl, line 5 holds a lone surrogate" in result.stderr
+    assert "in.jsonl, line 5 has half a surrogate" in result.stderr
     result = run(jsonl, "--filter", "tr_2 > 0.5", "--output", tmp_path / "out.jsonl")
     assert result.stdout == ""
     assert (tmp_path / "out.jsonl").read_text() == '{"text": "a b a b a", "id": 3, "n": 1.5}\n'
     assert rows(run(jsonl, "--filter", "sr_2 > 2")) == []
+    (tmp_path / "odd.jsonl").write_text('{"text":"a",  "n": 1.50, "e": "\\u00e9"}\n')  # as it was read, to the byte
+    assert run(tmp_path / "odd.jsonl", "--filter", "sr_2 == 0").stdout == (tmp_path / "odd.jsonl").read_text()
 
 
 def test_output_is_utf_8_whatever_the_locale(tmp_path):
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "猫 é"}), encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "猫 é"}, ensure_ascii=False), encoding="utf-8")
     command = [sys.executable, "-c", "from daemon_fast.cli import main; main()", "metrics", tmp_path / "a.jsonl"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
     found = subprocess.run([*command, "--filter", "sr_2 < 1"], env=environment, capture_output=True, check=True)
@@ -127,7 +131,9 @@ def test_bad_options(jsonl, tmp_path):
     fails(run(jsonl, "--filter", "sr_2 >"), "expected a number at position 7, found its end")
     fails(run(jsonl, "--ngrams", "", "--windows", ""), "no metrics")
     for sizes in ("0", "a", "2,2", "99999999999", "-1", "1.5"):
-        fails(run(jsonl, "--ngrams", sizes), f"--ngrams = '{sizes}' must be different whole numbers >= 1")
+        fails(
+            run(jsonl, "--ngrams", sizes), f"--ngrams = '{sizes}' must be whole numbers >= 1 and below 10^9, each once"
+        )
 
 
 def test_files_without_a_text(tmp_path):

@@ -19,7 +19,7 @@ from daemon_fast.data.records import Item
 from daemon_fast.errors import InvalidInput, UnknownMetric
 from daemon_fast.filters import parse_filter
 from daemon_fast.gopher import GOPHER_THRESHOLDS, gopher_repetition
-from daemon_fast.text_metrics import BATCH_RECORDS, DistinctNGrams, Summary, TextMetrics, json_line, measure_records
+from daemon_fast.text_metrics import BATCH_RECORDS, DistinctNGrams, Summary, TextMetrics, measure_records
 
 NGRAMS, WINDOWS = (1, 2, 3, 5), (1, 8)
 texts = st.lists(st.text(st.sampled_from("aab \n\u00a0é"), max_size=60), max_size=6)
@@ -165,27 +165,27 @@ def test_text_without_spaces_is_noticed():
 
 
 def items(records):
-    return [Item(record, None, "f.jsonl", number) for number, record in enumerate(records, 1)]
+    return [Item(record, record["text"], None, "f.jsonl", number) for number, record in enumerate(records, 1)]
 
 
 def test_every_record_has_its_row(monkeypatch):
     monkeypatch.setattr("daemon_fast.text_metrics.BATCH_RECORDS", 2)
     some = items([{"text": "a a a", "id": 5}, {"text": " "}, {"text": "x"}, {"text": "\ud835", "id": 1}, {"text": "y"}])
-    some.append(Item({"id": "k"}, "has no string field 'text'", "f.jsonl", 9))
-    some.append(Item({"text": "z", "n": {"deep": ["\udc00"]}, "id": "\ud835"}, None, "f.jsonl", 10))
-    batches = list(measure_records(some, "text", TextMetrics((1,), ())))
-    rows = [row for batch in batches for row in batch.rows(None)]
+    some.append(Item({"id": "k"}, "", "has no string field 'text'", "f.jsonl", 9))
+    some.append(Item({"text": "z", "n": {"deep": ["\udc00"]}, "id": "\ud835"}, "z", None, "f.jsonl", 10))
+    batches = list(measure_records(some, TextMetrics((1,), ())))
+    rows = [json.loads(row) for batch in batches for row in batch.rows(None)]
     assert rows[0] == {"source": "f.jsonl", "line": 1, "id": 5, "sr_1": pytest.approx(2 / 3)}
     assert rows[1] == {"source": "f.jsonl", "line": 2, "empty": True, "sr_1": None}
     assert rows[2] == {"source": "f.jsonl", "line": 3, "sr_1": 0.0}
-    problem = "holds a lone surrogate, \\ud835, which is no character"
-    assert rows[3] == {"source": "f.jsonl", "line": 4, "id": 1, "error": problem}
+    problem = "has half a surrogate pair, {}, in one of its fields"
+    assert rows[3] == {"source": "f.jsonl", "line": 4, "id": 1, "error": problem.format("\\ud835")}
     assert rows[5] == {"source": "f.jsonl", "line": 9, "id": "k", "error": "has no string field 'text'"}
-    assert rows[6]["error"] == "holds a lone surrogate, \\udc00, which is no character"
+    assert rows[6]["error"] == problem.format("\\udc00")
     assert "id" not in rows[6]
     assert [row["line"] for row in rows] == [1, 2, 3, 4, 5, 9, 10]
-    assert [row.get("id") for batch in batches for row in batch.rows("text")][:3] == ["a a a", " ", "x"]
-    passing = [record for batch in batches for record in batch.passing(parse_filter("sr_1 != 7"))]
+    assert [json.loads(row).get("id") for batch in batches for row in batch.rows("text")][:3] == ["a a a", " ", "x"]
+    passing = [json.loads(line) for batch in batches for line in batch.passing(parse_filter("sr_1 != 7"))]
     assert [record["text"] for record in passing] == ["a a a", "x", "y"]
 
 
@@ -194,8 +194,8 @@ def test_the_summary_is_that_of_one_table(monkeypatch):
     generator = np.random.default_rng(0)
     some = [" ".join(generator.choice(list("abc"), size=n)) for n in generator.integers(0, 9, 40)]
     summary = Summary()
-    found = [Item({}, "is not JSON", "f", 41), *items({"text": text} for text in some)]
-    for batch in measure_records(found, "text", TextMetrics(NGRAMS, WINDOWS)):
+    found = [Item({}, "", "is not JSON", "f", 41), *items({"text": text} for text in some)]
+    for batch in measure_records(found, TextMetrics(NGRAMS, WINDOWS)):
         summary.add(batch)
     values = defined([text.split() for text in some if text])
     assert (summary.records, summary.texts, summary.unusable) == (41, len(values), 1)
@@ -215,17 +215,18 @@ def test_records_are_read_as_they_are_needed():
             read.append(item.number)
             yield item
 
-    batches = measure_records(endless(), "text", TextMetrics())
+    batches = measure_records(endless(), TextMetrics())
     assert len(next(batches).items) == BATCH_RECORDS
     assert len(read) == BATCH_RECORDS
 
 
 def test_lines_are_valid_json():
-    record = {"a": math.nan, "b": [1.5, -math.inf, {"c": math.inf}], "d": "猫", "e": np.float32}
-    line = json_line(record)
-
     def never(constant):
         raise AssertionError(constant)
 
-    found = json.loads(line.decode("utf-8"), parse_constant=never)
-    assert found == {"a": None, "b": [1.5, None, {"c": None}], "d": "猫", "e": str(np.float32)}
+    found = Item({"text": "猫", "a": math.nan, "b": [math.inf]}, "猫")
+    (batch,) = measure_records([found], TextMetrics())
+    (line,) = batch.passing(parse_filter("sr_2 == 0"))
+    assert json.loads(line, parse_constant=never) == {"text": "猫", "a": None, "b": [None]}
+    (row,) = batch.rows("a")
+    assert json.loads(row, parse_constant=never)["id"] is None

@@ -1,6 +1,7 @@
 """Fitting mu, the coefficients whose tilted model has the target expectations: checks, methods, diagnostics.
 
-`dual` is what is minimised, `newton` how, `samples` what is read, `resample` cross-validation and the bootstrap;
+`dual` is what is minimised, `newton` how, `samples` what is read, `resample` cross-validation and the bootstrap,
+`advice` what to do where there is no solution;
 `from_texts` fits to human texts, from drawing the candidates on.
 """
 
@@ -16,15 +17,18 @@ from torch import Tensor
 
 from daemon_fast import ops
 from daemon_fast.energy import Base, Diagnostics, Energy, weightless
-from daemon_fast.errors import InvalidInput
+from daemon_fast.errors import FitError, InvalidInput
 from daemon_fast.fit import newton, resample
+from daemon_fast.fit.advice import advice
 from daemon_fast.fit.dual import Problem
 from daemon_fast.fit.samples import Block, InMemory, Samples
 from daemon_fast.metrics import Metric
 from daemon_fast.ops import Normalization
 from daemon_fast.proposals.base import ProposalSettings
 
-__all__ = ["FitResult", "Ridge", "fit"]
+__all__ = ["FitResult", "Ridge", "check_ridge", "fit"]
+
+TOLERATED = 0.1  # residual, in standard deviations of a metric, up to which a target counts as met
 
 Method = Literal["newton", "rmse"]
 Ridge = float | Literal["cv"]
@@ -59,6 +63,9 @@ class FitResult:
         2.5% and 97.5% bootstrap quantiles of mu over prefixes.
     bootstrap_infeasible : int
         Bootstrap replicates without a solution; they are not in the interval.
+    unmet : tuple of str
+        Metrics whose residual is more than a tenth of `scale`, and more than two standard errors of the human mean
+        where human values were given.
     """
 
     mu: Tensor
@@ -79,6 +86,7 @@ class FitResult:
     num_candidates: int
     confidence_interval: Tensor | None = None
     bootstrap_infeasible: int = 0
+    unmet: tuple[str, ...] = ()
 
     def energy(
         self,
@@ -120,6 +128,7 @@ class FitResult:
                 num_prefixes=self.num_prefixes,
                 num_targets=self.num_prefixes if num_targets is None else num_targets,
                 seed=seed,
+                unmet=list(self.unmet),
             ),
         )
 
@@ -165,8 +174,8 @@ def fit(
         Penalty ridge/2 · ‖mu * scale‖² on the dual. 0 meets the targets exactly on these prefixes. Above 0 there always
         is a solution, the nearest soft match. "cv" takes the one, from 0 to 1.28, under which human texts left out of
         the fit are likeliest: with few prefixes or texts, meeting their means exactly fits their noise. It needs
-        [N', K] targets, in no particular order; where N' >= N, the first N are those of the prefixes. It does not make
-        targets reachable: they must be so without a ridge.
+        [N', K] targets, in no particular order; where N' >= N, the first N are those of the prefixes. Where targets
+        are out of reach it is above 0, and `unmet` names those that were missed.
     names : K metric names for messages and the result
     tolerance : float, optional
         Largest residual to stop at, in standard deviations. Default: 1e-10 for Newton, 1e-3 for Adam.
@@ -183,7 +192,8 @@ def fit(
         metrics, one candidate with per-prefix weights, a ridge for "rmse", cross-validation of means or of too few
         texts.
     InfeasibleTargets
-        No weighting of these candidates reaches the targets. Names the metrics, targets and reachable ranges.
+        No weighting of these candidates reaches the targets. Names the metrics, targets and reachable ranges, and what
+        would help: see `daemon_fast.fit.advice`.
     FitDidNotConverge
         Neither solved nor proved infeasible.
 
@@ -194,14 +204,18 @@ def fit(
         raise InvalidInput(f"ridge = {ridge!r} is for method='newton': 'rmse' has none")
     if ridge == "cv":
         problem = replace(problem, ridge=resample.cross_validated_ridge(problem, human))
-    if method == "newton":
-        nu, iterations = newton.newton(problem, tolerance=tolerance or newton.TOLERANCE)
-        converged = True
-    elif method == "rmse":
-        nu, iterations, converged = newton.adam(problem, learning_rate, tolerance or 1e-3, progress)
-    else:
+    if method not in ("newton", "rmse"):
         raise InvalidInput(f"method = {method!r}: it must be 'newton' or 'rmse'")
+    try:
+        if method == "newton":
+            nu, iterations = newton.newton(problem, tolerance=tolerance or newton.TOLERANCE)
+            converged = True
+        else:
+            nu, iterations, converged = newton.adam(problem, learning_rate, tolerance or 1e-3, progress)
+    except FitError as error:
+        raise type(error)(f"{error}. {advice(problem, human)}") from error
     result = _diagnosed(problem, nu, iterations, converged, normalization, method)
+    result = replace(result, unmet=_unmet(result, human))
     if bootstrap > 0:
         interval, infeasible = resample.bootstrap(problem, human, nu, bootstrap, seed, progress)
         result = replace(result, confidence_interval=interval, bootstrap_infeasible=infeasible)
@@ -229,11 +243,7 @@ def _checked(
         raise InvalidInput(f"names has {len(names)} entries, features has K = {k} metrics")
     if normalization not in ("per_prefix", "global"):
         raise InvalidInput(f"normalization = {normalization!r}: it must be 'per_prefix' or 'global'")
-    if isinstance(ridge, str):
-        if ridge != "cv":
-            raise InvalidInput(f"ridge = {ridge!r} must be a number >= 0 or 'cv'")
-    elif not (ridge >= 0 and math.isfinite(ridge)):
-        raise InvalidInput(f"ridge = {ridge} must be finite and >= 0")
+    check_ridge(ridge)
     targets = torch.as_tensor(targets, dtype=torch.float64, device="cpu")
     if targets.ndim not in (1, 2) or targets.shape[-1] != k or len(targets) == 0:
         raise InvalidInput(f"targets must have shape [K] = [{k}] or [N', K] = [N', {k}], got {list(targets.shape)}")
@@ -256,6 +266,23 @@ def _checked(
     mean = targets if human is None else human.mean(0)
     penalty = 0.0 if isinstance(ridge, str) else float(ridge)
     return Problem.standardised(samples, mean, normalization, names, penalty), human
+
+
+def check_ridge(ridge: Ridge) -> None:
+    """Raise InvalidInput for what is no ridge."""
+    if isinstance(ridge, str):
+        if ridge != "cv":
+            raise InvalidInput(f"ridge = {ridge!r} must be a number >= 0 or 'cv'")
+    elif not (ridge >= 0 and math.isfinite(ridge)):
+        raise InvalidInput(f"ridge = {ridge} must be finite and >= 0")
+
+
+def _unmet(result: FitResult, human: Tensor | None) -> tuple[str, ...]:
+    allowed = TOLERATED * result.scale
+    if human is not None and len(human) > 1:
+        allowed = allowed.maximum(2 * human.std(0) / math.sqrt(len(human)))
+    missed = result.residual.abs() > allowed
+    return tuple(name for name, is_missed in zip(result.names, missed.tolist(), strict=True) if is_missed)
 
 
 def _diagnosed(

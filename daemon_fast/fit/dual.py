@@ -97,7 +97,7 @@ class Problem:
         out = (self.targets <= low + BOUNDARY * self.scale) | (self.targets >= high - BOUNDARY * self.scale)
         if out.any():
             ranges = ", ".join(self._range(k, low, high) for k in out.nonzero().flatten().tolist())
-            raise InfeasibleTargets(f"out of reach of any weighting of the candidates: {ranges}. {self.advice()}")
+            raise InfeasibleTargets(f"out of reach of any weighting of the candidates: {ranges}")
 
     def check_separated(self, nu: Tensor) -> None:
         """Raise InfeasibleTargets if -nu separates the targets from all that weights can reach."""
@@ -117,16 +117,8 @@ class Problem:
         involved = (nu.abs() >= 0.05 * nu.abs().max()).nonzero().flatten().tolist()
         ranges = ", ".join(self._range(k, low, high) for k in involved)
         raise InfeasibleTargets(
-            f"jointly out of reach of any weighting of the candidates, though each is reachable alone: {ranges}. "
-            f"{self.advice()}"
+            f"jointly out of reach of any weighting of the candidates, though each is reachable alone: {ranges}"
         )
 
     def _range(self, k: int, low: Tensor, high: Tensor) -> str:
         return f"{self.names[k]} (target {self.targets[k]:.6g}, reachable {low[k]:.6g} to {high[k]:.6g})"
-
-    def advice(self) -> str:
-        n, m, _ = self.samples.shape
-        return (
-            f"With N = {n} prefixes and M = {m} candidates: draw more candidates per prefix, leave a metric out, "
-            "or ask for the nearest soft match with ridge > 0"
-        )

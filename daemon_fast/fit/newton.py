@@ -48,7 +48,7 @@ def newton(problem: Problem, start: Tensor | None = None, tolerance: float = TOL
     raise FitDidNotConverge(
         f"the fit stopped after {steps + 1} steps with a residual of {error:.2g} standard deviations, its largest "
         f"coefficient {float(nu.abs().max()):.3g} per standard deviation: the targets are at the edge of what the "
-        f"candidates can reach. {problem.advice()}"
+        "candidates can reach"
     )
 
 

@@ -14,7 +14,7 @@ from daemon_fast.fit.dual import Problem
 from daemon_fast.fit.newton import newton
 from daemon_fast.fit.samples import Block, InMemory
 
-__all__ = ["bootstrap", "cross_validated_ridge"]
+__all__ = ["FOLDS", "bootstrap", "cross_validated_ridge", "cv_needs"]
 
 FOLDS = 5
 # In units of the fit's curvature, from hardly any tilt to the exact fit: each solution starts the next.
@@ -31,13 +31,13 @@ def cross_validated_ridge(problem: Problem, human: Tensor | None) -> float:
     if not isinstance(problem.samples, InMemory):
         raise InvalidInput("ridge = 'cv' needs samples in one tensor: blocks can't be split")
     if min(problem.samples.shape[0], len(human)) < FOLDS:
-        raise InvalidInput(
-            f"ridge = 'cv' needs at least {FOLDS} prefixes and {FOLDS} human texts, got {problem.samples.shape[0]} and "
-            f"{len(human)}: give a number"
-        )
-    newton(problem)  # raises where the targets are out of reach
+        raise InvalidInput(cv_needs(problem.samples.shape[0], len(human)))
     of_prefix, of_text = (torch.arange(count) % FOLDS for count in (problem.samples.shape[0], len(human)))
     loss = dict.fromkeys(RIDGES, 0.0)
+    try:
+        newton(problem)
+    except FitError:
+        loss[0.0] = math.inf  # parts of the prefixes may be within reach of their texts, but all are not
     for fold in range(FOLDS):
         to_fit = _part(problem, of_prefix != fold, human[of_text != fold])
         left_out = _part(problem, of_prefix == fold, human[of_text == fold])
@@ -49,6 +49,12 @@ def cross_validated_ridge(problem: Problem, human: Tensor | None) -> float:
             except FitError:
                 loss[ridge] = math.inf
     return min(loss, key=lambda ridge: loss[ridge])
+
+
+def cv_needs(prefixes: int, texts: int) -> str:
+    """What is said of too few for cross-validation."""
+    least = f"at least {FOLDS} prefixes and {FOLDS} human texts"
+    return f"ridge = 'cv' needs {least}, got {prefixes} and {texts}: give a number"
 
 
 def bootstrap(

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from daemon_fast import metrics as metrics_module
-from daemon_fast.data.records import RESULT, Item, decode_records
+from daemon_fast.data.formats import SURROGATE, python_values
+from daemon_fast.data.records import RESULT, DecodeWork, Item
 from daemon_fast.data.texts import split
 from daemon_fast.decode import SIRDecoder
 from daemon_fast.energy import Base, Energy
@@ -98,25 +99,24 @@ class _Decode:
         self, energy: Energy, engine: EngineSpec, field: str, num_samples: int, seed: int, batch_size: int
     ) -> None:
         decoder = SIRDecoder(energy, engine.proposal(**energy.proposal_settings.sampling()), batch_size)
-        self._field, self._work = field, decode_records(decoder, field, num_samples, seed)
-        metrics = pyarrow.struct([(name, pyarrow.float64()) for name in energy.names])
-        self._type = pyarrow.struct(
-            [
-                ("texts", pyarrow.list_(pyarrow.string())),
-                ("metrics", pyarrow.list_(metrics)),
-                ("ess", pyarrow.float64()),
-                ("log_z", pyarrow.float64()),
-                ("error", pyarrow.string()),
-            ]
-        )
+        self._field, self._work = field, DecodeWork(decoder, num_samples, seed)
 
     def __call__(self, table: pyarrow.Table) -> pyarrow.Table:
-        texts = table[self._field].to_pylist()
-        known = [Item({self._field: text}) for text in texts if isinstance(text, str)]
-        drawn = iter(self._work(known, table[ROW][0].as_py()))
+        texts = _values(table, self._field)
+        drawn = iter(self._work([Item({}, text) for text in texts if _is_text(text)], table[ROW][0].as_py()))
         missing = {"error": f"has no string field {self._field!r}"}
-        results = [next(drawn) if isinstance(text, str) else missing for text in texts]
-        return table.drop_columns([ROW]).append_column(RESULT, pyarrow.array(results, self._type))
+        results = [next(drawn) if _is_text(text) else missing for text in texts]
+        return table.drop_columns([ROW]).append_column(RESULT, pyarrow.array(results, self._work.result_type()))
+
+
+def _values(table: pyarrow.Table, field: str) -> list[Any]:
+    if field not in table.column_names:
+        raise InvalidInput(f"field = {field!r}: the rows have {', '.join(sorted({*table.column_names} - {ROW}))}")
+    return python_values(table[field].combine_chunks())
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not SURROGATE.search(value)
 
 
 # ---- fitting --------------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ class _Measure:
         )
 
     def __call__(self, table: pyarrow.Table) -> pyarrow.Table:
-        texts = [text for text in table[self._field].to_pylist() if isinstance(text, str)]
+        texts = list(filter(_is_text, _values(table, self._field)))
         settings = self._proposal.settings
         pairs = split(texts, self._proposal.tokenizer, self._prefix_tokens, settings.max_new_tokens, at_least=0)
         m, k = settings.num_candidates, len(metrics_module.column_names(self._metrics))
