@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from collections.abc import Callable, Mapping
@@ -100,11 +101,11 @@ class _Parser:
         return self.joined("and", self.comparison, operator.and_)
 
     def joined(self, word: str, part: Callable[[], Condition], join: Callable[[Tensor, Tensor], Tensor]) -> Condition:
-        condition = part()
+        parts = [part()]
         while self.token == word:
             self.advance()
-            condition = _both(join, condition, part())
-        return condition
+            parts.append(part())
+        return lambda columns: functools.reduce(join, (condition(columns) for condition in parts))
 
     def comparison(self) -> Condition:
         if self.token == "(":
@@ -119,7 +120,3 @@ class _Parser:
         number = float(self.take("number", "a number"))
         self.names[name] = None
         return lambda columns: compare(columns[name], number)
-
-
-def _both(join: Callable[[Tensor, Tensor], Tensor], left: Condition, right: Condition) -> Condition:
-    return lambda columns: join(left(columns), right(columns))

@@ -198,7 +198,7 @@ def test_decode_killed_and_run_again_gives_the_same_bytes(energy, tmp_path):
 def test_doctor():
     result = run("doctor")
     assert result.exit_code == 0, result.output
-    assert result.stdout.count("ok on cpu") == 6
+    assert result.stdout.count("ok on cpu") == 7
     assert torch.__version__ in result.stdout
 
 

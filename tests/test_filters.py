@@ -75,6 +75,10 @@ def test_what_is_no_condition(text, expected, found, position):
     assert f"filter {text!r}: expected {expected} at position {position}, found {found};" in str(error.value)
 
 
+def test_conditions_of_any_length():
+    assert parse_filter(" and ".join(["sr_2 < 0.5"] * 10_000))(COLUMNS).tolist() == [True, True, False, False]
+
+
 def test_brackets_of_any_depth_end_in_one_error():
     with pytest.raises(InvalidInput, match="nested too deeply"):
         parse_filter("(" * 100_000)
