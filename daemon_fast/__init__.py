@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from daemon_fast.integrations.reward import RepetitionReward
     from daemon_fast.ops import (
         importance_weights,
+        race_select,
         repetition,
         sample_tokens,
         sir_select,
@@ -51,6 +52,7 @@ __all__ = [
     "generate",
     "importance_weights",
     "metrics",
+    "race_select",
     "repetition",
     "sample_tokens",
     "sir_select",
@@ -78,6 +80,7 @@ _HOMES = {
     "fit_energy": "fit.from_texts",
     "generate": "integrations.generate",
     "importance_weights": "ops",
+    "race_select": "ops",
     "repetition": "ops",
     "sample_tokens": "ops",
     "sir_select": "ops",

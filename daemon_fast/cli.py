@@ -21,13 +21,20 @@ import click
 from click.shell_completion import get_completion_class
 
 from daemon_fast.embedded import check_model
-from daemon_fast.errors import DaemonFastError, DataError, InvalidInput
+from daemon_fast.errors import DaemonFastError, DataError, InvalidInput, Problems, SeveralProblems
 
 if TYPE_CHECKING:
     from daemon_fast.data.formats import Format
     from daemon_fast.data.records import Item
     from daemon_fast.decode import SIRDecoder
     from daemon_fast.proposals.load import EngineSpec
+
+
+# Of `daemon_fast.experiments.studies.STUDIES`, whose import takes seconds.
+STUDIES = (
+    "alignment", "perplexity", "convergence", "one_metric", "temperatures", "ablation", "forward_kl", "tail",
+    "transfer",
+)  # fmt: skip
 
 
 class _Command(click.Command):
@@ -70,7 +77,7 @@ class _Commands(click.Group):
             finally:
                 sys.stdout.flush()  # a full disk shows here, and not when Python ends
         except DaemonFastError as error:
-            _fail(ctx, str(error))
+            _fail(ctx, *(error.problems if isinstance(error, SeveralProblems) else [error]))
         except MemoryError as error:
             _fail(ctx, f"there is not enough memory: {error or 'none is left'}")
         except RuntimeError as error:
@@ -91,11 +98,11 @@ class _Commands(click.Group):
             _fail(ctx, "standard output can't be written: the disk is full")
 
 
-def _fail(context: click.Context, message: str) -> NoReturn:
+def _fail(context: click.Context, *problems: object) -> NoReturn:
     if context.find_root().obj:
         traceback.print_exc()
-    for line in message.splitlines():
-        click.echo(f"Error: {' '.join(line.split())}", err=True)
+    for problem in problems:
+        click.echo(f"Error: {' '.join(str(problem).split())}", err=True)
     sys.exit(2)
 
 
@@ -103,6 +110,31 @@ def _drop_stdout() -> None:
     """What is still buffered can't be written: Python must not try again when it ends."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _AllProblems(_Command):
+    """Goes on where an option has a bad value, so that the command reports it together with all else that is wrong."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for option in self.params:
+            option.__class__ = _OptionOrDefault  # those that commands share, too
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.obj = Problems()
+        return super().parse_args(ctx, args)
+
+
+class _OptionOrDefault(click.Option):
+    """Adds what is wrong with its value to the problems, and has its default then, to check the others with."""
+
+    def handle_parse_result(self, ctx: click.Context, opts: Any, args: list[str]) -> tuple[Any, list[str]]:
+        try:
+            return super().handle_parse_result(ctx, opts, args)
+        except (click.BadParameter, InvalidInput) as error:
+            message = error.format_message() if isinstance(error, click.BadParameter) else str(error)
+            ctx.obj.found.append(InvalidInput(message))
+            return super().handle_parse_result(ctx, {}, args)
 
 
 def _shared(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -179,55 +211,87 @@ def _quiet_transformers() -> None:
     transformers_logging.disable_progress_bar()
 
 
-@main.command()
+@main.command(cls=_AllProblems)
 @click.option("--model", default="smollm2-135m-instruct", help="Hugging Face id, folder or GGUF file.")
 @click.option("--data", default="wikipedia", help="Human text: a .jsonl or text file.")
 @data_option
 @click.option("--metrics", "names", help="Comma-separated.  [default: sr_2 to sr_4, tr_8, tr_16, tr_32, coh, ent]")
 @click.option("--encoder", default="all-minilm-l6-v2", help="Sentence encoder for coh.")
-@click.option("--num-prefixes", type=click.IntRange(1), default=96)
-@click.option("--num-targets", type=click.IntRange(1), help="Human texts for the targets.  [default: one per prefix]")
-@click.option("--prefix-tokens", type=click.IntRange(1), default=32)
-@click.option("--new-tokens", type=click.IntRange(1), default=64, help="Of every continuation.")
-@click.option("--num-candidates", type=click.IntRange(1), default=25, help="M, per prefix.")
+@click.option("--num-prefixes", default=96)
+@click.option("--num-targets", type=int, help="Human texts for the targets.  [default: one per prefix]")
+@click.option("--prefix-tokens", default=32)
+@click.option("--new-tokens", default=64, help="Of every continuation.")
+@click.option("--num-candidates", default=25, help="M, per prefix.")
 @click.option("--temperature", default=0.97)
 @click.option("--top-k", default=0, help="0: all.")
 @click.option("--top-p", default=1.0)
 @click.option("--normalization", type=click.Choice(["per_prefix", "global"]), default="per_prefix")
+@click.option(
+    "--draw", type=click.Choice(["race", "sir"]), help="What chooses among candidates. [default: race; sir if global]"
+)
 @click.option("--base", type=click.Choice(["proposal", "model"]), default="proposal", help="What is tilted.")
 @click.option(
     "--ridge", default="cv", callback=lambda _context, _option, value: _ridge(value),
     help="Penalty on mu. 0: targets are met exactly on these prefixes; cv: cross-validation chooses.",
 )  # fmt: skip
-@click.option("--bootstrap", type=click.IntRange(0), default=0, help="Replicates for intervals of mu.")
+@click.option("--bootstrap", default=0, help="Replicates for intervals of mu.")
 @click.option("--work-dir", type=click.Path(path_type=Path), help="For candidates.  [default: OUTPUT.candidates]")
 @click.option("--output", type=click.Path(path_type=Path), default="energy.json")
+@force_option
 @engine_options
 @model_options
+@click.pass_obj
 def fit(
-    names: str | None, data: str, field: str, output: Path, work_dir: Path | None, engine_name: str,
-    engine_args: str | None, served_model: str | None, model: str, device: str | None, dtype: str, new_tokens: int,
-    num_candidates: int, temperature: float, top_k: int, top_p: float, encoder: str, format_: Format | None,
-    **options: Any,
+    problems: Problems, /, names: str | None, data: str, field: str, format_: Format | None, output: Path, force: bool,
+    work_dir: Path | None, engine_name: str, engine_args: str | None, served_model: str | None, model: str,
+    device: str | None, dtype: str, new_tokens: int, num_candidates: int, temperature: float, top_k: int, top_p: float,
+    encoder: str, **options: Any,
 ) -> None:  # fmt: skip
     """Fit mu: make a model's expected metrics equal those of human text. Interrupted, it resumes.
 
-    Records of --data that can't be used are named and left out; the exit code is then 1.
+    The exit code is 1 if records of --data were left out, targets were not met, or candidates leave next to no choice:
+    warnings say which. All that is wrong with the arguments is told at once, before anything is drawn.
     """
-    from daemon_fast.data.texts import read_texts
-    from daemon_fast.fit.from_texts import fit_energy
-    from daemon_fast.metrics import DEFAULT, parse
+    from daemon_fast.data.texts import Texts, read_texts
+    from daemon_fast.files import check_writable
+
+    texts, tokenizer, engine, found_so_far = Texts(), None, None, len(problems.found)
+    with problems:
+        check_model(model)
+    no_model = len(problems.found) > found_so_far
+    with problems:
+        check_writable(output, force)
+    with problems:
+        texts = read_texts(data, field, format_)
+    if no_model:  # told at once: what follows imports torch and Transformers
+        problems.report()
+    from daemon_fast.fit.from_texts import fit_energy, is_low, prepare
+    from daemon_fast.metrics import DEFAULT
+    from daemon_fast.models import load_tokenizer, resolve_device
+    from daemon_fast.proposals.base import ProposalSettings
 
     _quiet_transformers()
     listed = DEFAULT if names is None else [name.strip() for name in names.split(",") if name.strip()]
-    metrics = parse(listed, encoder)
-    engine = _engine(engine_name, engine_args, served_model, model, device, dtype)
-    texts = read_texts(data, field, format_)
-    proposal = engine.proposal(
-        num_candidates=num_candidates, max_new_tokens=new_tokens, min_new_tokens=new_tokens, temperature=temperature,
-        top_k=top_k, top_p=top_p,
+    sampling: dict[str, Any] = {
+        "num_candidates": num_candidates, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens,
+        "temperature": temperature, "top_k": top_k, "top_p": top_p,
+    }  # fmt: skip
+    with problems:
+        engine = _engine(engine_name, engine_args, served_model, model, device, dtype)
+    with problems:
+        resolve_device(device)
+    with problems:
+        ProposalSettings(model, "", **sampling)
+    with problems:
+        tokenizer = load_tokenizer(model)
+    # Candidates beside OUTPUT can be written where OUTPUT can.
+    plan = prepare(
+        problems, texts or None, tokenizer, listed, num_candidates, new_tokens, encoder=encoder, directory=work_dir,
+        **options,
     )  # fmt: skip
-    energy = fit_energy(proposal, texts, metrics, directory=work_dir or _candidates_of(output), **options)
+    assert engine is not None
+    proposal = engine.proposal(**sampling)
+    energy = fit_energy(proposal, plan.human, plan.metrics, directory=work_dir or _candidates_of(output), **options)
     energy.save(output)
     found = energy.diagnostics
     assert found is not None
@@ -239,11 +303,11 @@ def fit(
         f"{num_candidates} on average, {found.ess_min:.1f} at least; KL(p_mu || p_theta) {found.kl:.3f} nats; "
         f"written to {output}"
     )
-    sys.exit(1 if texts.problems else 0)  # a warning has named them
+    # Warnings have named them.
+    sys.exit(1 if texts.problems or found.unmet or is_low(found.ess_mean, num_candidates) else 0)
 
 
 def _ridge(text: str) -> float | str:
-    """Checked before anything is drawn."""
     try:
         if text == "cv" or 0 <= float(text) < math.inf:
             return text if text == "cv" else float(text)
@@ -401,20 +465,32 @@ def metrics(
     from daemon_fast.filters import parse_filter
     from daemon_fast.text_metrics import DistinctNGrams, Summary, TextMetrics, measure_records
 
-    _quiet_transformers()
-    if as_json and condition is not None:
-        raise InvalidInput("--json and --filter both say what is written: give one of them")
-    if output is not None and not as_json and condition is None:
-        raise InvalidInput(f"--output = {str(output)!r} needs --json or --filter: the means go to standard output")
-    if tokenizer is not None and unit == "character":
-        raise InvalidInput("--tokenizer and --unit character both say what is counted: give one of them")
-    wanted = None if condition is None else parse_filter(condition)
+    problems = Problems()
+    with problems:
+        if as_json and condition is not None:
+            raise InvalidInput("--json and --filter both say what is written: give one of them")
+        if output is not None and not as_json and condition is None:
+            raise InvalidInput(f"--output = {str(output)!r} needs --json or --filter: the means go to standard output")
+    with problems:
+        if tokenizer is not None and unit == "character":
+            raise InvalidInput("--tokenizer and --unit character both say what is counted: give one of them")
+    sizes: list[list[int]] = []
+    for text, option in ((ngrams, "--ngrams"), (windows, "--windows")):
+        with problems:
+            sizes.append(_sizes(text, option))
+    with problems:
+        if sizes == [[], []] and not gopher:
+            raise InvalidInput("no metrics: --ngrams and --windows are empty, and there is no --gopher")
+    wanted = None
+    with problems:
+        wanted = None if condition is None else parse_filter(condition)
+    problems.report()
+    if tokenizer is not None:
+        _quiet_transformers()
     if wanted is not None:
         measure = TextMetrics.named(wanted.names, unit, tokenizer)
     else:
-        measure = TextMetrics(_sizes(ngrams, "--ngrams"), _sizes(windows, "--windows"), unit, tokenizer, gopher)
-    if not measure.names:
-        raise InvalidInput("no metrics: --ngrams and --windows are empty, and there is no --gopher")
+        measure = TextMetrics(sizes[0], sizes[1], unit, tokenizer, gopher)
     distinct = DistinctNGrams()
     if not as_json and wanted is None:
         measure.distinct = distinct
@@ -504,7 +580,13 @@ def _check_new(folder: Path, name: str, force: bool) -> None:
 @click.option("--data", multiple=True, required=True, help="The human text it was fitted to; one for each --energy.")
 @data_option
 @click.option("--model", help="Instead of the one in the artefact.")
-@click.option("--study", "wanted", multiple=True, help="Only this one; may be repeated.  [default: all]")
+@click.option(
+    "--study",
+    "wanted",
+    multiple=True,
+    type=click.Choice(STUDIES),
+    help="Only this one; may be repeated.  [default: all]",
+)
 @click.option("--held-out", type=click.IntRange(2), default=300, help="Prefixes of each domain.")
 @click.option("--pool-prefixes", type=click.IntRange(1), default=10, help="For the convergence study.")
 @click.option("--pool-candidates", type=click.IntRange(20), default=1000, help="For the convergence study.")
@@ -524,8 +606,7 @@ def evaluate(
     """The paper's experiments for fitted artefacts: tables, figures, report.html. Interrupted, it resumes.
 
     Candidates that fit left in ENERGY.candidates are read, not drawn again. Records of --data that can't be used are
-    named and left out; the exit code is then 1. Studies: alignment, perplexity, convergence, forward_kl, ablation,
-    one_metric, temperatures, tail, transfer.
+    named and left out; the exit code is then 1.
     """
     _check_new(output, "report.json", force)
     for name in (model, amateur):
@@ -550,7 +631,7 @@ def evaluate(
         for path, source, energy in zip(energies, data, loaded, strict=True)
     ]
     report = evaluation.evaluate(
-        domains, output, language_model, tokenizer, wanted=wanted or tuple(evaluation.STUDIES),
+        domains, output, language_model, tokenizer, wanted=wanted or STUDIES,
         sizes=evaluation.Sizes(held_out, pool_prefixes, pool_candidates, sweep_prefixes),
         amateur=load_language_model(amateur, device, getattr(torch, dtype))[0] if amateur else None,
         featurizer=featurizer, prefix_tokens=prefix_tokens, batch_size=batch_size, seed=seed,

@@ -19,7 +19,7 @@ from torch import Tensor
 from daemon_fast import ops
 from daemon_fast.data.formats import SURROGATE, to_json
 from daemon_fast.data.records import Item, Record, lookup
-from daemon_fast.errors import InvalidInput, UnknownMetric
+from daemon_fast.errors import InvalidInput, Problems, UnknownMetric
 from daemon_fast.filters import Filter
 from daemon_fast.gopher import GOPHER_THRESHOLDS, gopher_repetition, gopher_violations
 from daemon_fast.models import load_tokenizer
@@ -83,16 +83,19 @@ class TextMetrics:
         Raises
         ------
         UnknownMetric
+        SeveralProblems
+            Several unknown names.
         """
         sizes: dict[str, list[int]] = {"sr": [], "tr": []}
-        gopher = False
+        gopher, problems = False, Problems()
         for name in names:
             if match := re.fullmatch(r"(sr|tr)_([1-9]\d{0,8})", name):
                 sizes[match[1]].append(int(match[2]))
             elif name in GOPHER_COLUMNS:
                 gopher = True
             else:
-                raise UnknownMetric(f"unknown metric {name!r}; known: {KNOWN}")
+                problems.found.append(UnknownMetric(f"unknown metric {name!r}; known: {KNOWN}"))
+        problems.report()
         return cls(sizes["sr"], sizes["tr"], unit, tokenizer, gopher)
 
     def __call__(self, texts: Sequence[str]) -> Measured:

@@ -130,6 +130,11 @@ def test_bad_options(jsonl, tmp_path):
     fails(run(jsonl, "--filter", "bleu > 1"), "unknown metric 'bleu'; known: sr_<n>, tr_<w>, dup_para_frac")
     fails(run(jsonl, "--filter", "sr_2 >"), "expected a number at position 7, found its end")
     fails(run(jsonl, "--ngrams", "", "--windows", ""), "no metrics")
+    several = run(jsonl, "--ngrams", "x", "--windows", "0", "--filter", "(sr_2 > 1")
+    for message in ("--ngrams = 'x' must", "--windows = '0' must", "expected ')' at position 10"):
+        fails(several, message)
+    for name in ("bleu", "rouge"):
+        fails(run(jsonl, "--filter", "bleu > 1 or rouge < 2"), f"unknown metric '{name}'")
     for sizes in ("0", "a", "2,2", "99999999999", "-1", "1.5"):
         fails(
             run(jsonl, "--ngrams", sizes), f"--ngrams = '{sizes}' must be whole numbers >= 1 and below 10^9, each once"

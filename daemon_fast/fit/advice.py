@@ -37,7 +37,7 @@ def advice(problem: Problem, human: Tensor | None = None, soft: bool = True) -> 
             ways.insert(0, f"leave out {' and '.join(names)}: the others are within reach")
     needed = [candidates_needed(problem, direction) for direction in directions]
     if not needed or None in needed:
-        far = f"; from these, M up to {MOST * m} is not expected to be enough" if needed else ""
+        far = f", though from these not even M = {MOST * m} is expected to be enough" if needed else ""
         ways.append(f"draw more candidates per prefix{far}")
     else:
         largest = max(found for found in needed if found is not None)

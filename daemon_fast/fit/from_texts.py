@@ -25,7 +25,7 @@ from daemon_fast.errors import (
     TargetsNotMet,
 )
 from daemon_fast.files import check_folder
-from daemon_fast.fit import FitResult, Ridge, check_ridge, fit
+from daemon_fast.fit import FitResult, Ridge, check_ridge, fit, rule
 from daemon_fast.fit.advice import advice
 from daemon_fast.fit.dual import Problem
 from daemon_fast.fit.newton import newton
@@ -34,7 +34,7 @@ from daemon_fast.fit.samples import Block, InMemory
 from daemon_fast.memory import check_fits
 from daemon_fast.metrics import Function, Metric
 from daemon_fast.models import DEFAULT_ENCODER, Encoder
-from daemon_fast.ops import Normalization
+from daemon_fast.ops import Draw, Normalization
 from daemon_fast.proposals.base import Proposal
 from daemon_fast.seeds import check_seed
 
@@ -57,6 +57,7 @@ def fit_energy(
     num_targets: int | None = None,
     prefix_tokens: int = 32,
     normalization: Normalization = "per_prefix",
+    draw: Draw | None = None,
     base: Base = "proposal",
     ridge: Ridge = "cv",
     bootstrap: int = 0,
@@ -79,7 +80,7 @@ def fit_energy(
     num_prefixes : N, of which candidates are drawn
     num_targets : human continuations that give the targets; default: those of the prefixes
     prefix_tokens : where texts are cut
-    normalization, ridge, bootstrap : see `daemon_fast.fit`
+    normalization, draw, ridge, bootstrap : see `daemon_fast.fit`
     base : "proposal": that is tilted, as in the paper; "model": p_theta at temperature 1 is
     seed : of the choice of texts, the candidates and the bootstrap
     batch_size : prefixes drawn together
@@ -121,15 +122,15 @@ def fit_energy(
     plan = prepare(
         problems, texts, tokenizer, metrics, sampling.num_candidates, sampling.max_new_tokens,
         encoder=encoder, num_prefixes=num_prefixes, num_targets=num_targets, prefix_tokens=prefix_tokens,
-        normalization=normalization, base=base, ridge=ridge, bootstrap=bootstrap, seed=seed, batch_size=batch_size,
-        directory=directory,
+        normalization=normalization, draw=draw, base=base, ridge=ridge, bootstrap=bootstrap, seed=seed,
+        batch_size=batch_size, directory=directory,
     )  # fmt: skip
     measured = measure(
         proposal, plan.pairs, plan.metrics, targets=plan.targets, base=base, seed=seed, batch_size=batch_size,
         directory=directory,
     )  # fmt: skip
     with kept(directory, REUSED):
-        result, fitted = _fitted(measured, plan.metrics, normalization, ridge, bootstrap, seed)
+        result, fitted = _fitted(measured, plan.metrics, normalization, draw, ridge, bootstrap, seed)
     return result.energy(fitted, proposal.settings, base, seed, len(plan.targets))
 
 
@@ -159,6 +160,7 @@ def prepare(
     num_targets: int | None = None,
     prefix_tokens: int = 32,
     normalization: Normalization = "per_prefix",
+    draw: Draw | None = None,
     base: Base = "proposal",
     ridge: Ridge = "cv",
     bootstrap: int = 0,
@@ -180,8 +182,9 @@ def prepare(
     SeveralProblems
         More than one thing is wrong; else the one error.
     """
-    if isinstance(human, Pairs):
-        num_prefixes, num_targets = min(num_prefixes, len(human)), min(num_targets or len(human), len(human))
+    if isinstance(human, Pairs) and len(human) > 0:
+        num_prefixes = min(num_prefixes, len(human))
+        num_targets = len(human) if num_targets is None else min(num_targets, len(human))
     limits = {
         "num_prefixes": (num_prefixes, 1),
         "num_targets": (1 if num_targets is None else num_targets, 1),
@@ -198,6 +201,8 @@ def prepare(
     for name, value, options in (("normalization", normalization, Normalization), ("base", base, Base)):
         if value not in get_args(options):
             problems.found.append(InvalidInput(f"{name} = {value!r} must be one of {', '.join(get_args(options))}"))
+    with problems:
+        rule(draw, normalization)
     parsed: list[Metric] = []
     with problems:
         parsed = metrics_module.parse(metrics, encoder)
@@ -216,7 +221,7 @@ def prepare(
     with problems:
         if isinstance(human, Pairs):
             pairs = human
-        elif human is not None and tokenizer is not None and min(num_prefixes, prefix_tokens, texts) >= 1:
+        elif human is not None and tokenizer is not None and min(num_prefixes, prefix_tokens, new_tokens, texts) >= 1:
             pairs = split(human, tokenizer, prefix_tokens, new_tokens, max(num_prefixes, texts), seed)
     problems.report()
     return Plan(parsed, pairs[:num_prefixes], pairs[:texts])
@@ -272,25 +277,32 @@ def measure(
 
 
 def _fitted(
-    measured: Measured, metrics: list[Metric], normalization: Normalization, ridge: Ridge, bootstrap: int, seed: int
+    measured: Measured,
+    metrics: list[Metric],
+    normalization: Normalization,
+    draw: Draw | None,
+    ridge: Ridge,
+    bootstrap: int,
+    seed: int,
 ) -> tuple[FitResult, list[Metric]]:
     """The fit of all metrics that the candidates vary in, and these; warns of the others, and of targets not met."""
     varying, columns, missed = _varying(measured, metrics, normalization)
+    constant = f"the same for all candidates, unlike their targets: {', '.join(missed.values())}"
     if not varying:
-        raise InvalidInput("all metrics are constant over the candidates: there is nothing to fit")
+        raise InfeasibleTargets(constant) if missed else InvalidInput("no metric is left to fit")
     features, human = measured.features[..., columns], measured.human[:, columns]
     names, samples = metrics_module.column_names(varying), InMemory(Block(features, measured.base_log_w))
     try:
         result = fit(
-            features, human, measured.base_log_w, normalization=normalization, ridge=ridge, names=names,
+            features, human, measured.base_log_w, normalization=normalization, draw=draw, ridge=ridge, names=names,
             bootstrap=bootstrap, seed=seed, progress=True,
         )  # fmt: skip
     except InfeasibleTargets as error:
-        raise InfeasibleTargets("; ".join([*missed.values(), str(error)])) from error
+        raise InfeasibleTargets(f"{constant}; {error}" if missed else str(error)) from error
     if missed and ridge == 0:
-        raise InfeasibleTargets(f"{'; '.join(missed.values())}: leave out {' and '.join(missed)}, or give ridge = 'cv'")
-    for problem in missed.values():
-        warnings.warn(f"{problem}: it is left out", TargetsNotMet, stacklevel=3)
+        raise InfeasibleTargets(f"{constant}. Leave out {' and '.join(missed)}, or take ridge = 'cv', which does")
+    if missed:
+        warnings.warn(f"left out, with their targets missed: metrics that are {constant}", TargetsNotMet, stacklevel=3)
     if result.unmet:
         exact = Problem.standardised(samples, result.targets, normalization, tuple(names), 0.0)
         try:
@@ -322,7 +334,8 @@ def _varying(
     low, high = Problem(samples, targets, normalization, names, torch.ones_like(targets), 0.0).reachable()
     constant = high - low <= ROUNDING * high.abs().maximum(low.abs())
     met = (targets - low).abs() <= ROUNDING * targets.abs().maximum(low.abs())
-    varying, columns, missed, start = list[Metric](), list[int](), dict[str, str](), 0
+    varying, columns, start = list[Metric](), list[int](), 0
+    missed, useless = dict[str, str](), list[str]()
     for metric in metrics:
         own = range(start, start + len(metric.names))
         start = own.stop
@@ -330,14 +343,14 @@ def _varying(
             varying.append(metric)
             columns += own
             continue
-        for k in own:
-            same = f"metric {names[k]} is {low[k]:.6g} for all candidates"
-            if normalization == "per_prefix":
-                same = f"metric {names[k]} is the same for all candidates of a prefix, {low[k]:.6g} on average"
-            if met[k]:
-                warnings.warn(f"{same}, as for human text: it is left out", stacklevel=4)
-            else:
-                missed[names[k]] = f"{same}, and its target is {targets[k]:.6g}"
+        useless += [f"{names[k]} ({low[k]:.6g})" for k in own if met[k]]
+        missed |= {names[k]: f"{names[k]} ({low[k]:.6g}, target {targets[k]:.6g})" for k in own if not met[k]}
+    if useless:
+        warnings.warn(
+            f"left out, as nothing is to be fitted: metrics that are the same for all candidates, and for human text: "
+            f"{', '.join(useless)}",
+            stacklevel=4,
+        )
     return varying, columns, missed
 
 

@@ -34,7 +34,7 @@ from daemon_fast.fit import fit as fit_samples
 from daemon_fast.fit.samples import Block
 from daemon_fast.metrics import Function, Metric
 from daemon_fast.models import DEFAULT_ENCODER, Encoder
-from daemon_fast.ops import Normalization
+from daemon_fast.ops import Draw, Normalization
 from daemon_fast.proposals.base import ProposalSettings
 from daemon_fast.proposals.load import EngineSpec
 from daemon_fast.seeds import batch_seed
@@ -254,6 +254,7 @@ def fit(
     dataset: Dataset,
     *,
     normalization: Normalization = "per_prefix",
+    draw: Draw | None = None,
     ridge: float = 0.0,
     metrics: Iterable[Metric | Function] = (),
 ) -> Energy:
@@ -262,7 +263,7 @@ def fit(
     Parameters
     ----------
     dataset : of `measure`
-    normalization, ridge : see `daemon_fast.fit`; the ridge is a number here
+    normalization, draw, ridge : see `daemon_fast.fit`; the ridge is a number here
     metrics : your own, if it was measured with some
 
     Raises
@@ -275,7 +276,7 @@ def fit(
     measured = RaySamples(dataset)
     fitted = metrics_module.from_specs(measured.run["metrics"], metrics)
     names = metrics_module.column_names(fitted)
-    result = fit_samples(measured, measured.targets(), normalization=normalization, ridge=ridge, names=names)
+    result = fit_samples(measured, measured.targets(), normalization=normalization, draw=draw, ridge=ridge, names=names)
     settings, base, seed = (measured.run[name] for name in ("proposal_settings", "base", "seed"))
     return result.energy(fitted, ProposalSettings(**settings), base, seed)
 
