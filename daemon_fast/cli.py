@@ -255,16 +255,13 @@ def fit(
     from daemon_fast.data.texts import Texts, read_texts
     from daemon_fast.files import check_writable
 
-    texts, tokenizer, engine, found_so_far = Texts(), None, None, len(problems.found)
-    with problems:
-        check_model(model)
-    no_model = len(problems.found) > found_so_far
+    texts, tokenizer, engine = Texts(), None, None
     with problems:
         check_writable(output, force)
     with problems:
         texts = read_texts(data, field, format_)
-    if no_model:  # told at once: what follows imports torch and Transformers
-        problems.report()
+    if not problems.found:  # a mistyped model is told at once: what follows imports torch and Transformers
+        check_model(model)
     from daemon_fast.fit.from_texts import fit_energy, is_low, prepare
     from daemon_fast.metrics import DEFAULT
     from daemon_fast.models import load_tokenizer, resolve_device
@@ -278,12 +275,11 @@ def fit(
     }  # fmt: skip
     with problems:
         engine = _engine(engine_name, engine_args, served_model, model, device, dtype)
+        tokenizer = load_tokenizer(model)
     with problems:
         resolve_device(device)
     with problems:
         ProposalSettings(model, "", **sampling)
-    with problems:
-        tokenizer = load_tokenizer(model)
     # Candidates beside OUTPUT can be written where OUTPUT can.
     plan = prepare(
         problems, texts or None, tokenizer, listed, num_candidates, new_tokens, encoder=encoder, directory=work_dir,
