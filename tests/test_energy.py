@@ -109,7 +109,9 @@ def test_the_wrong_field_is_named(saved, tmp_path, path, value, message):
 def test_missing_fields_are_named(saved, tmp_path):
     document = json.loads(saved.read_text())
     for section in ("", "proposal_settings", "diagnostics"):
-        for name in document[section] if section else document.keys() - {"draw"}:
+        for name in document[section] if section else document:
+            if name in ("draw", "unmet"):
+                continue  # artefacts of earlier versions lack them
             broken = copy.deepcopy(document)
             del (broken[section] if section else broken)[name]
             (tmp_path / "e.json").write_text(json.dumps(broken))
