@@ -36,22 +36,12 @@ __all__ = [
     "features",
     "from_specs",
     "parse",
-<<<<<<< HEAD
-    "repetition_of_texts",
     "unbounded_tilts",
 ]
 
 Function = Callable[[Candidates], Tensor]
 KNOWN = "sr_<n>, tr_<w>, div, ent, coh, nats"
 DEFAULT = ("sr_2", "sr_3", "sr_4", "tr_8", "tr_16", "tr_32", "coh", "nats")  # what a fit takes unless told
-BATCH_TOKENS = 1 << 22  # of texts whose repetition is counted in one call
-=======
-]
-
-Function = Callable[[Candidates], Tensor]
-KNOWN = "sr_<n>, tr_<w>, div, ent, coh"
-DEFAULT = ("sr_2", "sr_3", "sr_4", "tr_8", "tr_16", "tr_32", "coh", "ent")  # what a fit takes unless told
->>>>>>> main
 MAX_CACHED_PREFIXES = 4096
 
 
