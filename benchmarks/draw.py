@@ -25,7 +25,6 @@ from daemon_fast import TransformersProposal, ops
 from daemon_fast import metrics as metrics_module
 from daemon_fast.data.collect import batches, scores
 from daemon_fast.data.texts import read_texts, split
-from daemon_fast.errors import FitError
 from daemon_fast.experiments.measures import weighted_mean
 from daemon_fast.fit import fit
 from daemon_fast.fit.race import probabilities
@@ -44,20 +43,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--domains", nargs="*", default=["wikipedia", "news"])
-    parser.add_argument("--prefixes", type=int, default=48, help="of each domain, half of them to fit to")
+    parser.add_argument("--prefixes", nargs="*", type=int, default=[48, 26], help="of each domain, half to fit to")
     parser.add_argument("--targets", type=int, default=1000, help="human texts of each domain, if there are so many")
     parser.add_argument("--save", action="store_true")
     arguments = parser.parse_args()
     settings = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "temperature": TEMPERATURE}
     proposal = TransformersProposal.load(dtype=torch.bfloat16, num_candidates=POOL, **settings)
     text, figures = [], {}
-    for domain in arguments.domains:
-        data = measured(proposal, domain, arguments.directory / domain, arguments.prefixes, arguments.targets)
-        rows = compare(*data)
+    for domain, count in zip(arguments.domains, arguments.prefixes, strict=True):
+        data = measured(proposal, domain, arguments.directory / domain, count, arguments.targets)
+        rows, verdict = compare(*data)
         figures[domain] = rows
         heads = [name for name in rows[0] if name not in ("rule", "M", "mu")]
         lines = [[f"{row['rule']}, M = {row['M']}", *(row[name] for name in heads)] for row in rows]
-        text.append(f"## {domain}, {arguments.prefixes} prefixes\n\n{table([domain, *heads], lines)}")
+        text.append(f"## {domain}, {count} prefixes\n\n{table([domain, *heads], lines)}\n\n{verdict}")
     seconds = call_times(proposal)
     figures["seconds"] = seconds
     lines = [[str(m), value] for m, value in seconds.items()]
@@ -87,8 +86,8 @@ def measured(
     return torch.cat(parts), torch.cat(of_human), torch.cat([part.lengths for part in human]), log_base
 
 
-def compare(features: Tensor, human: Tensor, lengths: Tensor, log_base: Tensor) -> list[dict[str, Any]]:
-    """A row for each rule and M."""
+def compare(features: Tensor, human: Tensor, lengths: Tensor, log_base: Tensor) -> tuple[list[dict[str, Any]], str]:
+    """A row for each rule and M; and how the race of 12 candidates stands to SIR's draw from 25, with errors."""
     features, human, n = features.double(), human.double(), len(features)
     to_fit, held_out = features[::2], features[1::2]
     own = torch.arange(n)[1::2]  # human texts of the held-out prefixes, which the targets leave out
@@ -96,31 +95,37 @@ def compare(features: Tensor, human: Tensor, lengths: Tensor, log_base: Tensor) 
     spread, within = human.std(0), (features - features.mean(1, keepdim=True)).flatten(0, 1).std(0)
     of_pool = fit(to_fit, targets, ridge=RIDGE).mu
     truth = weighted_mean(held_out, ops.importance_weights(-(held_out @ of_pool)).weights).mean(0)
-    rows = []
+    rows, values, gains = [], {}, {}
     for m in SIZES:
         groups = to_fit[:, : POOL // m * m].reshape(-1, m, features.shape[2])
         for rule in RULES:
-            try:
-                mu = fit(groups, targets, draw=rule, ridge=RIDGE).mu
-            except FitError as error:
-                print(f"{rule}, M = {m}: {error}")
-                continue
+            mu = fit(groups, targets, draw=rule, ridge=RIDGE).mu
             gain = -(human[own] @ mu) - ops.importance_weights(-(held_out @ mu)).log_mean
-            met = expected(to_fit, mu, m, rule)
+            gains[rule, m], values[rule, m] = gain, (expected(held_out, mu, m, rule) - targets) / spread
             rows.append(
                 {
                     "rule": rule,
                     "M": m,
-                    "expected": norm((expected(held_out, mu, m, rule) - targets) / spread),
+                    "expected": norm(values[rule, m].mean(0)),
                     "one text": one_text(held_out, mu, m, rule, targets, spread),
-                    "bias": norm((expected(held_out, of_pool, m, rule) - truth) / within),
-                    "missed": norm((met - targets) / spread),
+                    "bias": norm((expected(held_out, of_pool, m, rule).mean(0) - truth) / within),
                     "mu off": norm((mu - of_pool) * within) / norm(of_pool * within),
                     "perplexity": math.exp(-float((log_base[own] + gain).sum() / lengths[own].sum())),
                     "mu": mu.tolist(),
                 }
             )
-    return rows
+    few, many = ("race", 12), ("sir", 25)
+    random, resampled = generator(0, "prefixes"), []
+    for _ in range(1000):
+        some = torch.randint(len(own), (len(own),), generator=random)
+        resampled.append(norm(values[few][some].mean(0)) - norm(values[many][some].mean(0)))
+    nearer = norm(values[few].mean(0)) - norm(values[many].mean(0))
+    gained = (gains[few] - gains[many]) / lengths[own]
+    likelier, error = float(gained.mean()), float(gained.std()) / len(own) ** 0.5
+    return rows, (
+        f"The race of 12 candidates less SIR of 25: distance in expectation {nearer:.4f} ± {np.std(resampled):.4f}, "
+        f"log-likelihood of human text {likelier:.5f} ± {error:.5f} nats a token"
+    )
 
 
 def norm(values: Tensor) -> float:
@@ -133,11 +138,12 @@ def chances(log_w: Tensor, rule: Draw) -> Tensor:
 
 
 def expected(features: Tensor, mu: Tensor, m: int, rule: Draw) -> Tensor:
-    """[K] metrics of what is chosen from M candidates, the mean over random parts of each pool."""
-    random, total = generator(m, "parts"), 0.0
+    """[N, K] metrics of what is chosen from M candidates, the mean over random parts of each pool."""
+    random, (n, _, k) = generator(m, "parts"), features.shape
+    total = torch.zeros(n, k, dtype=torch.float64)
     for _ in range(PARTS):
-        part = features[:, torch.randperm(POOL, generator=random)[: POOL // m * m]].reshape(-1, m, features.shape[2])
-        total += weighted_mean(part, chances(-(part @ mu), rule)).mean(0)
+        part = features[:, torch.randperm(POOL, generator=random)[: POOL // m * m]].reshape(-1, m, k)
+        total += weighted_mean(part, chances(-(part @ mu), rule)).reshape(n, -1, k).mean(1)
     return total / PARTS
 
 

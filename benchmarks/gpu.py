@@ -189,11 +189,7 @@ def cases(ceiling: dict[str, float]) -> list[Case]:
         return lambda _: (torch.randn(g, 25, 9, device="cuda"), mu, torch.rand(g, dtype=torch.float64, device="cuda"))
 
     def racing(g: int) -> Callable[[int], tuple[Any, ...]]:
-        return lambda _: (
-            torch.randn(g, 25, 9, device="cuda"),
-            mu,
-            torch.rand(g, 25, dtype=torch.float64, device="cuda"),
-        )
+        return lambda _: (*groups(g)(0)[:2], torch.rand(g, 25, dtype=torch.float64, device="cuda"))
 
     def logits(_: int) -> tuple[Any, ...]:
         values = torch.randn(6400, 50_257, device="cuda", dtype=torch.bfloat16)
