@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--domains", nargs="*", default=["wikipedia", "news"])
     parser.add_argument("--prefixes", nargs="*", type=int, default=[48, 26], help="of each domain, half to fit to")
-    parser.add_argument("--targets", type=int, default=1000, help="human texts of each domain, if there are so many")
+    parser.add_argument("--targets", type=int, default=600, help="human texts of each domain, if there are so many")
     parser.add_argument("--save", action="store_true")
     arguments = parser.parse_args()
     settings = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "temperature": TEMPERATURE}
