@@ -24,6 +24,7 @@ __all__ = [
     "check_same_run",
     "check_writable",
     "digest",
+    "file_digest",
     "read_arrays",
     "read_manifest",
     "replacing",
@@ -137,6 +138,12 @@ def read_arrays(path: str | os.PathLike[str]) -> Arrays | None:
 def digest(*what: Any) -> str:
     """64 hexadecimal digits of what JSON can hold."""
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """64 hexadecimal digits of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:

@@ -8,6 +8,8 @@ where log Z is averaged over prefixes (per-prefix weights) or taken over all sam
 and has a minimum if and only if F lies inside the convex hull of what weights can reach. If it does not, some
 direction d separates: d · F > max over weights of d · F̂, and the iterates run off along d. Each iterate is therefore
 tried as such a direction: a success is a proof, whatever the solver did to get there.
+
+All this holds of SIR, whose chances are the weights, and of the race, whose chances and dual are in `race`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor
 from daemon_fast import ops
 from daemon_fast.errors import InfeasibleTargets, InvalidInput
 from daemon_fast.fit.samples import Block, Samples, tilted_moments
-from daemon_fast.ops import Normalization
+from daemon_fast.ops import Draw, Normalization
 
 __all__ = ["Problem"]
 
@@ -37,6 +39,7 @@ class Problem:
     names: tuple[str, ...]
     scale: Tensor
     ridge: float
+    draw: Draw = "sir"
 
     @staticmethod
     def standardised(
@@ -60,7 +63,7 @@ class Problem:
 
     def tilted(self, nu: Tensor) -> ops.Moments:
         """On the device of the samples; the results, a handful of numbers, on the CPU, where the solvers work."""
-        moments = tilted_moments(self.samples, nu / self.scale, self.normalization)
+        moments = tilted_moments(self.samples, nu / self.scale, self.normalization, self.draw)
         if not moments.log_z.isfinite():  # what a CUDA operator can't raise, it marks
             raise InvalidInput("log-weights hold NaN or infinity, or are all -inf where one must be finite")
         return moments

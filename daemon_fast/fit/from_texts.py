@@ -25,7 +25,7 @@ from daemon_fast.errors import (
     TargetsNotMet,
 )
 from daemon_fast.files import check_folder
-from daemon_fast.fit import FitResult, Ridge, check_ridge, fit
+from daemon_fast.fit import FitResult, Ridge, check_ridge, fit, rule
 from daemon_fast.fit.advice import advice
 from daemon_fast.fit.dual import Problem
 from daemon_fast.fit.newton import newton
@@ -34,7 +34,7 @@ from daemon_fast.fit.samples import Block, InMemory
 from daemon_fast.memory import check_fits
 from daemon_fast.metrics import Function, Metric
 from daemon_fast.models import DEFAULT_ENCODER, Encoder
-from daemon_fast.ops import Normalization
+from daemon_fast.ops import Draw, Normalization
 from daemon_fast.proposals.base import Proposal
 from daemon_fast.seeds import check_seed
 
@@ -57,6 +57,7 @@ def fit_energy(
     num_targets: int | None = None,
     prefix_tokens: int = 32,
     normalization: Normalization = "per_prefix",
+    draw: Draw | None = None,
     base: Base = "proposal",
     ridge: Ridge = "cv",
     bootstrap: int = 0,
@@ -79,7 +80,7 @@ def fit_energy(
     num_prefixes : N, of which candidates are drawn
     num_targets : human continuations that give the targets; default: those of the prefixes
     prefix_tokens : where texts are cut
-    normalization, ridge, bootstrap : see `daemon_fast.fit`
+    normalization, draw, ridge, bootstrap : see `daemon_fast.fit`
     base : "proposal": that is tilted, as in the paper; "model": p_theta at temperature 1 is
     seed : of the choice of texts, the candidates and the bootstrap
     batch_size : prefixes drawn together
@@ -121,15 +122,15 @@ def fit_energy(
     plan = prepare(
         problems, texts, tokenizer, metrics, sampling.num_candidates, sampling.max_new_tokens,
         encoder=encoder, num_prefixes=num_prefixes, num_targets=num_targets, prefix_tokens=prefix_tokens,
-        normalization=normalization, base=base, ridge=ridge, bootstrap=bootstrap, seed=seed, batch_size=batch_size,
-        directory=directory,
+        normalization=normalization, draw=draw, base=base, ridge=ridge, bootstrap=bootstrap, seed=seed,
+        batch_size=batch_size, directory=directory,
     )  # fmt: skip
     measured = measure(
         proposal, plan.pairs, plan.metrics, targets=plan.targets, base=base, seed=seed, batch_size=batch_size,
         directory=directory,
     )  # fmt: skip
     with kept(directory, REUSED):
-        result, fitted = _fitted(measured, plan.metrics, normalization, ridge, bootstrap, seed)
+        result, fitted = _fitted(measured, plan.metrics, normalization, draw, ridge, bootstrap, seed)
     return result.energy(fitted, proposal.settings, base, seed, len(plan.targets))
 
 
@@ -159,6 +160,7 @@ def prepare(
     num_targets: int | None = None,
     prefix_tokens: int = 32,
     normalization: Normalization = "per_prefix",
+    draw: Draw | None = None,
     base: Base = "proposal",
     ridge: Ridge = "cv",
     bootstrap: int = 0,
@@ -199,6 +201,8 @@ def prepare(
     for name, value, options in (("normalization", normalization, Normalization), ("base", base, Base)):
         if value not in get_args(options):
             problems.found.append(InvalidInput(f"{name} = {value!r} must be one of {', '.join(get_args(options))}"))
+    with problems:
+        rule(draw, normalization)
     parsed: list[Metric] = []
     with problems:
         parsed = metrics_module.parse(metrics, encoder)
@@ -273,7 +277,13 @@ def measure(
 
 
 def _fitted(
-    measured: Measured, metrics: list[Metric], normalization: Normalization, ridge: Ridge, bootstrap: int, seed: int
+    measured: Measured,
+    metrics: list[Metric],
+    normalization: Normalization,
+    draw: Draw | None,
+    ridge: Ridge,
+    bootstrap: int,
+    seed: int,
 ) -> tuple[FitResult, list[Metric]]:
     """The fit of all metrics that the candidates vary in, and these; warns of the others, and of targets not met."""
     varying, columns, missed = _varying(measured, metrics, normalization)
@@ -284,7 +294,7 @@ def _fitted(
     names, samples = metrics_module.column_names(varying), InMemory(Block(features, measured.base_log_w))
     try:
         result = fit(
-            features, human, measured.base_log_w, normalization=normalization, ridge=ridge, names=names,
+            features, human, measured.base_log_w, normalization=normalization, draw=draw, ridge=ridge, names=names,
             bootstrap=bootstrap, seed=seed, progress=True,
         )  # fmt: skip
     except InfeasibleTargets as error:
