@@ -395,8 +395,8 @@ def decode(
         check_writable(output, force)
     from daemon_fast.data.records import DecodeWork, process
 
-    decoder = _decoder(path, batch_size, **options)
     _quiet_transformers()
+    decoder = _decoder(path, batch_size, **options)
     energy = json.loads(path.read_text(encoding="utf-8"))
     used = {"energy": energy, "num_samples": num_samples, "seed": seed, "batch_size": batch_size}
     used |= {name: options[name] for name in ("model", "dtype", "engine_name", "engine_args", "served_model")}

@@ -27,6 +27,7 @@ from daemon_fast.data.formats import (
     Source,
     arrow,
     compressed,
+    escaped,
     find_sources,
     output_format,
     parquet_file,
@@ -177,7 +178,8 @@ def _problem(record: Record, text: Any, field: str) -> str | None:
     if isinstance(text, bytes):
         return f"has no text but bytes in {field!r}: not UTF-8"
     if not isinstance(text, str):
-        return f"has no string field {field!r}"
+        others = [name for name, value in record.items() if isinstance(value, str)]
+        return f"has no string field {field!r}" + (f", but {', '.join(others[:5])}" if others else "")
     if half := SURROGATE.search(text):
         return f"has half a surrogate pair, \\u{ord(half[0]):04x}, as character {half.start()} of {field!r}: no text"
     return f"has a field {RESULT!r} already" if RESULT in record else None
@@ -406,7 +408,8 @@ def _columns_to_parquet(sources: Sequence[Source], log: Path, field: str, target
 
     def blocks() -> Iterator[list[Record]]:
         found = _all(sources, field)
-        yield from ([item.record for item in block] for block in iter(lambda: list(islice(found, PARQUET_ROWS)), []))
+        for block in iter(lambda: list(islice(found, PARQUET_ROWS)), []):
+            yield [_whole_characters(item.record) for item in block]
 
     types = _column_types(blocks)
     as_text = [name for name, kind in types.items() if kind is None]
@@ -422,6 +425,15 @@ def _columns_to_parquet(sources: Sequence[Source], log: Path, field: str, target
             yield lib.Table.from_arrays(columns, schema=schema)
 
     write_parquet(target, schema, tables())
+
+
+def _whole_characters(value: Any) -> Any:
+    """Half a surrogate pair, which Arrow can't hold, is written as JSON escapes it: no other record loses its type."""
+    if isinstance(value, str):
+        return SURROGATE.sub(escaped, value)
+    if isinstance(value, dict):
+        return {_whole_characters(key): _whole_characters(item) for key, item in value.items()}
+    return [_whole_characters(item) for item in value] if isinstance(value, list) else value
 
 
 def _flat(result: Record) -> Record:
