@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import get_completion_class
 
 from daemon_fast.embedded import check_model
@@ -260,7 +261,10 @@ def fit(
         check_writable(output, force)
     with problems:
         texts = read_texts(data, field, format_)
-    if no_model:  # told at once: what follows imports torch and Transformers
+    context = click.get_current_context()
+    given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    # A mistyped name alone is told at once: what checks the other options imports torch and Transformers.
+    if no_model and given <= {"model", "data", "field", "format_", "output", "force"}:
         problems.report()
     from daemon_fast.fit.from_texts import fit_energy, is_low, prepare
     from daemon_fast.metrics import DEFAULT
