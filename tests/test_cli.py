@@ -443,7 +443,7 @@ def test_all_problems_are_told_at_once_and_nothing_is_drawn(tmp_path, texts):
     lines = result.output.splitlines()
     for message in (
         "--ridge = '-1' must be", "'--num-prefixes': 'x'", "num_candidates = 0", "top_p = 2.0", "temperature = 0.0",
-        "seed = -1", "'--batch-size': 0", "'--dtype': 'int3'", "bootstrap = -2", "unknown metric 'foo'",
+        "'--seed': -1", "'--batch-size': 0", "'--dtype': 'int3'", "bootstrap = -2", "unknown metric 'foo'",
         "unknown metric 'bar'", "model '", "device 'gpu9'", "none.jsonl can't be read",
         "there is no folder", "file is no folder",
     ):  # fmt: skip

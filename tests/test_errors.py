@@ -21,6 +21,8 @@ def test_one_problem_is_raised_as_it_is_and_several_as_one():
         problems.report()
     assert raised.value is one
     with problems:
+        raise DataError("a")  # once is enough
+    with problems:
         parse(["foo", "bar", "sr_2", "sr_2"])
     with pytest.raises(SeveralProblems) as several:
         problems.report()

@@ -9,6 +9,7 @@ import toy
 
 from daemon_fast import Energy, SIRDecoder, TransformersProposal, fit_energy, metrics
 from daemon_fast.data import Pairs
+from daemon_fast.data.collect import collect
 from daemon_fast.errors import (
     DataError,
     InfeasibleTargets,
@@ -36,7 +37,8 @@ def test_expected_metrics_of_the_fits_own_candidates_are_those_of_the_human_text
     want = metrics.features(energy.metrics, toy.as_candidates(torch.tensor(pairs.continuations), 200)).mean((0, 1))
     torch.testing.assert_close(energy.targets, want.double())
     # Drawn a second time, batch by batch and seed by seed: the same candidates.
-    decoded = SIRDecoder(energy, toy.ToyProposal(num_candidates=12), batch_size=7)(["x"] * 200, seed=0)
+    drawn, _ = collect(toy.ToyProposal(num_candidates=12), pairs.prefixes, None, seed=0, batch_size=7)
+    decoded = SIRDecoder(energy, toy.ToyProposal(num_candidates=12)).choose(drawn)
     if normalization == "per_prefix":
         expected = (decoded.weights.double()[..., None] * decoded.candidate_features.double()).sum(1).mean(0)
         torch.testing.assert_close(expected, energy.targets, atol=1e-6, rtol=0)
