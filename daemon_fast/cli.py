@@ -20,7 +20,7 @@ from click.core import ParameterSource
 from click.shell_completion import get_completion_class
 
 from daemon_fast.embedded import check_model
-from daemon_fast.errors import DaemonFastError, InvalidInput, Problems, SeveralProblems
+from daemon_fast.errors import DaemonFastError, InvalidInput, ModelUnavailable, Problems, SeveralProblems
 
 if TYPE_CHECKING:
     from daemon_fast.data.formats import Format
@@ -253,14 +253,14 @@ def fit(
     from daemon_fast.data.texts import Texts, read_texts
     from daemon_fast.files import check_writable
 
-    texts, tokenizer, engine, found_so_far = Texts(), None, None, len(problems.found)
-    with problems:
-        check_model(model)
-    no_model = len(problems.found) > found_so_far
+    texts, tokenizer, engine = Texts(), None, None
     with problems:
         check_writable(output, force)
     with problems:
         texts = read_texts(data, field, format_)
+    with problems:
+        check_model(model)
+    no_model = any(isinstance(problem, ModelUnavailable) for problem in problems.found)
     context = click.get_current_context()
     given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     # A mistyped name alone is told at once: what checks the other options imports torch and Transformers.
@@ -280,11 +280,12 @@ def fit(
     with problems:
         engine = _engine(engine_name, engine_args, served_model, model, device, dtype)
     with problems:
+        check_model(model)
+        tokenizer = load_tokenizer(model)
+    with problems:
         resolve_device(device)
     with problems:
         ProposalSettings(model, "", **sampling)
-    with problems:
-        tokenizer = load_tokenizer(model)
     # Candidates beside OUTPUT can be written where OUTPUT can.
     plan = prepare(
         problems, texts or None, tokenizer, listed, num_candidates, new_tokens, encoder=encoder, directory=work_dir,

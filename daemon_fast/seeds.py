@@ -50,7 +50,7 @@ def stream(seed: int, use: str) -> int:
 
 def generator(seed: int, use: str) -> torch.Generator:
     """The random numbers, on the CPU, of one use of a seed."""
-    import torch  # the command line reads files without it
+    import torch  # files of records need seeds, and no torch
 
     return torch.Generator().manual_seed(stream(seed, use))
 

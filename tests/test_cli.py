@@ -255,7 +255,7 @@ def test_metrics_of_texts_of_any_length(tmp_path, monkeypatch):
 def test_doctor():
     result = run("doctor")
     assert result.exit_code == 0, result.output
-    assert result.stdout.count("ok on cpu") == 6
+    assert result.stdout.count("ok on cpu") == 7
     assert torch.__version__ in result.stdout
 
 
@@ -444,7 +444,7 @@ def test_all_problems_are_told_at_once_and_nothing_is_drawn(tmp_path, texts):
     for message in (
         "--ridge = '-1' must be", "'--num-prefixes': 'x'", "num_candidates = 0", "top_p = 2.0", "temperature = 0.0",
         "'--seed': -1", "'--batch-size': 0", "'--dtype': 'int3'", "bootstrap = -2", "unknown metric 'foo'",
-        "unknown metric 'bar'", "model '", "device 'gpu9'", "none.jsonl can't be read",
+        "unknown metric 'bar'", "none': no such folder", "device 'gpu9'", "none.jsonl can't be read",
         "there is no folder", "file is no folder",
     ):  # fmt: skip
         assert sum(line.startswith("Error: ") and message in line for line in lines) == 1, message

@@ -298,7 +298,8 @@ def test_from_parquet_to_parquet_every_column_is_the_same(tmp_path):
     before = parquet.read_table(tmp_path / "in.parquet")
     for name in ("first", "second"):
         summary = process(tmp_path / "in.parquet", tmp_path / f"{name}.parquet", shout, {}, chunk_size=2)
-        assert summary.errors == ["in.parquet, row 2 has no string field 'text'"]
+        (error,) = summary.errors
+        assert error.startswith("in.parquet, row 2 has no string field 'text'")
     after = parquet.read_table(tmp_path / "first.parquet")
     for column in before.schema:
         assert after.schema.field(column.name).equals(column, check_metadata=True)
@@ -326,7 +327,7 @@ def test_from_parquet_to_json_every_value_has_a_form(tmp_path):
     assert (first["nested"], first["latin"]) == ({"a": [{"b": "eA=="}]}, "Y2Fm6Q==")
     assert "out of range" in first["far"]
     assert (second["half"], third["half"]) == (None, None)
-    assert second["daemon"]["error"] == "in.parquet, row 2 has no string field 'text'"
+    assert second["daemon"]["error"].startswith("in.parquet, row 2 has no string field 'text'")
 
 
 def test_text_that_is_not_utf_8_in_parquet_is_that_records_error(tmp_path):
