@@ -300,13 +300,13 @@ def _fitted(
     except InfeasibleTargets as error:
         raise InfeasibleTargets(f"{constant}; {error}" if missed else str(error)) from error
     if missed and ridge == 0:
-        raise InfeasibleTargets(f"{constant}. Leave out {' and '.join(missed)}, or take ridge = 'cv', which does")
+        raise InfeasibleTargets(f"{constant}. Leave out {', '.join(missed)}; or take ridge = 'cv', which does")
     if missed:
         warnings.warn(f"left out, with their targets missed: metrics that are {constant}", TargetsNotMet, stacklevel=3)
     if result.unmet:
         exact = Problem.standardised(samples, result.targets, normalization, tuple(names), 0.0)
         try:
-            newton(exact)
+            newton(replace(exact, draw="sir"))
             why = "ridge = 0 meets them with these candidates"
         except FitError as error:
             why = f"they are {error}. {advice(exact, human, soft=False)}"
