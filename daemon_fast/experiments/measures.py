@@ -71,14 +71,16 @@ def distance_interval(method: Tensor, human: Tensor, spread: Tensor, seed: int =
     """
     gap, terms = _gap(method, human, spread)
     covariance = terms.T @ terms
-    noise = torch.randn(NOISE_DRAWS, len(terms), generator=generator(seed, "interval"), dtype=torch.float64) @ terms
+    variances, axes = torch.linalg.eigh(covariance)
+    noise = torch.randn(NOISE_DRAWS, len(gap), generator=generator(seed, "interval"), dtype=torch.float64)
+    noise = (noise * variances.clamp_min(0).sqrt()) @ axes.T
     size, length = noise.square().sum(1), float(gap.norm().clamp_min(1e-300))
     direction = gap / length
     along, variance = noise @ direction, float(direction @ covariance @ direction)
     # The direction is as noisy as the gap, and its error goes with the gap's: too little noise along it is seen where
     # the gap is too small. The upper end allows for that.
     error = 2 * float((noise @ (covariance @ direction - variance * direction)).std()) / length
-    most = min(float(torch.linalg.eigvalsh(covariance)[-1]), variance + error)
+    most = min(float(variances[-1]), variance + error)
     inflated = along * math.sqrt(most / max(variance, 1e-300))
 
     def end(seen: float, along: Tensor, share: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,8 +114,10 @@ def render(title: str, facts: Mapping[str, Any], chapters: Sequence[Chapter]) ->
 # ---- cells ----------------------------------------------------------------------------------------------------------
 
 
-def number(value: float) -> str:
-    return f"{value:.3f}"
+def number(value: float, digits: int = 3) -> str:
+    if math.isfinite(value):
+        return f"{value:.{digits}f}"
+    return "unknown" if math.isnan(value) else "infinite"
 
 
 def distance(value: float, interval: tuple[float, float]) -> str:
@@ -123,10 +126,10 @@ def distance(value: float, interval: tuple[float, float]) -> str:
 
 
 def means(names: Sequence[str], found: Means) -> list[str]:
-    """With standard errors, x100; but `ent`, which is a perplexity."""
-    scales = [1 if name == "ent" else 100 for name in names]
+    """With standard errors, x100; but `ent` and `nats`, which are no fractions."""
+    scales = [1 if name in ("ent", "nats") else 100 for name in names]
     parts = zip(scales, found.mean, found.standard_error, strict=True)
-    return [f"{scale * mean:.2f} ± {scale * error:.2f}" for scale, mean, error in parts]
+    return [f"{scale * mean:.2f} ± {number(scale * error, 2)}" for scale, mean, error in parts]
 
 
 def ess_cell(ess: float) -> Cell:

@@ -21,7 +21,7 @@ from daemon_fast.experiments import baselines, measures, page
 from daemon_fast.experiments.collected import Collected, Ess, Means
 from daemon_fast.experiments.domain import DomainData
 from daemon_fast.experiments.page import COLOURS, LABELS, Cell, Row, Section, Table, number
-from daemon_fast.seeds import batch_seed, generator
+from daemon_fast.seeds import batch_seed, generator, stream
 
 HEADING = "Alignment"
 DRAWS = 5  # of MAUVE's clustering, and of the methods that it is cheap to draw again
@@ -188,7 +188,7 @@ def _baseline(data: DomainData, method: str) -> list[list[int]]:
     known += [getattr(getattr(amateur, "config", None), "_name_or_path", "")]
     rows: list[list[int]] = []
     for i, start in enumerate(range(0, len(prefixes), BASELINE_BATCH)):
-        batch, seed = prefixes[start : start + BASELINE_BATCH], batch_seed(data.options.seed, i)
+        batch, seed = prefixes[start : start + BASELINE_BATCH], batch_seed(stream(data.options.seed, "baseline"), i)
 
         def draw(batch: list[list[int]] = batch, seed: int = seed) -> np.ndarray[Any, Any]:
             return baselines.decode(method, data.model, batch, new_tokens, seed, amateur).cpu().numpy()

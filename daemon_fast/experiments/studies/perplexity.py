@@ -141,17 +141,20 @@ def log_z_and_kl(base: Tensor, tilt: Tensor) -> LogZ:
     """
     m, ess = base.shape[1], ops.importance_weights(base + tilt).ess
     v, w = base.softmax(1), (base + tilt).softmax(1)
+    # From the tilt of the largest weight, so that its rounding does not hide the others.
+    most = tilt.gather(1, w.argmax(1, keepdim=True))
+    tilt = tilt - most
     mean = (w * tilt).sum(1, keepdim=True)
     log_z = (base + tilt).logsumexp(1, keepdim=True) - base.logsumexp(1, keepdim=True)
-    # Without candidate j; where j has next to all of the weight, 1 - w_j would be the rounding of it.
     v_left, w_left = _left_out(v), _left_out(w)
     if not ((v_left > 0) & (w_left > 0)).all():
         raise Undefined("one candidate has all the weight of its prefix: log Z is not known")
+    # Without candidate j:
     log_zs = log_z + w_left.log() - v_left.log()
     means = mean + w * (mean - tilt) / w_left
     jackknifed = m * log_z - (m - 1) * log_zs.mean(1, keepdim=True)
     kl = m * (mean - log_z) - (m - 1) * (means - log_zs).mean(1, keepdim=True)
-    return LogZ(jackknifed[:, 0], (w - v).square().sum(1).sqrt(), kl[:, 0], ess)
+    return LogZ((jackknifed + most)[:, 0], (w - v).square().sum(1).sqrt(), kl[:, 0], ess)
 
 
 def _left_out(weights: Tensor) -> Tensor:
@@ -177,7 +180,7 @@ def run(data: DomainData) -> Perplexity:
 
 def section(result: Perplexity) -> Section:
     by_m: list[Row] = [
-        [str(x.m), perplexity_cell(x.perplexity, x.ess), f"{x.gain_per_text:.4f} ± {x.gain_per_text_error:.4f}",
+        [str(x.m), perplexity_cell(x.perplexity, x.ess), f"{x.gain_per_text:.4f} ± {number(x.gain_per_text_error, 4)}",
          number(x.kl_per_text), number(x.log_z_error), ess_cell(x.ess)]
         for x in (*result.by_m, result.tilted)
     ]  # fmt: skip
@@ -209,7 +212,7 @@ def table(result: Perplexity) -> Table:
         tilts["p_mu refitted to tilt p_theta itself"] = result.tilting_model
     for name, found in tilts.items():
         tilted = found.tilted
-        gain = f"{tilted.gain:.4f} ± {tilted.gain_error:.4f}"
+        gain = f"{tilted.gain:.4f} ± {number(tilted.gain_error, 4)}"
         rows.append([name, perplexity_cell(tilted.perplexity, tilted.ess), gain])
     caption = "Human continuations of held-out prefixes. Gain: over what is tilted, ± standard error over prefixes."
     return Table(["perplexity of human text", "perplexity", "gain, nats a token"], rows, caption)
@@ -219,8 +222,8 @@ def verdict(result: Perplexity) -> list[str]:
     tilted = result.tilted
     found = perplexity_cell(tilted.perplexity, tilted.ess)
     sentence = (
-        f"Perplexity of human text is {found} under DAEMON and {result.base:.3f} under what it tilts: a gain of "
-        f"{tilted.gain:.4f} ± {tilted.gain_error:.4f} nats a token"
+        f"Perplexity of human text is {found} under DAEMON and {number(result.base)} under what it tilts: a gain of "
+        f"{tilted.gain:.4f} ± {number(tilted.gain_error, 4)} nats a token"
     )
     if found.flag:
         return [f"{sentence}, which means nothing here."]
@@ -236,6 +239,6 @@ def verdict(result: Perplexity) -> list[str]:
         again = other.tilted
         sentences.append(
             f"Refitted to tilt the model itself, DAEMON has {perplexity_cell(again.perplexity, again.ess)}: a gain of "
-            f"{again.gain:.4f} ± {again.gain_error:.4f} nats a token over the model."
+            f"{again.gain:.4f} ± {number(again.gain_error, 4)} nats a token over the model."
         )
     return sentences
