@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -75,6 +75,7 @@ class Alignment:
     ess: Ess
     human: Means
     methods: list[Method]
+    amateur: str | None = None  # of contrastive decoding; None: the model itself, of a short context
 
     def of(self, name: str, expected: bool = False) -> Method:
         return next(method for method in self.methods if (method.name, method.expected) == (name, expected))
@@ -177,7 +178,11 @@ def run(data: DomainData) -> Alignment:
     except MissingPackage as error:
         warnings.warn(f"MAUVE is left out: {error}", stacklevel=2)
         mauve = {}
-    return compute(held_out, mu, drawn, mauve, seed)
+    return replace(compute(held_out, mu, drawn, mauve, seed), amateur=_name(data.options.amateur))
+
+
+def _name(amateur: Any) -> str | None:
+    return None if amateur is None else getattr(amateur.config, "_name_or_path", "") or type(amateur).__name__
 
 
 def _baseline(data: DomainData, method: str) -> list[list[int]]:
@@ -185,7 +190,7 @@ def _baseline(data: DomainData, method: str) -> list[list[int]]:
     prefixes, new_tokens = data.held_out_pairs.prefixes, data.energy.proposal_settings.max_new_tokens
     amateur = data.options.amateur if "decoding" in method else None
     known = [method, new_tokens, data.options.seed, str(data.model.dtype)]
-    known += [getattr(getattr(amateur, "config", None), "_name_or_path", "")]
+    known += [_name(amateur) or ""]
     rows: list[list[int]] = []
     for i, start in enumerate(range(0, len(prefixes), BASELINE_BATCH)):
         batch, seed = prefixes[start : start + BASELINE_BATCH], batch_seed(stream(data.options.seed, "baseline"), i)
@@ -234,11 +239,15 @@ def section(result: Alignment) -> Section:
         8, 0.5 * result.fitted + 2, partial(draw_metrics, result),
         "Distance of each metric from its human mean, for plain sampling and DAEMON",
     )  # fmt: skip
+    amateur = result.amateur or (
+        f"the model itself, of its last {baselines.AMATEUR_WINDOW} tokens alone; --amateur names a weaker one"
+    )
     return Section(
         "How near each way to decode comes to human text: one continuation of each held-out prefix; 'expected' takes "
         "the mean over the draw instead.",
         [table(result), spread_table(result)],
         [distances, metrics],
+        notes=[f"The amateur of contrastive decoding is {amateur}."],
         verdict=verdict(result),
     )
 
