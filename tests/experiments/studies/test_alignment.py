@@ -115,6 +115,12 @@ def test_an_interval_that_reaches_zero_is_said(result):
     assert told.endswith("DAEMON is nearer, and its interval reaches 0.")
 
 
+def test_the_section_names_the_amateur(result):
+    assert "is the model itself, of its last 8 tokens alone" in alignment.section(result).notes[0]
+    named = alignment.section(replace(result, amateur="distilgpt2"))
+    assert named.notes == ["The amateur of contrastive decoding is distilgpt2."]
+
+
 def test_an_effective_sample_size_near_one_is_said(result):
     low = replace(result, ess=replace(result.ess, min=1.04))
     assert "1.0 at least; below 2 there is next to no choice." in alignment.verdict(low)[2]
