@@ -260,6 +260,47 @@ def test_sample_tokens_that_are_not_defined(library):
     assert np.isnan(log_p).tolist() == np.isnan(log_q).tolist() == [False, *[True] * 5]
 
 
+# ---- append_tokens ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("count_eos", [0, 1])
+@pytest.mark.parametrize("eos", [[], [0], [5, 0]])
+def test_append_tokens(library, eos, count_eos, order):
+    rng, T, R = np.random.default_rng(order), 6, 300
+    tokens, lengths, running = np.zeros((T, R), dtype=np.int64), np.zeros(R, dtype=np.int64), np.ones(R, dtype=bool)
+    log_p, log_q = np.zeros((T, R), dtype=np.float32), np.zeros((T, R), dtype=np.float32)
+    lists, rows = [[] for _ in range(R)], rng.permutation(R)
+    for slot in range(T):
+        ids, (p, q) = rng.integers(0, 12, R), rng.standard_normal((2, R)).astype(np.float32)
+        call(
+            library, "emulate_append_tokens", tokens, log_p, log_q, lengths, running, T, R, ids[rows], p[rows],
+            q[rows], R, np.array([slot]), rows, np.array(eos, dtype=np.int64), len(eos), count_eos, small(order),
+        )  # fmt: skip
+        reference.append_tokens(lists, ids.tolist(), p.tolist(), q.tolist(), eos)
+    for r, drawn in enumerate(lists):
+        want = np.zeros((3, T))
+        want[:, : len(drawn)] = np.array(drawn).T
+        np.testing.assert_array_equal(np.stack([tokens[:, r], log_p[:, r], log_q[:, r]]), want)
+        ended = drawn[-1][0] in eos
+        assert (lengths[r], running[r]) == (len(drawn) - (ended and not count_eos), not ended)
+
+
+def test_append_tokens_marks_what_lies_outside(library):
+    tokens, lengths, running = np.zeros((2, 3), dtype=np.int64), np.zeros(3, dtype=np.int64), np.ones(3, dtype=bool)
+    log_p, log_q = np.zeros((2, 3), dtype=np.float32), np.zeros((2, 3), dtype=np.float32)
+    p, eos = np.array([-1, np.nan, -1], dtype=np.float32), np.array([0])
+    for slot, rows in ((0, [0, 1, 3]), (2, [0, 1, -1])):
+        call(
+            library, "emulate_append_tokens", tokens, log_p, log_q, lengths, running, 2, 3, np.array([4, -1, 5]), p, p,
+            3, np.array([slot]), np.array(rows), eos, 1, 1, small(0),
+        )  # fmt: skip
+    assert lengths.tolist() == [-1, 0, 0]  # the last one's ids had no row, and its length says so
+    assert running.tolist() == [True, False, True]
+    assert tokens.tolist() == [[4, 0, 0], [0, 0, 0]]
+    assert np.isnan(log_p[0]).tolist() == [False, True, False]
+
+
 # ---- weights and draws ------------------------------------------------------------------------------------------
 
 

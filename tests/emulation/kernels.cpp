@@ -2,6 +2,7 @@
 // emulation::Block::run; `global_scratch` forces the path for what doesn't fit into shared memory.
 #include "cuda.h"
 //
+#include "cuda/append_tokens.cuh"
 #include "cuda/importance_weights.cuh"
 #include "cuda/repetition.cuh"
 #include "cuda/sample_tokens.cuh"
@@ -131,6 +132,17 @@ void emulate_sample_tokens(
         temperature == 1.0 ? run(logit, std::false_type()) : run(logit, std::true_type());
     };
     kind == 0 ? with_temperature(float{}) : kind == 1 ? with_temperature(__half{}) : with_temperature(__nv_bfloat16{});
+}
+
+void emulate_append_tokens(
+    int64_t* tokens, float* log_p, float* log_q, int64_t* lengths, bool* running, int64_t T, int64_t R,
+    const int64_t* ids, const float* ids_log_p, const float* ids_log_q, int64_t drawn, const int64_t* slot,
+    const int64_t* rows, const int64_t* eos, int64_t eos_count, int64_t count_eos, int order) {
+    emulation::launch(2, 64, 0, order, [&] {
+        append_tokens_kernel(
+            tokens, log_p, log_q, lengths, running, T, R, ids, ids_log_p, ids_log_q, drawn, slot, rows, eos, eos_count,
+            count_eos != 0);
+    });
 }
 
 void emulate_importance_weights(
