@@ -227,7 +227,7 @@ def test_metrics_of_texts_of_any_length(tmp_path, monkeypatch):
 def test_doctor():
     result = run("doctor")
     assert result.exit_code == 0, result.output
-    assert result.stdout.count("ok on cpu") == 6
+    assert result.stdout.count("ok on cpu") == 7
     assert torch.__version__ in result.stdout
 
 
