@@ -154,9 +154,9 @@ class SIRDecoder:
         if num_samples < 1:
             raise InvalidInput(f"num_samples = {num_samples} must be >= 1")
         device = candidates.tokens.device
-        begin = time.perf_counter()
+        begin = _seconds(device)
         features = self.energy.features(candidates)
-        measured = time.perf_counter()
+        measured = _seconds(device)
         generator = torch.Generator().manual_seed(seed)
         uniforms = torch.rand(len(features), num_samples, generator=generator, dtype=torch.float64).to(device)
         base = self.energy.base_log_w(candidates)
@@ -165,7 +165,7 @@ class SIRDecoder:
         if not replacement:
             selection = selection._replace(index=_without_replacement(selection.weights, num_samples, generator))
         self._warn_of_low_ess(selection.ess)
-        seconds = {"metrics": measured - begin, "select": time.perf_counter() - measured}
+        seconds = {"metrics": measured - begin, "select": _seconds(device) - measured}
         return Decoded(candidates, features, *selection, seconds=seconds)
 
     def _warn_of_low_ess(self, ess: Tensor) -> None:
@@ -179,6 +179,13 @@ class SIRDecoder:
                 LowEffectiveSampleSize,
                 stacklevel=3,
             )
+
+
+def _seconds(device: torch.device) -> float:
+    """The time at which the device has done what it was given: it works on while the host goes ahead."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _without_replacement(weights: Tensor, num_samples: int, generator: torch.Generator) -> Tensor:

@@ -69,6 +69,9 @@ class OnDevice(Tensor):
     def data_ptr(self) -> int:
         return self.inner.data_ptr()
 
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
     def __repr__(self) -> str:
         return f"OnDevice({self.inner})"
 
@@ -255,7 +258,7 @@ def device() -> Iterator[Device]:
     pools = itertools.count(1)
     stand_ins = {
         "_lazy_init": lambda: None, "Stream": _Stream, "current_stream": lambda: fake.stream, "CUDAGraph": Graph,
-        "stream": stream, "synchronize": lambda: None, "empty_cache": lambda: None, "current_device": lambda: 0,
+        "stream": stream, "synchronize": lambda *_: None, "empty_cache": lambda: None, "current_device": lambda: 0,
         "get_device_capability": lambda *_: (9, 0), "graph_pool_handle": lambda: (0, next(pools)),
         "is_current_stream_capturing": lambda: fake.tape is not None,
     }  # fmt: skip

@@ -18,7 +18,7 @@ import pytest
 import tiny
 import torch
 
-from daemon_fast import TransformersProposal
+from daemon_fast import Energy, SIRDecoder, TransformersProposal, decode, metrics
 from daemon_fast.errors import InvalidInput
 from daemon_fast.proposals import prompt_cache
 from daemon_fast.proposals import transformers as drawing
@@ -192,6 +192,33 @@ def test_what_is_dropped_is_freed_at_once(place):
         assert [x() for x in watched] == [None] * 3
     finally:
         gc.enable()
+
+
+def decoder(p):
+    mu = torch.tensor([3.0, -2.0, 0.01], dtype=torch.float64)
+    energy = Energy(metrics.parse(["sr_2", "tr_8", "ent"]), mu, torch.zeros(3), p.settings)
+    return SIRDecoder(energy, p)
+
+
+def test_the_decoder_chooses_as_on_the_cpu(place):
+    model = tiny.model()
+    want = decoder(proposal(model))(BATCHES[0], num_samples=3, seed=5)
+    got = decoder(proposal(place.moved(model)))(BATCHES[0], num_samples=3, seed=5)
+    assert torch.equal(got.index.cpu(), want.index)
+    assert got.tokens == want.tokens
+    torch.testing.assert_close(got.weights.cpu(), want.weights, atol=1e-4, rtol=1e-4)
+
+
+def test_stages_are_timed_when_the_device_has_done_them(place, monkeypatch):
+    chooser = decoder(proposal(place.moved(tiny.model())))
+    candidates = chooser.proposal.propose(BATCHES[0], 0)
+    log, wait_for, features = [], torch.cuda.synchronize, Energy.features
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *given: log.append("waited") or wait_for(*given))
+    monkeypatch.setattr(Energy, "features", lambda *given: log.append("features") or features(*given))
+    select = decode.ops.sir_select
+    monkeypatch.setattr(decode.ops, "sir_select", lambda *given: log.append("select") or select(*given))
+    chooser.choose(candidates)
+    assert log == ["waited", "features", "waited", "select", "waited"]
 
 
 @pytest.mark.gpu

@@ -214,10 +214,11 @@ class Watch(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.waiting = []
+        self.waiting, self.seen = [], []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket.__name__.split(".")[-1] in self.WAITING:
+        self.seen.append(function.overloadpacket.__name__.split(".")[-1])
+        if self.seen[-1] in self.WAITING:
             self.waiting.append(str(function))
         return function(*args, **(kwargs or {}))
 
@@ -254,3 +255,51 @@ def test_a_step_waits_for_nothing_and_moves_nothing(settings, share, monkeypatch
     with Watch() as watch:  # the watch sees such an operator
         bool(batch._running.any())
     assert watch.waiting
+
+
+def rounded_batch(p, prefixes, dtype):
+    """A batch as on CUDA, of a model in this dtype, ready for a step."""
+    model = Twin(p.model.to(dtype))
+    prompts = process(model, prefixes)
+    batch = drawing._Batch(p._sampler, model, prompts)
+    batch._cache._exact = False
+    batch._cache.load(model, prompts)
+    batch._running.fill_(True)
+    return batch, prompts
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "mistral, sliding window"])
+def test_one_bias_serves_all_layers_as_it_is(family, dtype, monkeypatch):
+    """In the query's dtype, and aligned: else torch would make another one in each layer."""
+    monkeypatch.setattr(prompt_cache, "SHARE_FROM", {"cpu": 10**9})
+    batch, _ = rounded_batch(proposal(tiny.model(family)), LONG, dtype)
+    seen, attention = [], prompt_cache.F.scaled_dot_product_attention
+
+    def watching(query, keys, values, attn_mask, scale):
+        seen.append((attn_mask.data_ptr(), attn_mask.dtype, attn_mask.shape[-1] - keys.shape[2], attn_mask.stride()))
+        return attention(query, keys, values, attn_mask=attn_mask, scale=scale)
+
+    monkeypatch.setattr(prompt_cache.F, "scaled_dot_product_attention", watching)
+    batch._step(64, False)
+    (address, used, difference, strides), *others = seen
+    assert len(others) == 1
+    assert set(others) == {(address, used, difference, strides)}
+    assert (used, difference, strides[-1]) == (dtype, 0, 1)
+    assert all(stride % 16 == 0 for stride in strides[:-1])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_draw_takes_three_operators_and_logits_as_they_are(dtype, monkeypatch):
+    batch, prompts = rounded_batch(proposal(), [[5, 9, 30], [7]], dtype)
+    seen, sample = [], drawing.ops.sample_tokens
+    monkeypatch.setattr(drawing.ops, "sample_tokens", lambda x, *given: seen.append(x.dtype) or sample(x, *given))
+    batch._draw(prompts.logits.repeat_interleave(8, dim=0), False)
+    with Watch() as watch:
+        logits = batch._cache.step(batch._tokens[0], batch._slot, 64)
+        watch.seen.clear()
+        batch._draw(logits, False)
+    assert watch.seen == ["index", "sample_tokens", "append_tokens"]
+    assert set(seen) == {torch.float32 if dtype == torch.float64 else dtype}
