@@ -84,7 +84,7 @@ class Device(TorchDispatchMode):
     began, captured, replayed : numbers of captures that began and ended well, and of replays
     pools : of the captures
     broken : whether something was refused in the capture that goes on
-    allocates_in : the pool of a capture, until it has ended
+    allocates_in : pools of the captures that have not ended
     generates : whether there are random numbers outside of a capture
     stream : the current one
     """
@@ -94,7 +94,8 @@ class Device(TorchDispatchMode):
         self.waits: Counter[str] = Counter()
         self.began = self.captured = self.replayed = 0
         self.pools: set[Any] = set()
-        self.broken, self.allocates_in, self.generates, self.stream = False, None, True, _Stream()
+        self.broken, self.generates, self.stream = False, True, _Stream()
+        self.allocates_in: list[Any] = []
         self.tape: list[Any] | None = None  # of the capture that goes on
         self.saved: dict[int, tuple[Tensor, Tensor]] = {}  # by storage: a flat view of it, and what it held before
         self.own: set[int] = set()  # storages made inside the capture
@@ -166,7 +167,8 @@ class Device(TorchDispatchMode):
 
     def begin(self, pool: Any = None) -> None:
         self.tape, self.saved, self.own, self.broken = [], {}, set(), False
-        self.allocates_in, self.generates = pool, False
+        self.allocates_in.append(pool)
+        self.generates = False
         self.began += 1
         self.pools.add(pool)
 
@@ -178,7 +180,8 @@ class Device(TorchDispatchMode):
             whole.copy_(before)
         if self.broken:
             raise RuntimeError("operation failed due to a previous error during capture")
-        self.allocates_in, self.generates = None, True
+        self.allocates_in.pop()
+        self.generates = True
         self.captured += 1
         return tape
 
@@ -251,9 +254,9 @@ def device() -> Iterator[Device]:
             fake.stream = before
 
     def end_allocate(device: int, pool: Any) -> None:
-        if fake.allocates_in != pool:
+        if pool not in fake.allocates_in:
             raise RuntimeError("not currently recording to mempool_id")
-        fake.allocates_in = None
+        fake.allocates_in.remove(pool)
 
     pools = itertools.count(1)
     stand_ins = {

@@ -45,7 +45,7 @@ class Place:
     def is_well(self) -> None:
         """Memory, random numbers and streams are what they are without captures."""
         if self.fake:
-            assert (self.fake.tape, self.fake.allocates_in, self.fake.generates) == (None, None, True)
+            assert (self.fake.tape, self.fake.allocates_in, self.fake.generates) == (None, [], True)
         else:
             assert torch.cuda.current_stream() == torch.cuda.default_stream()
             assert torch.rand(9, device="cuda").sum() > 0
