@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from daemon_fast import ops, reference
+from daemon_fast import gopher, ops, reference
 from daemon_fast.extension import build_info
 
 __all__ = ["facts", "self_checks"]
@@ -46,6 +46,8 @@ def self_checks() -> Iterator[tuple[str, str, str]]:
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     for device in devices:
         for name, check in CHECKS.items():
+            if device != "cpu" and name in ON_CPU_ONLY:
+                continue
             try:
                 yield name, device, check(device)
             except (RuntimeError, NotImplementedError) as error:
@@ -65,6 +67,11 @@ def _repetition(device: str) -> str:
     tokens, lengths = torch.arange(60).reshape(3, 20) % 7, torch.tensor([20, 13, 0])
     got = ops.repetition(tokens.to(device), lengths.to(device))
     return _compare((got,), (reference.repetition(tokens.tolist(), lengths.tolist(), (2, 3, 4), (8, 16, 32)),))
+
+
+def _gopher_repetition(device: str) -> str:
+    text = "a b c d e f " * 3 + "\na b\na b"
+    return _compare((gopher.gopher_repetition([text])[0],), (reference.gopher_repetition(text, text.split()),))
 
 
 def _token_logprobs(device: str) -> str:
@@ -118,6 +125,13 @@ def _sir_select(device: str) -> str:
     return _compare(tuple(ops.sir_select(features, mu, uniforms)), expected)
 
 
+def _race_select(device: str) -> str:
+    features, mu, listed = _problem(device)
+    uniforms = torch.linspace(0.05, 0.95, 20, dtype=torch.float64, device=device).reshape(2, 10)
+    expected = reference.race_select(listed, mu.tolist(), uniforms.tolist())
+    return _compare(tuple(ops.race_select(features, mu, uniforms)), expected)
+
+
 def _tilted_moments(device: str) -> str:
     features, mu, listed = _problem(device)
     return _compare(tuple(ops.tilted_moments(features, mu)), reference.tilted_moments(listed, mu.tolist()))
@@ -125,10 +139,13 @@ def _tilted_moments(device: str) -> str:
 
 CHECKS: dict[str, Callable[[str], str]] = {
     "repetition": _repetition,
+    "gopher_repetition": _gopher_repetition,
     "token_logprobs": _token_logprobs,
     "sample_tokens": _sample_tokens,
     "append_tokens": _append_tokens,
     "importance_weights": _importance_weights,
     "sir_select": _sir_select,
+    "race_select": _race_select,
     "tilted_moments": _tilted_moments,
 }
+ON_CPU_ONLY = ("gopher_repetition",)  # where the strings are

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from daemon_fast import ops
-from daemon_fast.errors import ArtefactError, InvalidInput, UnknownMetric
-from daemon_fast.models import Encoder, load_encoder, load_tokenizer
+from daemon_fast.errors import ArtefactError, InvalidInput, Problems, UnknownMetric
+from daemon_fast.models import Encoder, load_encoder
 from daemon_fast.proposals.candidates import Candidates
 
 __all__ = [
@@ -34,13 +33,11 @@ __all__ = [
     "features",
     "from_specs",
     "parse",
-    "repetition_of_texts",
 ]
 
 Function = Callable[[Candidates], Tensor]
 KNOWN = "sr_<n>, tr_<w>, div, ent, coh"
 DEFAULT = ("sr_2", "sr_3", "sr_4", "tr_8", "tr_16", "tr_32", "coh", "ent")  # what a fit takes unless told
-BATCH_TOKENS = 1 << 22  # of texts whose repetition is counted in one call
 MAX_CACHED_PREFIXES = 4096
 
 
@@ -65,6 +62,9 @@ class Metric(ABC):
     def spec(self) -> dict[str, Any]:
         """What an artefact stores of it."""
         return {"name": self.name}
+
+    def prepare(self) -> None:  # noqa: B027  (most need nothing)
+        """Load what `evaluate` needs, so that what is missing is known before candidates are drawn."""
 
     @abstractmethod
     def evaluate(self, candidates: Candidates) -> Tensor:
@@ -171,10 +171,14 @@ class Coherence(Metric):
             self._prefixes.update(zip(new, self._embed(new), strict=True))
         return torch.stack([self._prefixes[text] for text in texts])
 
-    def _embed(self, texts: list[str]) -> Tensor:
+    def prepare(self) -> None:
         if self._encoder is None:
             assert self._reference is not None
             self._encoder = load_encoder(self._reference)
+
+    def _embed(self, texts: list[str]) -> Tensor:
+        self.prepare()
+        assert self._encoder is not None
         return torch.as_tensor(self._encoder.encode(texts, show_progress_bar=False)).float()
 
 
@@ -219,14 +223,20 @@ def parse(names: Iterable[str | Metric | Function], encoder: Encoder | str | Non
         A name that is none of sr_<n>, tr_<w>, div, ent, coh.
     InvalidInput
         No metrics, a metric twice, or `coh` without an encoder.
+    SeveralProblems
+        More than one of these.
     """
-    metrics = [_parse_one(name, encoder) for name in names]
+    problems, metrics = Problems(), list[Metric]()
+    for name in names:
+        with problems:
+            metrics.append(_parse_one(name, encoder))
+    columns = column_names(metrics)
+    with problems:
+        if twice := sorted({name for name in columns if columns.count(name) > 1}):
+            raise InvalidInput(f"metric given twice: {', '.join(twice)}")
+    problems.report()
     if not metrics:
         raise InvalidInput(f"no metrics given; known: {KNOWN}")
-    columns = column_names(metrics)
-    twice = sorted({name for name in columns if columns.count(name) > 1})
-    if twice:
-        raise InvalidInput(f"metric given twice: {', '.join(twice)}")
     return metrics
 
 
@@ -327,29 +337,3 @@ def _require_tokens(name: str, lengths: Tensor) -> None:
     if (lengths == 0).any():
         row = int((lengths == 0).nonzero()[0])
         raise InvalidInput(f"metric {name} is not defined for the empty continuation of candidate {row}")
-
-
-def repetition_of_texts(
-    texts: Sequence[str], ngrams: Sequence[int], windows: Sequence[int], tokenizer: str | None
-) -> tuple[list[str], Tensor]:
-    """Column names, and [texts, columns] float32 repetition metrics. Without a tokenizer, tokens are words."""
-    words: dict[str, int] = {}
-    encode = None if tokenizer is None else load_tokenizer(tokenizer)
-    rows: list[list[int]] = []
-    tables: list[Tensor] = []
-    widest = 0
-    for text in tqdm(texts, desc="texts", disable=len(texts) < 10_000):
-        row = [words.setdefault(w, len(words)) for w in text.split()] if encode is None else encode(text)["input_ids"]
-        # Texts of any length go in batches of bounded size: one long text must not widen all of them.
-        if rows and (len(rows) + 1) * max(widest, len(row)) > BATCH_TOKENS:
-            tables.append(_repetition_of_rows(rows, ngrams, windows))
-            rows, widest = [], 0
-        rows.append(row)
-        widest = max(widest, len(row))
-    tables.append(_repetition_of_rows(rows, ngrams, windows))
-    return [f"sr_{n}" for n in ngrams] + [f"tr_{w}" for w in windows], torch.cat(tables)
-
-
-def _repetition_of_rows(rows: list[list[int]], ngrams: Sequence[int], windows: Sequence[int]) -> Tensor:
-    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True)
-    return ops.repetition(tokens, torch.tensor([len(row) for row in rows]), ngrams, windows)

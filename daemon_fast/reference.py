@@ -6,7 +6,9 @@ Written to be read. Nothing here is fast, and nothing on a hot path imports it.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
+from fractions import Fraction
 
 Row = Sequence[int]
 Vector = Sequence[float]
@@ -54,6 +56,32 @@ def repetition(
     """sr_n for each n, then tr_w for each w, of the first lengths[r] tokens of each row."""
     rows = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
     return [[sequence_repetition(row, n) for n in ngrams] + [token_repetition(row, w) for w in windows] for row in rows]
+
+
+def gopher_repetition(text: str, words: Sequence[str]) -> list[float]:
+    """Shares of a text in repeated paragraphs, lines and word n-grams: the columns of `gopher.GOPHER_THRESHOLDS`.
+
+    As datatrove's `GopherRepetitionFilter` computes them (after Rae et al. 2021, table A1), for its own words too.
+    """
+    fractions = []
+    for parts in (re.split(r"\n{2,}", text.strip()), re.split(r"\n+", text)):
+        repeated = [part for i, part in enumerate(parts) if part in parts[:i]]
+        fractions += [len(repeated) / len(parts), sum(map(len, repeated)) / len(text)]
+    for n in (2, 3, 4):
+        ngrams = [" ".join(words[i : i + n]) for i in range(len(words) - n + 1)]
+        top = max(ngrams, key=ngrams.count, default="")  # of several, the first
+        fractions.append(len(top) * ngrams.count(top) / len(text))
+    for n in range(5, 11):
+        seen, i, characters = set(), 0, 0
+        while i + n <= len(words):
+            ngram = "".join(words[i : i + n])
+            if ngram in seen:
+                characters, i = characters + len(ngram), i + n
+            else:
+                seen.add(ngram)
+                i += 1
+        fractions.append(characters / len(text))
+    return fractions
 
 
 def log_sum_exp(values: Vector) -> float:
@@ -168,6 +196,39 @@ def sir_select(
                 break
         index.append(chosen)
     return index, weights, log_z, ess
+
+
+def race_select(
+    features: Sequence[Matrix], mu: Vector, uniforms: Matrix, base_log_w: Matrix | None = None
+) -> tuple[list[int], list[list[float]], list[float], list[float]]:
+    """The uniform race: candidate j arrives at u_j / w_j, and the first is chosen; and weights, log Z and ESS.
+
+    Of several that arrive at once, the one of lowest index. One of weight zero never arrives.
+    """
+    weights, log_z, ess = importance_weights(tilted_log_weights(features, mu, base_log_w))
+    index = []
+    for group, row in zip(weights, uniforms, strict=True):
+        arrivals = [(u / w, j) for j, (w, u) in enumerate(zip(group, row, strict=True)) if w > 0]
+        index.append(min(arrivals)[1])
+    return index, weights, log_z, ess
+
+
+def race_probabilities(weights: Vector) -> list[float]:
+    """The probability that each candidate wins the race, given the weights, which needn't be normalised.
+
+    With r = w / max w and t the arrival of the first, p_i = r_i ∫₀¹ Π_{j≠i} (1 - r_j t) dt: the product is a
+    polynomial, expanded here and integrated term by term.
+    """
+    highest = max(weights)
+    ratios = [Fraction(w) / Fraction(highest) for w in weights]  # exact: the terms alternate in sign
+    probabilities = []
+    for i, r in enumerate(ratios):
+        polynomial = [Fraction(1)]  # coefficients of t^0, t^1, ...
+        for other in ratios[:i] + ratios[i + 1 :]:
+            shifted = [Fraction(0), *polynomial]
+            polynomial = [a - other * b for a, b in zip([*polynomial, Fraction(0)], shifted, strict=True)]
+        probabilities.append(float(r * sum((c / (k + 1) for k, c in enumerate(polynomial)), Fraction(0))))
+    return probabilities
 
 
 def tilted_moments(

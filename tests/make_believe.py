@@ -262,7 +262,9 @@ def device() -> Iterator[Device]:
     stand_ins = {
         "_lazy_init": lambda: None, "Stream": _Stream, "current_stream": lambda: fake.stream, "CUDAGraph": Graph,
         "stream": stream, "synchronize": lambda *_: None, "empty_cache": lambda: None, "current_device": lambda: 0,
-        "get_device_capability": lambda *_: (9, 0), "graph_pool_handle": lambda: (0, next(pools)),
+        "mem_get_info": lambda *_: (1 << 36, 1 << 37), "memory_reserved": lambda *_: 0,
+        "memory_allocated": lambda *_: 0, "get_device_capability": lambda *_: (9, 0),
+        "graph_pool_handle": lambda: (0, next(pools)),
         "is_current_stream_capturing": lambda: fake.tape is not None,
     }  # fmt: skip
     _guarded()
