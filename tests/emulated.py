@@ -22,6 +22,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import daemon_fast
+from daemon_fast import _C
 
 ROOT = Path(__file__).parents[1]
 HERE = Path(__file__).parent / "emulation"
@@ -84,12 +85,23 @@ def load() -> ctypes.CDLL:
     load.library = define  # kept: it undoes the definitions when it goes
     torch.ops.load_library(str(library))
     emulated = ctypes.CDLL(str(library))
-    tool = kernels.cuobjdump()
-    if daemon_fast.build_info()["cuda"] is not None and tool is not None:
+    emulated.emulation_ptx.restype = ctypes.c_char_p
+    if has_ptx():
+        tool = kernels.cuobjdump()
         for kernel in kernels.kernels(tool):
             if kernel.architecture == "sm_90":
-                emulated.emulation_kernel(kernel.symbol.encode(), kernel.shared_bytes, kernel.registers, 1024)
+                emulated.emulation_kernel(
+                    kernel.symbol.encode(), *map(ctypes.c_int64, (kernel.shared_bytes, kernel.registers))
+                )
+        ptx = subprocess.run([tool, "--dump-ptx", _C.__file__], check=True, capture_output=True).stdout
+        if error := emulated.emulation_ptx(ptx):
+            raise RuntimeError(error.decode())
     return emulated
+
+
+def has_ptx() -> bool:
+    """Whether there is PTX to run, and the compiler's report of each kernel's resources."""
+    return daemon_fast.build_info()["cuda"] is not None and kernels.cuobjdump() is not None
 
 
 def launched() -> set[str]:
@@ -114,13 +126,15 @@ class _Operators(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def operators(*, multiprocessors=132, shared_optin=227 * 1024, order=0, runs=True, broken=None):
+def operators(*, multiprocessors=132, shared_optin=227 * 1024, order=0, ptx=None, runs=True, broken=None):
     """All calls of `torch.ops.daemon_fast` go to the emulated device, by default one like an H100.
 
-    `order` of threads: 0 first warp ahead, 1 last warp ahead, else the seed of a shuffle. With `runs` False, launches
-    are only checked. `broken` names a call of the CUDA runtime that fails.
+    `order` of threads: 0 first warp ahead, 1 last warp ahead, else the seed of a shuffle. With `ptx`, the PTX in the
+    module runs (default: if there is any), else what g++ made of the source. With `runs` False, launches are only
+    checked. `broken` names a call of the CUDA runtime that fails.
     """
-    device = functools.partial(load().emulation_device, *map(ctypes.c_int64, (multiprocessors, shared_optin)))
-    device(ctypes.c_int(order), ctypes.c_bool(runs), None if broken is None else broken.encode())
+    ptx = has_ptx() and not SANITIZED if ptx is None else ptx
+    limits, flags = map(ctypes.c_int64, (multiprocessors, shared_optin)), map(ctypes.c_bool, (ptx, runs))
+    load().emulation_device(*limits, ctypes.c_int(order), *flags, broken and broken.encode())
     with _Operators():
         yield

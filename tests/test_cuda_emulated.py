@@ -82,10 +82,13 @@ def compare(call, got, want):
 
 # First warp ahead, last warp ahead, a shuffle of all threads.
 @pytest.mark.parametrize("order", [0] if emulated.SANITIZED else [0, 1, 2])
-def test_every_kernel_gives_what_the_cpu_gives(order):
+@pytest.mark.parametrize("ptx", [False] if emulated.SANITIZED else [False, True])
+def test_every_kernel_gives_what_the_cpu_gives(order, ptx):
+    if ptx and not emulated.has_ptx():
+        pytest.skip("built without CUDA, or no cuobjdump")
     for call in calls():
         want = outputs(call)
-        with emulated.operators(order=order):
+        with emulated.operators(order=order, ptx=ptx):
             compare(call, outputs(call), want)
     # 32-bit positions of 65,535 tokens and more don't fit into shared memory.
     never = {name for name in emulated.compiled() if re.search(r"repetition_kernelI[xl]?i?jLb1E", name)}

@@ -197,13 +197,16 @@ def test_excluded_ids_and_rows_without_a_distribution(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_gradient_of_half_precision_is_the_nearest(device, dtype):
+def test_a_gradient_of_half_precision_is_the_nearest(real_device, dtype):
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**31), 2**31, (100_000,), generator=generator).to(torch.int32)
     steps = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).float()  # every number, and halfway to the next
     grads = torch.cat([bits.view(torch.float32), steps, steps.nextafter(torch.tensor(1e9)), steps * (1 + 2**-11)])
-    grads = grads.to(device)
-    logits, ids = torch.zeros(len(grads), 2, dtype=dtype, device=device), torch.zeros(len(grads), device=device).long()
+    grads = grads.to(real_device)
+    logits, ids = (
+        torch.zeros(len(grads), 2, dtype=dtype, device=real_device),
+        torch.zeros(len(grads), device=real_device).long(),
+    )
     grad = torch.ops.daemon_fast.token_logprobs_backward(2 * grads, torch.zeros_like(grads), logits, ids, 1.0)
     want = torch.stack([(2 * grads).mul(0.5), (2 * grads).mul(-0.5)], dim=1).to(dtype)
     torch.testing.assert_close(grad, want, rtol=0, atol=0, equal_nan=True)

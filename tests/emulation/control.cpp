@@ -21,18 +21,35 @@ AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) {
     return AOTI_TORCH_SUCCESS;
 }
 
-void emulation_device(int64_t multiprocessors, int64_t shared_optin, int order, bool runs, const char* broken) {
+void emulation_device(
+    int64_t multiprocessors, int64_t shared_optin, int order, bool ptx, bool runs, const char* broken) {
     static std::string name;
     emulation::Device& device = emulation::device;
     device.multiprocessors = multiprocessors;
     device.shared_optin = shared_optin;
     device.order = order;
+    device.ptx = ptx;
     device.runs = runs;
     device.broken = broken ? (name = broken).c_str() : nullptr;
 }
 
-void emulation_kernel(const char* name, int64_t static_shared, int64_t registers, int64_t max_threads) {
-    emulation::device.kernels[name] = {static_shared, registers, max_threads};
+// What the compiler reports of a kernel.
+void emulation_kernel(const char* name, int64_t static_shared, int64_t registers) {
+    emulation::device.kernels[name].static_shared = static_shared;
+    emulation::device.kernels[name].registers = registers;
+}
+
+// The PTX of all kernels; returns null, or what is wrong with it.
+const char* emulation_ptx(const char* text) {
+    static std::string error;
+    try {
+        std::istringstream in(text);
+        for (auto& [name, program] : emulation::ptx::Reader(in).all())
+            emulation::device.kernels[name].program = std::move(program);
+        return nullptr;
+    } catch (const std::exception& wrong) {
+        return (error = wrong.what()).c_str();
+    }
 }
 
 // Calls back with the name of each kernel that was launched.

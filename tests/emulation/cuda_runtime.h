@@ -10,9 +10,11 @@
 
 #include <map>
 #include <set>
+#include <tuple>
 #include <utility>
 
 #include "cuda.h"
+#include "ptx.h"
 
 #undef STABLE_TORCH_LIBRARY_IMPL
 #define STABLE_TORCH_LIBRARY_IMPL(library, key, m) _STABLE_TORCH_LIBRARY_IMPL(daemon_fast_emulated, CPU, m, C10_UID)
@@ -42,9 +44,10 @@ struct cudaLaunchConfig_t {
 
 namespace emulation {
 
-// What the compiler reports of a kernel.
+// What the compiler reports of a kernel, and its PTX.
 struct Kernel {
-    int64_t static_shared, registers, max_threads;
+    int64_t static_shared = 0, registers = 0;
+    ptx::Program program;
 };
 
 // Set by the tests; an H100 by default.
@@ -52,6 +55,7 @@ struct Device {
     int64_t multiprocessors = 132, shared_optin = 227 * 1024;
     int order = 0;                 // of threads: see Block::run
     bool runs = true;              // false: launches are checked only
+    bool ptx = false;              // runs PTX, else what g++ made of the source
     const char* broken = nullptr;  // the runtime call that fails
     std::map<std::string, Kernel> kernels;
     std::map<std::string, int64_t> granted;  // dynamic shared memory that kernels may have, where they asked
@@ -71,10 +75,10 @@ inline std::string name_of(const void* kernel) {
 }
 
 inline const Kernel& limits(const std::string& kernel) {
-    static const Kernel unknown{0, 0, kMaxThreads};  // of a module built without CUDA
+    static const Kernel unknown;  // of a module built without CUDA
     if (device.kernels.empty()) return unknown;
     const auto found = device.kernels.find(kernel);
-    if (found == device.kernels.end()) throw std::logic_error("not compiled for CUDA: " + kernel);
+    if (found == device.kernels.end()) throw std::logic_error("the module was built from other sources: no " + kernel);
     return found->second;
 }
 
@@ -89,7 +93,7 @@ inline cudaError_t refusal(const std::string& name, const cudaLaunchConfig_t& co
     const Dim grid = config.gridDim, block = config.blockDim;
     if (grid.x < 1 || grid.x > 0x7fffffff || grid.y != 1 || grid.z != 1) return cudaErrorInvalidConfiguration;
     if (block.x < 1 || block.x > kMaxThreads || block.y != 1 || block.z != 1) return cudaErrorInvalidConfiguration;
-    if (block.x > kernel.max_threads) return cudaErrorInvalidValue;
+    if (block.x > kernel.program.max_threads) return cudaErrorInvalidValue;
     const auto granted = device.granted.find(name);
     const int64_t dynamic = granted == device.granted.end() ? kDefaultShared - kernel.static_shared : granted->second;
     if (static_cast<int64_t>(config.dynamicSmemBytes) > dynamic) return cudaErrorInvalidValue;
@@ -150,8 +154,15 @@ cudaError_t cudaLaunchKernelEx(
     device.launched.insert(name);
     device.last_grid = config->gridDim;
     if (error != cudaSuccess || !device.runs) return error;
-    emulation::launch(config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes, device.order, [&] {
-        kernel(static_cast<Parameters>(arguments)...);
-    });
+    const std::tuple<Parameters...> values(arguments...);
+    const unsigned grid = config->gridDim.x, threads = config->blockDim.x;
+    if (!device.ptx) {
+        emulation::launch(grid, threads, config->dynamicSmemBytes, device.order, [&] { std::apply(kernel, values); });
+        return cudaSuccess;
+    }
+    std::vector<const void*> addresses;
+    std::apply([&](const auto&... value) { (addresses.push_back(&value), ...); }, values);
+    const emulation::ptx::Program& program = emulation::limits(name).program;
+    emulation::ptx::run(program, grid, threads, config->dynamicSmemBytes, device.order, addresses);
     return cudaSuccess;
 }
