@@ -7,12 +7,18 @@ several orders of its threads, at each limit of a device, under sanitizers, and 
 from __future__ import annotations
 
 import math
+import os
 import re
+import shutil
+import subprocess
+import sys
 
 import emulated
+import kernels
 import pytest
 import torch
 
+import daemon_fast
 from daemon_fast.ops import _ops
 
 F64 = torch.float64
@@ -93,3 +99,143 @@ def test_every_kernel_gives_what_the_cpu_gives(order, ptx):
     # 32-bit positions of 65,535 tokens and more don't fit into shared memory.
     never = {name for name in emulated.compiled() if re.search(r"repetition_kernelI[xl]?i?jLb1E", name)}
     assert emulated.launched() == emulated.compiled() - never
+
+
+# ---- what a device refuses --------------------------------------------------------------------------------------
+
+H100, A100 = 227 * 1024, 163 * 1024  # bytes of shared memory that a block may have
+
+
+@pytest.fixture
+def report():
+    if not emulated.has_ptx():
+        pytest.skip("built without CUDA, or no cuobjdump: the compiler's report has each kernel's static shared memory")
+
+
+def select(M, dtype=torch.float32, base=None):
+    base = None if base is None else torch.zeros(2, M, dtype=base)
+    _ops.sir_select(torch.zeros(2, M, 0, dtype=dtype), torch.zeros(0, dtype=F64), torch.zeros(2, dtype=F64), base)
+
+
+def weigh(M, dtype=torch.float32):
+    _ops.importance_weights(torch.zeros(2, M, dtype=dtype))
+
+
+def repeat(T, dtype=torch.int64):
+    _ops.repetition(torch.zeros(1, T, dtype=dtype), torch.tensor([T]), [2], [8])
+
+
+@pytest.mark.usefixtures("report")
+@pytest.mark.parametrize("optin", [H100, A100])
+def test_shared_memory_up_to_what_a_device_grants(optin):
+    """Each size is the first that its device sees: what a larger one was granted can't hide what is missing."""
+
+    def launch(run, *arguments):
+        with emulated.operators(shared_optin=optin, runs=False):
+            run(*arguments)
+
+    most = optin // 16
+    for M in (*range(2500, 2600), *range(2780, 3080), *range(most - 600, most + 10)):
+        launch(select, M)
+    for M in (*range(5100, 5130), *range(6100, 6150), *range(2 * most - 1100, 2 * most + 10)):
+        launch(weigh, M)
+    for M in (64, 65, 1024, 1025, 3000, most - 512, most - 511):
+        for dtype in (torch.float32, F64):
+            launch(weigh, 2 * M, dtype)
+            for base in (torch.float32, F64):
+                launch(select, M, dtype, base)
+    for T in range(500, 20_000, 50):
+        for dtype in (torch.int32, torch.int64):
+            launch(repeat, T, dtype)
+
+
+@pytest.mark.usefixtures("report")
+def test_no_kernel_has_more_static_shared_memory_than_the_launches_allow_for():
+    text = (emulated.ROOT / "csrc/cuda/launch.h").read_text()
+    limit = int(re.search(r"kMaxStaticSharedBytes = (\d+) \* 1024;", text)[1]) * 1024
+    assert max(kernel.shared_bytes for kernel in kernels.kernels(kernels.cuobjdump())) <= limit
+
+
+@pytest.mark.usefixtures("report")
+def test_moments_of_as_many_features_as_the_documentation_says():
+    promised = re.search(r"K above (\d+) on an A100, (\d+) on an H100", daemon_fast.tilted_moments.__doc__)
+    for optin, K in zip((A100, H100), map(int, promised.groups()), strict=True):
+        with emulated.operators(shared_optin=optin, runs=False):
+            for normalization in ("per_prefix", "global"):
+                _ops.tilted_moments(torch.zeros(3, 4, K), torch.zeros(K, dtype=F64), None, normalization)
+                with pytest.raises(RuntimeError, match=rf"K = {K + 1}, whose moments need \d+ bytes of shared memory"):
+                    _ops.tilted_moments(torch.zeros(3, 4, K + 1), torch.zeros(K + 1, dtype=F64), None, normalization)
+
+
+def test_shared_memory_is_asked_for_once_a_kernel():
+    with emulated.operators(runs=False):
+        for M in (3000, 5000, 2600, 9000):
+            select(M)
+        assert emulated.grants() == 1
+        select(3000, F64)
+        assert emulated.grants() == 2
+
+
+def test_global_scratch_is_bounded():
+    def scratch(run):
+        with torch.profiler.profile(profile_memory=True) as profile, emulated.operators(runs=False):
+            run()
+        return max(event.self_cpu_memory_usage for event in profile.events())
+
+    def many_rows(rows, T):
+        tokens = torch.zeros(T, dtype=torch.int64).expand(rows, T)
+        return lambda: _ops.repetition(tokens, torch.zeros(rows, dtype=torch.int64), [2], [8])
+
+    def many_groups(groups, M):
+        base = torch.zeros(1, M).expand(groups, M)
+        features, uniforms = torch.zeros(groups, M, 0), torch.zeros(groups, dtype=F64)
+        return lambda: _ops.sir_select(features, torch.zeros(0, dtype=F64), uniforms, base)
+
+    assert scratch(many_rows(2000, 10**6)) <= 2**30
+    assert emulated.blocks() > 30
+    assert scratch(many_groups(1000, 20_000)) == 4 * 132 * 20_000 * 16  # what fills the GPU is less
+    assert emulated.blocks() == 4 * 132
+    assert scratch(many_rows(2, 5 * 10**7)) > 2**30  # one row needs what it needs
+    assert emulated.blocks() == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ("cudaSetDevice", r"cudaSetDevice\(\d+\) failed: invalid device ordinal"),
+        ("cudaDeviceGetAttribute", "cudaDeviceGetAttribute failed: invalid device ordinal"),
+        ("cudaFuncGetAttributes", "cudaFuncGetAttributes failed: invalid device ordinal"),
+        ("cudaFuncSetAttribute", "cudaFuncSetAttribute failed: invalid device ordinal"),
+        ("cudaLaunchKernelEx", r"sir_select failed on CUDA for an input of shape \[2, 3000, 0\]: invalid device ord"),
+        ("current_stream", "torch gave no current stream for CUDA device"),
+    ],
+)
+def test_a_failing_call_of_the_runtime_is_named_and_leaves_no_error(call, message):
+    with emulated.operators(broken=call), pytest.raises(RuntimeError, match=message):
+        select(3000)
+    assert emulated.error() == 0
+
+
+# ---- sanitizers and lines ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(emulated.SANITIZED, reason="this is the sanitized run")
+def test_every_line_runs_under_sanitizers(capsys):
+    for program in ("g++", "gcov"):
+        if shutil.which(program) is None:
+            pytest.skip(f"no {program}")
+    for counts in emulated.folder(sanitized=True).glob("*.gcda"):
+        counts.unlink()
+    find = ["g++", "-print-file-name=libasan.so"]
+    runtime = subprocess.run(find, check=True, capture_output=True, text=True).stdout.strip()
+    env = {**os.environ, "EMULATION_SANITIZED": "1", "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    files = emulated.coverage().items()
+    lines = [(count, f"{file}:{line}") for file, counts in files for line, count in counts.items()]
+    missed = sorted(place for count, place in lines if count == 0)
+    with capsys.disabled():
+        print(f"\ncsrc/cuda: {len(lines) - len(missed)} of {len(lines)} lines ran", *missed)
+    assert lines
+    assert missed == []
