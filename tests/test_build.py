@@ -18,7 +18,7 @@ from daemon_fast import _C, extension
 
 OPERATORS = (
     "repetition", "token_logprobs", "token_logprobs_backward", "sample_tokens", "importance_weights", "sir_select",
-    "tilted_moments",
+    "race_select", "tilted_moments",
 )  # fmt: skip
 
 
@@ -128,10 +128,12 @@ tokens = torch.randint(0, 30, (40, 300), generator=g)
 features, mu = torch.randn(70, 25, 9, generator=g), torch.randn(9, generator=g, dtype=torch.float64)
 logits, ids = torch.randn(20, 3000, generator=g) * 4, torch.randint(0, 3000, (20,), generator=g)
 uniforms = torch.rand(70, generator=g, dtype=torch.float64)
+races = torch.rand(70, 25, generator=g, dtype=torch.float64)
 out = [daemon_fast.repetition(tokens), *daemon_fast.token_logprobs(logits, ids, 0.97)]
 out += [*daemon_fast.token_logprobs(logits.half(), ids, 0.97), *daemon_fast.importance_weights(features[..., 0])]
 out += [*daemon_fast.sample_tokens(logits, uniforms[:20], 0.97)]
-out += [*daemon_fast.sir_select(features, mu, uniforms), *daemon_fast.tilted_moments(features, mu)]
+out += [*daemon_fast.sir_select(features, mu, uniforms), *daemon_fast.race_select(features, mu, races)]
+out += [*daemon_fast.tilted_moments(features, mu)]
 torch.save(out, sys.argv[1])
 """
 

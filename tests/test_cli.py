@@ -16,7 +16,9 @@ import torch
 from click.testing import CliRunner
 
 from daemon_fast import Energy, TransformersProposal
-from daemon_fast.cli import main
+from daemon_fast.cli import STUDIES, main
+from daemon_fast.data.records import RESULTS
+from daemon_fast.errors import LowEffectiveSampleSize, TargetsNotMet
 from daemon_fast.fit.resample import RIDGES
 
 COMMAND = [sys.executable, "-c", "from daemon_fast.cli import main; main()"]
@@ -29,7 +31,20 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory):
+def texts(model, tmp_path_factory):
+    """The model's own samples at temperature 1: their means are within reach of candidates at 0.97."""
+    prefixes = [tiny.text(5, seed) for seed in range(100)]
+    proposal = TransformersProposal.load(model, num_candidates=1, max_new_tokens=25, min_new_tokens=25)
+    continued = zip(prefixes, proposal.propose(prefixes, 0).texts, strict=True)
+    whole = [f"{prefix} {text}" for prefix, text in continued if len(text.split()) == 25]  # without <unk>
+    path = tmp_path_factory.mktemp("data") / "texts.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in whole[:40]))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def other_texts(tmp_path_factory):
+    """Random words, whose perplexity is far above that of any candidate."""
     path = tmp_path_factory.mktemp("data") / "texts.jsonl"
     path.write_text("\n".join(json.dumps({"text": tiny.text(30, seed)}) for seed in range(40)))
     return str(path)
@@ -73,7 +88,7 @@ def test_fit_then_generate(energy, model):
     assert [record["prompt"] for record in records] == ["w1 w2", "w3"]
     for record in records:
         assert len(record["texts"]) == len(record["metrics"]) == 2
-        assert all(len(text.split()) == 20 for text in record["texts"])
+        assert all(15 <= len(text.split()) <= 20 for text in record["texts"])  # <unk> is no word
         assert 1 <= record["ess"] <= 16
     plain = run("generate", "--energy", energy, "--prompt", "w1 w2")
     assert plain.stdout.startswith("w1 w2")
@@ -105,7 +120,7 @@ def test_killed_and_run_again_gives_the_same_artefact(model, texts, tmp_path, en
 def test_options_of_fit_reach_the_artefact(model, texts, tmp_path):
     options = ["--base", "model", "--normalization", "global", "--top-k", "40", "--top-p", "0.9", "--seed", "3"]
     kept = tmp_path / "elsewhere"
-    result = run(*fit_arguments(model, texts, tmp_path / "e.json", "--ridge", "1", "--work-dir", kept, *options))
+    result = run(*fit_arguments(model, texts, tmp_path / "e.json", "--ridge", "0.1", "--work-dir", kept, *options))
     assert result.exit_code == 0, result.output
     fitted = Energy.load(tmp_path / "e.json")
     assert (fitted.base, fitted.normalization, fitted.diagnostics.seed) == ("model", "global", 3)
@@ -113,7 +128,7 @@ def test_options_of_fit_reach_the_artefact(model, texts, tmp_path):
     assert (settings.top_k, settings.top_p, settings.temperature) == (40, 0.9, 0.97)
     assert len(list(kept.glob("batch-*.npz"))) == 6
     assert not (tmp_path / "e.json.candidates").exists()
-    plain = run(*fit_arguments(model, texts, tmp_path / "p.json", "--ridge", "1", "--seed", "3"))
+    plain = run(*fit_arguments(model, texts, tmp_path / "p.json", "--ridge", "0.1", "--seed", "3"))
     assert plain.exit_code == 0
     assert not torch.equal(fitted.mu, Energy.load(tmp_path / "p.json").mu)
 
@@ -172,7 +187,7 @@ def test_decode_continues_a_file(energy, tmp_path):
         assert found[i]["daemon"]["error"].startswith(problem)
         assert problem in result.stderr
     good = found[69]["daemon"]
-    assert [len(text.split()) for text in good["texts"]] == [20, 20]
+    assert all(15 <= len(text.split()) <= 20 for text in good["texts"])  # <unk> is no word
     assert len(good["metrics"]) == 2
     assert set(good["metrics"][0]) == {"sr_1", "tr_8", "ent"}
     assert 1 <= good["ess"] <= 16
@@ -185,14 +200,27 @@ def test_decode_killed_and_run_again_gives_the_same_bytes(energy, tmp_path):
     arguments = [*COMMAND, *decode_arguments(energy, source, cut)]
     process = subprocess.Popen(arguments, env=NO_HUB, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("cut.jsonl.parts/0*.jsonl")) and time.monotonic() < deadline:
+    log = tmp_path / "cut.jsonl.parts" / RESULTS
+    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert list(tmp_path.glob("cut.jsonl.parts/0*.jsonl"))
+    assert 4 <= len(log.read_bytes().splitlines()) < 150
     assert not cut.exists()
     assert run(*decode_arguments(energy, source, cut)).exit_code == 0
     assert cut.read_bytes() == whole.read_bytes()
+
+
+def test_decode_from_and_to_pipes(energy, tmp_path):
+    content = "".join(json.dumps({"prompt": tiny.text(3, i), "id": i}) + "\n" for i in range(6))
+    (tmp_path / "in.jsonl").write_text(content)
+    assert run(*decode_arguments(energy, tmp_path / "in.jsonl", tmp_path / "out.jsonl")).exit_code == 0
+    expected = (tmp_path / "out.jsonl").read_text()
+    arguments = [str(argument) for argument in decode_arguments(energy, "-", "-")]
+    result = CliRunner().invoke(main, arguments, input=content)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == expected
+    assert "6 of 6 records continued" in result.stderr
 
 
 def test_metrics_of_words(tmp_path):
@@ -227,7 +255,7 @@ def test_metrics_of_texts_of_any_length(tmp_path, monkeypatch):
 def test_doctor():
     result = run("doctor")
     assert result.exit_code == 0, result.output
-    assert result.stdout.count("ok on cpu") == 6
+    assert result.stdout.count("ok on cpu") == 7
     assert torch.__version__ in result.stdout
 
 
@@ -235,6 +263,74 @@ def test_help_names_every_command():
     result = run("--help")
     for command in ("fit", "generate", "evaluate", "metrics", "doctor", "demo"):
         assert command in result.output
+
+
+def test_help_of_every_command():
+    for command in main.commands:
+        for option in ("-h", "--help"):
+            result = run(command, option)
+            assert result.exit_code == 0
+            assert "--quiet" in result.stdout
+            assert "--verbose" in result.stdout
+
+
+def without_torch(*arguments):
+    """The exit code and standard error of a command that must not have imported torch."""
+    code = (
+        "import sys, atexit; from daemon_fast.cli import main\n"
+        "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], env=NO_HUB, capture_output=True, text=True, check=False
+    )
+    assert done.stderr.splitlines()[-1] == "False", done.stderr
+    return done.returncode, done.stderr
+
+
+def test_help_and_mistyped_names_need_no_torch(energy, texts):
+    assert without_torch("--help")[0] == 0
+    assert without_torch("fit", "--help")[0] == 0
+    for arguments, meant in (
+        (["fit", "--model", "smollm2-135m-instuct", "--data", texts], "'smollm2-135m-instuct': did you mean 'smollm2-"),
+        (["fit", "--model", "nobody/nothing", "--data", texts], "nor in the hub's cache, and HF_HUB_OFFLINE is set"),
+        (["decode", "none.jsonl", "o.jsonl", "--energy", energy], "none.jsonl can't be read: No such file"),
+        (["decode", texts, "o.csv", "--energy", energy], "o.csv: unknown format"),
+        (["decode", texts, "no/o.jsonl", "--energy", energy], "there is no folder no"),
+        (["decode", texts, texts, "--energy", energy], "is there already: --force"),
+    ):
+        code, shown = without_torch(*arguments)
+        assert code == 2
+        assert meant in shown
+        assert "Traceback" not in shown
+
+
+def test_quiet_and_verbose(energy, tmp_path):
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": "w1 w2"}) + "\n")
+    assert "0/1" in run(*decode_arguments(energy, tmp_path / "in.jsonl", tmp_path / "a.jsonl")).stderr
+    assert run(*decode_arguments(energy, tmp_path / "in.jsonl", tmp_path / "b.jsonl", "--quiet")).stderr == ""
+    assert "0/1" in run(*decode_arguments(energy, tmp_path / "in.jsonl", tmp_path / "c.jsonl")).stderr
+    again = decode_arguments(energy, tmp_path / "in.jsonl", tmp_path / "a.jsonl", "--verbose")
+    shown = subprocess.run([*COMMAND, *again], env=NO_HUB, capture_output=True, text=True, check=False)
+    assert shown.returncode == 2
+    assert "Traceback" in shown.stderr
+    assert "Error: " in shown.stderr.splitlines()[-1]
+
+
+def test_completion_of_every_shell():
+    for shell in ("bash", "zsh", "fish"):
+        result = run("completion", shell)
+        assert result.exit_code == 0
+        assert "_DAEMON_FAST_COMPLETE" in result.stdout
+    asked = {"_DAEMON_FAST_COMPLETE": "bash_complete", "COMP_WORDS": "daemon-fast dec", "COMP_CWORD": "1"}
+    code = "from daemon_fast.cli import main; main(prog_name='daemon-fast')"
+    shown = subprocess.run([sys.executable, "-c", code], env=NO_HUB | asked, capture_output=True, text=True, check=True)
+    assert shown.stdout.split() == ["plain,decode"]
+
+
+def test_studies_are_named_as_they_are():
+    from daemon_fast.experiments.studies import STUDIES as there
+
+    assert tuple(there) == STUDIES
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
@@ -294,16 +390,86 @@ def test_nothing_to_continue(energy):
     fails(run("generate", "--energy", energy), "Missing option '--prompt'")
 
 
-def test_infeasible_targets(model, texts, tmp_path):
-    arguments = fit_arguments(model, texts, tmp_path / "e.json")
-    arguments[arguments.index("16")] = "2"
-    fails(run(*arguments), "out of reach of any weighting")
+def test_infeasible_targets_say_what_would_help_and_candidates_are_reused(model, other_texts, tmp_path, monkeypatch):
+    output = tmp_path / "e.json"
+    exact = run(*fit_arguments(model, other_texts, output, "--ridge", "0"))
+    fails(exact, "out of reach of any weighting of the candidates: ent (target ")
+    assert "leave out ent: the others are within reach" in exact.output
+    assert f"The candidates are kept in {output}.candidates" in exact.output
+    assert not output.exists()
+
+    def drawn_again(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(TransformersProposal, "propose", drawn_again)
+    result = run(*fit_arguments(model, other_texts, output, "--ridge", "0", "--metrics", "sr_1,tr_8"))
+    assert result.exit_code == 0, result.output
+    assert Energy.load(output).names == ["sr_1", "tr_8"]
+    for option, value in (("--ridge", "1"), ("--normalization", "global"), ("--base", "model")):
+        changed = fit_arguments(model, other_texts, output, "--metrics", "sr_1,tr_8", "--force", option, value)
+        assert run(*changed).exit_code in (0, 1)
+
+
+def test_targets_that_are_not_met_are_a_warning_a_field_and_exit_code_1(model, other_texts, tmp_path):
+    with pytest.warns(TargetsNotMet, match=r"ent \(target .*not even M = 1024"), pytest.warns(LowEffectiveSampleSize):
+        result = run(*fit_arguments(model, other_texts, tmp_path / "e.json", "--metrics", "ent"))
+    assert result.exit_code == 1, result.output
+    assert Energy.load(tmp_path / "e.json").diagnostics.unmet == ["ent"]
+
+
+def test_nothing_is_overwritten_without_force(model, texts, tmp_path, monkeypatch):
+    output = tmp_path / "e.json"
+    arguments = fit_arguments(model, texts, output, "--ridge", "0.01")
+    output.write_text("mine")
+    fails(run(*arguments), "e.json is there already: --force")
+    assert output.read_text() == "mine"
+    assert not (tmp_path / "e.json.candidates").exists()
+    assert run(*arguments, "--force").exit_code == 0
+    assert Energy.load(output).names == ["sr_1", "tr_8", "ent"]
+    fails(run(*arguments), "e.json is there already: --force")
+
+
+def test_all_problems_are_told_at_once_and_nothing_is_drawn(tmp_path, texts):
+    (tmp_path / "file").touch()
+    bad = {
+        "--ridge": "-1", "--num-prefixes": "x", "--num-candidates": "0", "--top-p": "2", "--temperature": "0",
+        "--seed": "-1", "--batch-size": "0", "--dtype": "int3", "--bootstrap": "-2", "--metrics": "foo,bar,coh",
+        "--encoder": str(tmp_path / "none"), "--model": str(tmp_path / "none"), "--device": "gpu9",
+        "--data": str(tmp_path / "none.jsonl"), "--output": str(tmp_path / "none" / "e.json"),
+        "--work-dir": str(tmp_path / "file"),
+    }  # fmt: skip
+    result = run("fit", *(part for pair in bad.items() for part in pair))
+    assert result.exit_code == 2
+    lines = result.output.splitlines()
+    for message in (
+        "--ridge = '-1' must be", "'--num-prefixes': 'x'", "num_candidates = 0", "top_p = 2.0", "temperature = 0.0",
+        "'--seed': -1", "'--batch-size': 0", "'--dtype': 'int3'", "bootstrap = -2", "unknown metric 'foo'",
+        "unknown metric 'bar'", "none': no such folder", "device 'gpu9'", "none.jsonl can't be read",
+        "there is no folder", "file is no folder",
+    ):  # fmt: skip
+        assert sum(line.startswith("Error: ") and message in line for line in lines) == 1, message
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_missing_encoder_is_known_before_anything_is_drawn(model, texts, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    result = run(*fit_arguments(model, texts, tmp_path / "e.json", "--metrics", "coh", "--num-prefixes", "99"))
+    assert result.exit_code == 2
+    assert "Error: metric coh needs the package sentence_transformers" in result.output
+    assert "Error: no usable prefixes: 40 of 40 texts" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_candidates_than_memory_holds_are_refused_and_bind_no_later_run(model, texts, tmp_path):
+    arguments = fit_arguments(model, texts, tmp_path / "e.json", "--ridge", "0.01")
+    fails(run(*arguments, "--num-candidates", "1000000000"), "num_candidates = 1000000000 of ")
+    assert run(*arguments).exit_code == 0
 
 
 def test_candidates_of_another_run(model, texts, tmp_path):
     output = tmp_path / "e.json"
     assert run(*fit_arguments(model, texts, output, "--ridge", "0.01")).exit_code == 0
-    again = run(*fit_arguments(model, texts, output, "--ridge", "0.01", "--seed", "1"))
+    again = run(*fit_arguments(model, texts, output, "--ridge", "0.01", "--seed", "1", "--force"))
     fails(again, "holds candidates of another run")
 
 
@@ -313,13 +479,8 @@ def test_a_bad_ridge_is_named_before_anything_is_drawn(model, texts, tmp_path, r
     assert not list(tmp_path.iterdir())
 
 
-def test_cross_validation_is_the_default_of_fit(tmp_path):
-    # The model's own samples at temperature 1: their means are within reach of candidates at 0.97.
-    model, prefixes = tiny.saved(tmp_path / "model"), [tiny.text(5, seed) for seed in range(40)]
-    proposal = TransformersProposal.load(model, num_candidates=1, max_new_tokens=20, min_new_tokens=20)
-    human = [f"{prefix} {text}" for prefix, text in zip(prefixes, proposal.propose(prefixes, 0).texts, strict=True)]
-    (tmp_path / "texts.txt").write_text("\n".join(human))
-    result = run(*fit_arguments(model, tmp_path / "texts.txt", tmp_path / "e.json"))
+def test_cross_validation_is_the_default_of_fit(model, texts, tmp_path):
+    result = run(*fit_arguments(model, texts, tmp_path / "e.json"))
     assert result.exit_code == 0, result.output
     fitted = Energy.load(tmp_path / "e.json")
     assert fitted.diagnostics.ridge in RIDGES
@@ -354,7 +515,10 @@ def test_evaluate_writes_a_report(energy, model, texts, tmp_path):
     made = sorted(path.name.split("-")[0] for path in (tmp_path / "out" / "energy").iterdir() if path.is_dir())
     assert made == ["held", "human"]
     assert "1.2 The tail" in (tmp_path / "out" / "report.html").read_text()
-    fails(run(*arguments, "--held-out", 11, "--study", "luck"), "unknown study 'luck'")
+    fails(run(*arguments), "report.json is there already")
+    arguments.append("--force")
+    assert run(*arguments).exit_code == 0
+    fails(run(*arguments, "--study", "luck"), "'luck' is not one of 'alignment', 'perplexity'")
     fails(run(*arguments, "--held-out", 11), "holds candidates of another run (num_prefixes is 10 there, 11 here)")
     fails(run(*arguments, "--data", texts), "--data is given 2 times for 1 --energy")
 
@@ -365,3 +529,28 @@ def test_more_human_texts_than_prefixes_give_the_targets(model, texts, tmp_path)
     fitted = Energy.load(tmp_path / "energy.json")
     assert (fitted.diagnostics.num_prefixes, fitted.diagnostics.num_targets) == (24, 40)
     fails(run(*fit_arguments(model, texts, tmp_path / "e.json", "--num-targets", "41")), "40 of 40 texts")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_full_standard_output(tmp_path):
+    (tmp_path / "a.txt").write_text("a b a\n")
+    arguments = [*COMMAND, "metrics", str(tmp_path / "a.txt")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(arguments, env=NO_HUB, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "Error: standard output can't be written: the disk is full"
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_a_reader_that_has_enough(tmp_path):
+    (tmp_path / "a.txt").write_text("a b a\n" * 20_000)
+    arguments = [*COMMAND, "metrics", str(tmp_path / "a.txt"), "--json"]
+    process = subprocess.Popen(arguments, env=NO_HUB, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("{")
+    process.stdout.close()
+    shown = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 141
+    assert "Traceback" not in shown
+    assert "Exception ignored" not in shown

@@ -61,6 +61,7 @@ def calls():
                 if base is not None and M > 1:
                     base[0, ::2] = -math.inf
                 yield "sir_select", features, mu, uniforms(2, 3), base
+                yield "race_select", features, mu, uniforms(2, 3, M), base
                 for normalization in ("per_prefix", "global"):
                     yield (
                         "tilted_moments",
@@ -101,6 +102,122 @@ def test_every_kernel_gives_what_the_cpu_gives(order, ptx):
     assert emulated.launched() == emulated.compiled() - never
 
 
+# ---- what the host can't see ------------------------------------------------------------------------------------
+
+
+def on(device, *tensors):
+    return [tensor.to(device) for tensor in tensors]
+
+
+def undefined(out):
+    """Rows of an output that are all NaN, as a list; the others must have none."""
+    rows = torch.isnan(out.reshape(len(out), -1).float())
+    assert torch.equal(rows.all(1), rows.any(1))
+    return rows.all(1).tolist()
+
+
+def test_token_logprobs_that_are_not_defined(cuda_code):
+    logits = torch.randn(7, 600, generator=torch.Generator().manual_seed(0))
+    logits[1] = -math.inf
+    logits[2, 555] = math.nan
+    logits[3, :] = -math.inf
+    logits[3, 100] = math.nan
+    logits[3, 300] = 0  # far from the NaN, which its thread sees among nothing but -inf
+    logits, ids = on(cuda_code, logits, torch.tensor([5, 5, 5, 5, -1, 600, 5]))
+    for temperature in (1.0, 0.9):
+        for out in daemon_fast.token_logprobs(logits, ids, temperature):
+            assert undefined(out) == [False, True, True, True, True, True, False]
+
+
+def test_gradients_that_are_not_defined(cuda_code):
+    logits = torch.randn(7, 600, generator=torch.Generator().manual_seed(0))
+    logits[1] = -math.inf
+    logits[2, 555] = math.nan
+    logits[6, :3] = -math.inf
+    logits, ids = on(cuda_code, logits, torch.tensor([5, 5, 5, 600, -1, 5, 5]))
+    none, one = on(cuda_code, torch.zeros(7), torch.tensor([1.0, 1, 1, 1, 0, 0, 1]))
+    for temperature in (1.0, 0.9):
+        for grads in ((one, none), (none, one)):
+            grad = _ops.token_logprobs_backward(*grads, logits, ids, temperature)
+            assert undefined(grad) == [False, True, True, True, False, False, False]
+
+
+def test_sampled_tokens_that_are_not_defined(cuda_code):
+    logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(0))
+    logits[1] = -math.inf
+    logits[2, 255] = math.nan
+    logits[3, 7] = math.inf
+    logits, uniforms = on(cuda_code, logits, torch.tensor([0.5, 0.5, 0.5, 0.5, 1.0, -0.1], dtype=F64))
+    ids, log_p, log_q = daemon_fast.sample_tokens(logits, uniforms, 0.9)
+    assert (ids < 0).tolist() == undefined(log_p) == undefined(log_q) == [False, *[True] * 5]
+
+
+@pytest.mark.parametrize("M", [4, 100, 2000])
+@pytest.mark.parametrize("rule", ["sir_select", "race_select"])
+def test_draws_that_are_not_defined(cuda_code, rule, M):
+    features, base = torch.zeros(5, M, 1), torch.zeros(5, M)
+    features[1, 2] = math.nan
+    base[2] = -math.inf
+    base[:, 0] = -math.inf
+    uniforms = torch.tensor([0.0, 0.3, 0.3, 1.0, math.nan], dtype=F64)
+    if rule == "race_select":
+        uniforms = torch.where(torch.arange(M) == 3, uniforms[:, None], 0.9)
+        uniforms[0, 1] = 0
+    arguments = on(cuda_code, features, torch.ones(1, dtype=F64), uniforms, base)
+    index, *others = getattr(daemon_fast, rule)(*arguments)
+    assert index.tolist() == [1, -1, -1, -1, -1]
+    for out in others:
+        assert undefined(out) == [False, True, True, False, False]
+
+
+@pytest.mark.parametrize("normalization", ["per_prefix", "global"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_moments_that_are_not_defined(cuda_code, bad, normalization):
+    features = torch.randn(40, 33, 2, generator=torch.Generator().manual_seed(0))
+    base = torch.zeros(40, 33, dtype=F64)
+    base[17] = bad if bad < 0 else 0
+    base[17, 32] = bad
+    features, mu, base = on(cuda_code, features, torch.ones(2, dtype=F64), base)
+    defined = bad < 0 and normalization == "global"  # one prefix without weight is no loss to global weights
+    for out in daemon_fast.tilted_moments(features, mu, base, normalization):
+        assert undefined(out.reshape(1, -1)) == [not defined]
+    for out in daemon_fast.tilted_moments(features, mu, torch.full_like(base, -math.inf), normalization):
+        assert undefined(out.reshape(1, -1)) == [True]
+
+
+def test_lengths_outside_a_row_are_marked(cuda_code):
+    tokens, lengths = on(cuda_code, torch.zeros(4, 40, dtype=torch.int64), torch.tensor([40, 41, -1, 7]))
+    assert undefined(daemon_fast.repetition(tokens, lengths, [2], [8])) == [False, True, True, False]
+
+
+def test_nothing_gives_nothing(cuda_code):
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(*shape, dtype=dtype, device=cuda_code)
+
+    ids, none, mu = empty(0, dtype=torch.int64), empty(0, dtype=F64), empty(2, dtype=F64)
+    assert daemon_fast.repetition(empty(0, 5, dtype=torch.int64)).shape == (0, 6)
+    assert daemon_fast.repetition(empty(3, 0, dtype=torch.int64)).tolist() == [[0.0] * 6] * 3
+    assert daemon_fast.token_logprobs(empty(0, 9), ids).log_p.shape == (0,)
+    assert _ops.token_logprobs_backward(empty(0), empty(0), empty(0, 9), ids, 1.0).shape == (0, 9)
+    assert daemon_fast.sample_tokens(empty(0, 9), none).ids.shape == (0,)
+    assert daemon_fast.importance_weights(empty(0, 9)).weights.shape == (0, 9)
+    assert daemon_fast.sir_select(empty(0, 9, 2), mu, none).index.shape == (0,)
+    assert daemon_fast.race_select(empty(0, 9, 2), mu, empty(0, 9, dtype=F64)).index.shape == (0,)
+
+
+def test_more_than_a_launch_can_hold_is_named(cuda_code):
+    tokens = torch.zeros(1, 4, dtype=torch.int64, device=cuda_code)
+    with pytest.raises(RuntimeError, match="ngrams has 33 entries, more than the 32"):
+        daemon_fast.repetition(tokens, ngrams=list(range(1, 34)))
+    for K in (400, 1025):
+        features, mu = on(cuda_code, torch.zeros(2, 2, K), torch.zeros(K, dtype=F64))
+        with pytest.raises(RuntimeError, match=f"features has K = {K}"):
+            daemon_fast.tilted_moments(features, mu)
+    longest = torch.zeros(1, dtype=torch.int32, device=cuda_code).expand(1, 2**29 + 1)
+    with pytest.raises(RuntimeError, match="exceeds the maximum 536870912 on CUDA"):
+        daemon_fast.repetition(longest)
+
+
 # ---- what a device refuses --------------------------------------------------------------------------------------
 
 H100, A100 = 227 * 1024, 163 * 1024  # bytes of shared memory that a block may have
@@ -115,6 +232,11 @@ def report():
 def select(M, dtype=torch.float32, base=None):
     base = None if base is None else torch.zeros(2, M, dtype=base)
     _ops.sir_select(torch.zeros(2, M, 0, dtype=dtype), torch.zeros(0, dtype=F64), torch.zeros(2, dtype=F64), base)
+
+
+def race(M, dtype=torch.float32, base=None):
+    base = None if base is None else torch.zeros(2, M, dtype=base)
+    _ops.race_select(torch.zeros(2, M, 0, dtype=dtype), torch.zeros(0, dtype=F64), torch.zeros(2, M, dtype=F64), base)
 
 
 def weigh(M, dtype=torch.float32):
@@ -139,11 +261,13 @@ def test_shared_memory_up_to_what_a_device_grants(optin):
         launch(select, M)
     for M in (*range(5100, 5130), *range(6100, 6150), *range(2 * most - 1100, 2 * most + 10)):
         launch(weigh, M)
+        launch(race, M)
     for M in (64, 65, 1024, 1025, 3000, most - 512, most - 511):
         for dtype in (torch.float32, F64):
             launch(weigh, 2 * M, dtype)
             for base in (torch.float32, F64):
                 launch(select, M, dtype, base)
+                launch(race, 2 * M, dtype, base)
     for T in range(500, 20_000, 50):
         for dtype in (torch.int32, torch.int64):
             launch(repeat, T, dtype)

@@ -110,6 +110,8 @@ def test_missing_fields_are_named(saved, tmp_path):
     document = json.loads(saved.read_text())
     for section in ("", "proposal_settings", "diagnostics"):
         for name in document[section] if section else document:
+            if name == "unmet":
+                continue  # artefacts of earlier versions lack it
             broken = copy.deepcopy(document)
             del (broken[section] if section else broken)[name]
             (tmp_path / "e.json").write_text(json.dumps(broken))

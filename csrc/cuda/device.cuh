@@ -47,6 +47,10 @@ struct MaxOrNan {
     __device__ double operator()(double a, double b) const { return a > b || a != a ? a : b; }
 };
 
+struct Min {
+    __device__ double operator()(double a, double b) const { return a < b ? a : b; }
+};
+
 struct Sum {
     __device__ double operator()(double a, double b) const { return a + b; }
 };

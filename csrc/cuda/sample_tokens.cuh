@@ -9,10 +9,6 @@ namespace daemon_fast::cuda {
 
 constexpr int kTileItems = 4;  // ids a thread adds up before the block's scan
 
-struct Min {
-    __device__ double operator()(double a, double b) const { return a < b ? a : b; }
-};
-
 // A row without a distribution, or a uniform outside [0, 1), gives -1 and NaN.
 template <class Logit, bool kTempered, int kThreads>
 __global__ void __launch_bounds__(kThreads, 1) sample_tokens_kernel(

@@ -213,10 +213,31 @@ def test_cross_validation_shrinks_where_there_is_little_text_and_hardly_where_th
     assert nearer >= 10
 
 
-def test_cross_validation_still_proves_what_is_out_of_reach():
+def test_cross_validation_fits_what_only_a_ridge_can_fit_and_names_what_it_missed():
     features, human = population(30, 3, 0)
+    human[:, 1] += 10
     with pytest.raises(InfeasibleTargets, match="out of reach"):
-        fit(features, human + 10, ridge="cv")
+        fit(features, human)
+    result = fit(features, human, ridge="cv")
+    assert result.ridge > 0
+    assert result.unmet == ("metric 1",)
+
+
+def test_a_target_counts_as_met_within_its_standard_error_or_a_tenth_of_the_spread():
+    features, human = population(200, 2, 0)
+    for ridge in (0.0, 0.1, 1.0, 10.0, 1000.0):
+        result = fit(features, human, ridge=ridge)
+        error = human.std(0) / math.sqrt(200)
+        missed = [
+            (abs(r) > 2 * e) and (abs(r) > 0.1 * s)
+            for r, e, s in zip(result.residual, error, result.scale, strict=True)
+        ]
+        assert result.unmet == tuple(f"metric {k}" for k in range(2) if missed[k])
+        means_only = fit(features, human.mean(0), ridge=ridge)
+        far = means_only.residual.abs() > 0.1 * means_only.scale
+        assert means_only.unmet == tuple(f"metric {k}" for k in range(2) if far[k])
+    assert fit(features, human).unmet == ()
+    assert len(fit(features, human, ridge=1000.0).unmet) == 2
 
 
 def test_cross_validation_passes_over_folds_that_only_a_ridge_can_fit():

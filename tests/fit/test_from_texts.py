@@ -108,7 +108,7 @@ def test_the_model_itself_can_be_what_is_tilted(proposal):
 
 def test_bad_calls(proposal):
     with pytest.raises(UnknownMetric):
-        fit_energy(proposal, TEXTS, ["perplexity"])
+        fit_energy(proposal, TEXTS, ["perplexity"], num_prefixes=10, prefix_tokens=4)
     with pytest.raises(DataError, match=r"30 of 30 texts have the 12 tokens .* that 96 pairs need"):
         fit_energy(proposal, TEXTS, ["sr_1"], prefix_tokens=4)
     with pytest.raises(InfeasibleTargets):
