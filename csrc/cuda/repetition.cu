@@ -6,8 +6,6 @@
 namespace daemon_fast::cuda {
 namespace {
 
-constexpr int kBlocksPerSm = 8;  // of the global-memory path, whose scratch is allocated per block
-
 void fill_plan(const std::vector<int64_t>& from, int64_t limit, const char* name, int32_t* to) {
     if (from.size() > kMaxColumns)
         fail("repetition: ", name, " has ", from.size(), " entries, more than the ", kMaxColumns, " of a CUDA call");
@@ -35,13 +33,12 @@ Tensor repetition(Tensor tokens, Tensor lengths, std::vector<int64_t> ngrams, st
         using Token = decltype(token);
         using Index = decltype(position);
         const int64_t bytes = RowScratch<Token, Index>::bytes(T);
-        const bool shared = bytes <= max_shared_bytes(device);
-        const int64_t blocks =
-            shared ? R : std::min(R, kBlocksPerSm * device_attribute(cudaDevAttrMultiProcessorCount, device));
-        std::optional<Tensor> scratch;
-        if (!shared) scratch = empty_like_with(tokens, {blocks * bytes}, ScalarType::Byte);
         const auto in_shared = repetition_kernel<Token, Index, true>;
         const auto in_global = repetition_kernel<Token, Index, false>;
+        const bool shared = bytes <= shared_bytes_for(bytes, in_shared, device);
+        const int64_t blocks = shared ? R : blocks_with_scratch(R, bytes, device);
+        std::optional<Tensor> scratch;
+        if (!shared) scratch = empty_like_with(tokens, {blocks * bytes}, ScalarType::Byte);
         launch(
             "repetition", tokens, shared ? in_shared : in_global, blocks, repetition_threads(T), shared ? bytes : 0,
             tokens.const_data_ptr<Token>(), tokens.stride(0), lengths.const_data_ptr(),
