@@ -222,7 +222,8 @@ class _Sampler:
         scores, temperature = logits, self.settings.temperature
         if without_eos:
             scores = scores.clone()
-            scores[:without_eos].index_fill_(1, self.eos, -torch.inf)  # by an index of lists, CUDA would wait
+            # Assigned by an index, the number would be copied from the host, which waits and can't be captured.
+            scores[:without_eos].index_fill_(1, self.eos, -torch.inf)
         if self._truncate:
             scores, temperature = scores.float() / temperature, 1.0
             for warper in self._truncate:
