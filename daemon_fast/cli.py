@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import get_completion_class
 
 from daemon_fast.embedded import check_model
-from daemon_fast.errors import DaemonFastError, DataError, InvalidInput, Problems, SeveralProblems
+from daemon_fast.errors import DaemonFastError, DataError, InvalidInput, ModelUnavailable, Problems, SeveralProblems
 
 if TYPE_CHECKING:
     from daemon_fast.data.formats import Format
@@ -260,8 +261,14 @@ def fit(
         check_writable(output, force)
     with problems:
         texts = read_texts(data, field, format_)
-    if not problems.found:  # a mistyped model is told at once: what follows imports torch and Transformers
+    with problems:
         check_model(model)
+    no_model = any(isinstance(problem, ModelUnavailable) for problem in problems.found)
+    context = click.get_current_context()
+    given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    # A mistyped name alone is told at once: what checks the other options imports torch and Transformers.
+    if no_model and given <= {"model", "data", "field", "format_", "output", "force"}:
+        problems.report()
     from daemon_fast.fit.from_texts import fit_energy, is_low, prepare
     from daemon_fast.metrics import DEFAULT
     from daemon_fast.models import load_tokenizer, resolve_device
@@ -275,6 +282,8 @@ def fit(
     }  # fmt: skip
     with problems:
         engine = _engine(engine_name, engine_args, served_model, model, device, dtype)
+    with problems:
+        check_model(model)
         tokenizer = load_tokenizer(model)
     with problems:
         resolve_device(device)

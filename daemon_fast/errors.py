@@ -128,7 +128,9 @@ class Problems:
     ) -> bool:
         if not isinstance(error, DaemonFastError):
             return False
-        self.found += error.problems if isinstance(error, SeveralProblems) else [error]
+        told = set(map(str, self.found))
+        problems = error.problems if isinstance(error, SeveralProblems) else [error]
+        self.found += [problem for problem in problems if str(problem) not in told]
         return True
 
     def report(self) -> None:

@@ -209,9 +209,22 @@ def prepare(
     for metric in parsed:
         with problems:
             metric.prepare()
+    k, texts = len(metrics_module.column_names(parsed)), num_targets or num_prefixes
+    if 1 <= num_prefixes < k:
+        problems.found.append(
+            InvalidInput(f"num_prefixes = {num_prefixes} is fewer than the {k} metrics to fit: give at least as many")
+        )
+    if num_candidates == 1 and normalization == "per_prefix":
+        problems.found.append(
+            InvalidInput("num_candidates = 1 leaves per-prefix weights nothing to choose: use 2 or more, or 'global'")
+        )
     with problems:
-        _check_sizes(len(metrics_module.column_names(parsed)), num_candidates, num_prefixes, normalization)
-    texts = num_targets or num_prefixes
+        check_fits(
+            f"a fit of num_candidates = {num_candidates} of num_prefixes = {num_prefixes}",
+            {f"{k} metrics": num_prefixes * num_candidates * k * (4 + 8)},  # float32, and float64 while it is fitted
+            torch.device("cpu"),
+            "num_candidates or num_prefixes",
+        )
     if ridge == "cv" and 1 <= min(num_prefixes, texts) < FOLDS:
         problems.found.append(InvalidInput(cv_needs(num_prefixes, texts)))
     if directory is not None:
@@ -225,19 +238,6 @@ def prepare(
             pairs = split(human, tokenizer, prefix_tokens, new_tokens, max(num_prefixes, texts), seed)
     problems.report()
     return Plan(parsed, pairs[:num_prefixes], pairs[:texts])
-
-
-def _check_sizes(k: int, num_candidates: int, num_prefixes: int, normalization: Normalization) -> None:
-    if 1 <= num_prefixes < k:
-        raise InvalidInput(f"num_prefixes = {num_prefixes} is fewer than the {k} metrics to fit: give at least as many")
-    if num_candidates == 1 and normalization == "per_prefix":
-        raise InvalidInput("num_candidates = 1 leaves per-prefix weights nothing to choose: use 2 or more, or 'global'")
-    check_fits(
-        f"a fit of num_candidates = {num_candidates} of num_prefixes = {num_prefixes}",
-        {f"{k} metrics": num_prefixes * num_candidates * k * (4 + 8)},  # float32, and float64 while it is fitted
-        torch.device("cpu"),
-        "num_candidates or num_prefixes",
-    )
 
 
 class Measured(NamedTuple):
@@ -300,13 +300,13 @@ def _fitted(
     except InfeasibleTargets as error:
         raise InfeasibleTargets(f"{constant}; {error}" if missed else str(error)) from error
     if missed and ridge == 0:
-        raise InfeasibleTargets(f"{constant}. Leave out {' and '.join(missed)}, or take ridge = 'cv', which does")
+        raise InfeasibleTargets(f"{constant}. Leave out {', '.join(missed)}; or take ridge = 'cv', which does")
     if missed:
         warnings.warn(f"left out, with their targets missed: metrics that are {constant}", TargetsNotMet, stacklevel=3)
     if result.unmet:
         exact = Problem.standardised(samples, result.targets, normalization, tuple(names), 0.0)
         try:
-            newton(exact)
+            newton(replace(exact, draw="sir"))
             why = "ridge = 0 meets them with these candidates"
         except FitError as error:
             why = f"they are {error}. {advice(exact, human, soft=False)}"
