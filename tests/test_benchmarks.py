@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import make_believe
 import pytest
 
 SCRIPTS = sorted(p.stem for p in Path(__file__).parents[1].joinpath("benchmarks").glob("*.py"))
@@ -93,6 +94,7 @@ def test_a_stage_that_does_not_end_is_ended_with_what_it_started(results, tmp_pa
     assert not alive.exists()
 
 
+@pytest.mark.skipif(make_believe.HAS_CUDA, reason="this torch has CUDA itself")
 def test_the_stages_rehearsed(tmp_path):
     """On the CPU and the make-believe device: what a GPU must not be the first to run."""
     script = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
