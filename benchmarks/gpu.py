@@ -38,6 +38,7 @@ import threading
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,18 +245,24 @@ def build(save: Save) -> None:
 
 
 def parity(save: Save) -> None:
+    """All tests that are marked gpu. What was counted is saved as they go: they may not end in time."""
     tests = "tests/test_append_tokens.py" if REHEARSES else "tests"
-    options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors", "-rfE", "--tb=short"]
-    command = [sys.executable, "-u", "-m", "pytest", *options, str(ROOT / tests)]
+    options = ["-v", "-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--tb=short"]
+    command = [sys.executable, "-u", "-m", "pytest", *options, tests]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
-    failed, line = [], ""
+    counts, failed, line = Counter[str](), list[str](), ""
     assert process.stdout is not None
     for line in process.stdout:
-        print(line, end="")
-        if line.startswith(("FAILED", "ERROR")):
-            failed.append(line.strip()[:300])
-            save(failed=failed)
-    save(closing_line=line.strip(), failed=failed, tables=[line.strip(), *failed])
+        test = re.match(r"(tests/.*) (PASSED|FAILED|ERROR|SKIPPED)\b", line)
+        if test is None or test[2] != "PASSED":
+            print(line, end="")
+        if test is not None:
+            counts[test[2]] += 1
+            failed += [test[1][:300]] if test[2] in ("FAILED", "ERROR") else []
+            if test[2] != "PASSED" or counts["PASSED"] % 50 == 0:
+                save(counts=counts, failed=failed, tables=[str(dict(counts)), *failed])
+    closing = line.strip(" =\n")
+    save(counts=counts, failed=failed, closing_line=closing, tables=[closing, *failed])
     sys.exit(process.wait())
 
 
