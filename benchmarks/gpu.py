@@ -389,7 +389,7 @@ def sets(bytes_each: int, make: Callable[[], tuple[Any, ...]], at_least: int = 2
 # fmt: off
 def cases(ceiling: dict[str, float]) -> Iterator[Callable[[], Case]]:
     """Each made when it is its turn: its inputs take gigabytes, and one that fails leaves the others."""
-    from choosing import torch_logprobs, torch_moments, torch_sample, torch_select
+    from choosing import torch_logprobs, torch_moments, torch_race, torch_sample, torch_select
     from common import zipf_tokens
     from repetition import vectorised_torch
 
@@ -411,6 +411,9 @@ def cases(ceiling: dict[str, float]) -> Iterator[Callable[[], Case]]:
 
     def groups(g: int) -> tuple[Any, ...]:
         return torch.randn(g, 25, 9, device=DEVICE), mu, uniforms(g)
+
+    def racing(g: int) -> tuple[Any, ...]:
+        return *groups(g)[:2], torch.rand(g, 25, dtype=torch.float64, device=DEVICE)
 
     def logits(rows: int) -> torch.Tensor:
         return torch.randn(rows, vocabulary, device=DEVICE, dtype=torch.bfloat16)
@@ -479,6 +482,14 @@ def cases(ceiling: dict[str, float]) -> Iterator[Callable[[], Case]]:
     yield lambda: Case(
         "sir_select (4,096, 25, 9)", daemon_fast.sir_select, torch_select,
         sets(4096 * 25 * 9 * 4, lambda: groups(4096)), 4096 * 25 * 10 * 4, "<= 5 us", lambda f: f["ours"] <= 5,
+    )
+    yield lambda: Case(
+        "race_select (1, 25, 9)", daemon_fast.race_select, torch_race, [racing(1) for _ in range(16)],
+        25 * 9 * 4 + 25 * 8, "<= 5 us", lambda f: f["ours"] <= 5,
+    )
+    yield lambda: Case(
+        "race_select (4,096, 25, 9)", daemon_fast.race_select, torch_race,
+        sets(4096 * 25 * 11 * 4, lambda: racing(4096)), 4096 * 25 * 12 * 4, "<= 5 us", lambda f: f["ours"] <= 5,
     )
     yield lambda: Case(
         "tokens to choice, M = 25, T = 256", choice, None, [(*given, one) for given in few], 25 * 256 * 8, "<= 15 us",
