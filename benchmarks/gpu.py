@@ -38,6 +38,7 @@ import threading
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,18 +245,24 @@ def build(save: Save) -> None:
 
 
 def parity(save: Save) -> None:
+    """All tests that are marked gpu. What was counted is saved as they go: they may not end in time."""
     tests = "tests/test_append_tokens.py" if REHEARSES else "tests"
-    options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors", "-rfE", "--tb=short"]
-    command = [sys.executable, "-u", "-m", "pytest", *options, str(ROOT / tests)]
+    options = ["-v", "-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--tb=short"]
+    command = [sys.executable, "-u", "-m", "pytest", *options, tests]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
-    failed, line = [], ""
+    counts, failed, line = Counter[str](), list[str](), ""
     assert process.stdout is not None
     for line in process.stdout:
-        print(line, end="")
-        if line.startswith(("FAILED", "ERROR")):
-            failed.append(line.strip()[:300])
-            save(failed=failed)
-    save(closing_line=line.strip(), failed=failed, tables=[line.strip(), *failed])
+        test = re.match(r"(tests/.*) (PASSED|FAILED|ERROR|SKIPPED)\b", line)
+        if test is None or test[2] != "PASSED":
+            print(line, end="")
+        if test is not None:
+            counts[test[2]] += 1
+            failed += [test[1][:300]] if test[2] in ("FAILED", "ERROR") else []
+            if test[2] != "PASSED" or counts["PASSED"] % 50 == 0:
+                save(counts=counts, failed=failed, tables=[str(dict(counts)), *failed])
+    closing = line.strip(" =\n")
+    save(counts=counts, failed=failed, closing_line=closing, tables=[closing, *failed])
     sys.exit(process.wait())
 
 
@@ -382,7 +389,7 @@ def sets(bytes_each: int, make: Callable[[], tuple[Any, ...]], at_least: int = 2
 # fmt: off
 def cases(ceiling: dict[str, float]) -> Iterator[Callable[[], Case]]:
     """Each made when it is its turn: its inputs take gigabytes, and one that fails leaves the others."""
-    from choosing import torch_logprobs, torch_moments, torch_sample, torch_select
+    from choosing import torch_logprobs, torch_moments, torch_race, torch_sample, torch_select
     from common import zipf_tokens
     from repetition import vectorised_torch
 
@@ -404,6 +411,9 @@ def cases(ceiling: dict[str, float]) -> Iterator[Callable[[], Case]]:
 
     def groups(g: int) -> tuple[Any, ...]:
         return torch.randn(g, 25, 9, device=DEVICE), mu, uniforms(g)
+
+    def racing(g: int) -> tuple[Any, ...]:
+        return *groups(g)[:2], torch.rand(g, 25, dtype=torch.float64, device=DEVICE)
 
     def logits(rows: int) -> torch.Tensor:
         return torch.randn(rows, vocabulary, device=DEVICE, dtype=torch.bfloat16)
@@ -472,6 +482,14 @@ def cases(ceiling: dict[str, float]) -> Iterator[Callable[[], Case]]:
     yield lambda: Case(
         "sir_select (4,096, 25, 9)", daemon_fast.sir_select, torch_select,
         sets(4096 * 25 * 9 * 4, lambda: groups(4096)), 4096 * 25 * 10 * 4, "<= 5 us", lambda f: f["ours"] <= 5,
+    )
+    yield lambda: Case(
+        "race_select (1, 25, 9)", daemon_fast.race_select, torch_race, [racing(1) for _ in range(16)],
+        25 * 9 * 4 + 25 * 8, "<= 5 us", lambda f: f["ours"] <= 5,
+    )
+    yield lambda: Case(
+        "race_select (4,096, 25, 9)", daemon_fast.race_select, torch_race,
+        sets(4096 * 25 * 11 * 4, lambda: racing(4096)), 4096 * 25 * 12 * 4, "<= 5 us", lambda f: f["ours"] <= 5,
     )
     yield lambda: Case(
         "tokens to choice, M = 25, T = 256", choice, None, [(*given, one) for given in few], 25 * 256 * 8, "<= 15 us",

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import get_completion_class
 
 from daemon_fast.embedded import check_model
-from daemon_fast.errors import DaemonFastError, DataError, InvalidInput, Problems, SeveralProblems
+from daemon_fast.errors import DaemonFastError, DataError, InvalidInput, ModelUnavailable, Problems, SeveralProblems
 
 if TYPE_CHECKING:
     from daemon_fast.data.formats import Format
@@ -173,7 +174,7 @@ force_option = click.option("--force", is_flag=True, help="Overwrite what is the
     cls=_Commands,
     context_settings={"max_content_width": 120, "show_default": True, "help_option_names": ["-h", "--help"]},
     epilog="""\b
-    Metrics: sr_<n>, tr_<w>, div, ent, coh.
+    Metrics: sr_<n>, tr_<w>, div, ent, coh, nats.
     Files in: .jsonl, .ndjson, .json, .txt (these also with .gz or .zst), .parquet; a folder, a pattern, or -.
     Files out: .jsonl, .ndjson (these also with .gz or .zst), .parquet, or -.
     Completion of what you type: eval "$(daemon-fast completion bash)".""",
@@ -231,6 +232,10 @@ def _quiet_transformers() -> None:
 )
 @click.option("--base", type=click.Choice(["proposal", "model"]), default="proposal", help="What is tilted.")
 @click.option(
+    "--spread", metavar="NAMES", default="", callback=lambda _context, _option, value: _listed(value),
+    help="Comma-separated metrics whose squares and products are to have human means, too.",
+)  # fmt: skip
+@click.option(
     "--ridge", default="cv", callback=lambda _context, _option, value: _ridge(value),
     help="Penalty on mu. 0: targets are met exactly on these prefixes; cv: cross-validation chooses.",
 )  # fmt: skip
@@ -260,21 +265,29 @@ def fit(
         check_writable(output, force)
     with problems:
         texts = read_texts(data, field, format_)
-    if not problems.found:  # a mistyped model is told at once: what follows imports torch and Transformers
+    with problems:
         check_model(model)
+    no_model = any(isinstance(problem, ModelUnavailable) for problem in problems.found)
+    context = click.get_current_context()
+    given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    # A mistyped name alone is told at once: what checks the other options imports torch and Transformers.
+    if no_model and given <= {"model", "data", "field", "format_", "output", "force"}:
+        problems.report()
     from daemon_fast.fit.from_texts import fit_energy, is_low, prepare
     from daemon_fast.metrics import DEFAULT
     from daemon_fast.models import load_tokenizer, resolve_device
     from daemon_fast.proposals.base import ProposalSettings
 
     _quiet_transformers()
-    listed = DEFAULT if names is None else [name.strip() for name in names.split(",") if name.strip()]
+    listed = DEFAULT if names is None else _listed(names)
     sampling: dict[str, Any] = {
         "num_candidates": num_candidates, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens,
         "temperature": temperature, "top_k": top_k, "top_p": top_p,
     }  # fmt: skip
     with problems:
         engine = _engine(engine_name, engine_args, served_model, model, device, dtype)
+    with problems:
+        check_model(model)
         tokenizer = load_tokenizer(model)
     with problems:
         resolve_device(device)
@@ -301,6 +314,10 @@ def fit(
     )
     # Warnings have named them.
     sys.exit(1 if texts.problems or found.unmet or is_low(found.ess_mean, num_candidates) else 0)
+
+
+def _listed(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _ridge(text: str) -> float | str:

@@ -44,6 +44,13 @@ def information(token_log_p: Vector) -> float:
     return math.exp(-math.fsum(token_log_p) / len(token_log_p))
 
 
+def nats(token_log_p: Vector) -> float:
+    """nats: mean negative log-probability of a token of a continuation under a reference LM."""
+    if len(token_log_p) == 0:
+        raise ValueError("nats a token of an empty continuation are not defined")
+    return -math.fsum(token_log_p) / len(token_log_p)
+
+
 def coherence(prefix_embedding: Vector, continuation_embedding: Vector) -> float:
     """coh: the cosine between the sentence embeddings of the prefix and of the continuation."""
     dot = math.fsum(a * b for a, b in zip(prefix_embedding, continuation_embedding, strict=True))

@@ -5,7 +5,8 @@ device or copies between it and the host. A capture changes nothing and records 
 whatever else they were given; a replay runs them again, on what lies there by then. A capture in which something was
 refused can't end, and leaves behind what it does with CUDA: an allocator in its pool, a generator without numbers.
 
-Not shown: what CUDA's own kernels compute and how fast, streams, its allocator, its choice of attention kernels.
+Only for a torch without CUDA: one with it chooses kernels that the CPU lacks. Not shown: what CUDA's own kernels
+compute and how fast, streams, its allocator, its choice of attention kernels.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def _histc(x: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Tensor
     return torch.histc(x.float(), bins, min, max).to(x.dtype)
 
 
+HAS_CUDA = torch.version.cuda is not None
 ONLY_ON_CUDA = {torch.ops.aten.mm.dtype: _mm, torch.ops.aten.histc.default: _histc}
 
 
@@ -267,6 +269,8 @@ def device() -> Iterator[Device]:
         "graph_pool_handle": lambda: (0, next(pools)),
         "is_current_stream_capturing": lambda: fake.tape is not None,
     }  # fmt: skip
+    if HAS_CUDA:
+        raise RuntimeError(f"torch {torch.__version__} has CUDA: there the make-believe device can't stand in for it")
     _guarded()
     lifts = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda"): made on the host, then copied

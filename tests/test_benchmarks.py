@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import make_believe
 import pytest
 
 SCRIPTS = sorted(p.stem for p in Path(__file__).parents[1].joinpath("benchmarks").glob("*.py"))
@@ -93,10 +94,11 @@ def test_a_stage_that_does_not_end_is_ended_with_what_it_started(results, tmp_pa
     assert not alive.exists()
 
 
+@pytest.mark.skipif(make_believe.HAS_CUDA, reason="this torch has CUDA itself")
 def test_the_stages_rehearsed(tmp_path):
     """On the CPU and the make-believe device: what a GPU must not be the first to run."""
     script = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
-    stages = ["build", "sanitizers", "operators", "call"]
+    stages = ["build", "parity", "sanitizers", "operators", "call"]
     command = [sys.executable, script, "--rehearse", "--output", tmp_path]
     result = subprocess.run(
         [*command, *(x for stage in stages for x in ("--stage", stage))], capture_output=True, text=True, check=False
@@ -107,6 +109,7 @@ def test_the_stages_rehearsed(tmp_path):
     assert document["machine"]["torch"]
     ended = {name: stage["status"].split(":")[0] for name, stage in document["stages"].items()}
     assert ended in ({**dict.fromkeys(stages, "ok"), "sanitizers": x} for x in ("ok", "skipped"))
+    assert sum(document["stages"]["parity"]["counts"].values()) >= 10
     work = [figure["work"].split()[0] for figure in document["stages"]["operators"]["figures"]]
     assert {"sample_tokens", "append_tokens", "repetition", "tokens", "tilted_moments"} <= set(work)
     for figure in document["stages"]["call"]["figures"]:

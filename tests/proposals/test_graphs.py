@@ -30,7 +30,8 @@ SETTINGS = [
     {"top_k": 20, "top_p": 0.7, "min_p": 0.01, "min_new_tokens": 16, "temperature": 1.2},
 ]  # fmt: skip
 BATCHES = [[[5, 9, 30], [7]], [[8, 8, 6, 11], [3, 4]]]  # of one size once it is rounded up
-HERE, THERE = "make-believe", pytest.param("cuda", marks=pytest.mark.gpu)
+without_cuda = pytest.mark.skipif(make_believe.HAS_CUDA, reason="this torch has CUDA itself")
+PLACES = [pytest.param("make-believe", marks=without_cuda), pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 class Place:
@@ -53,7 +54,7 @@ class Place:
             torch.cuda.synchronize()
 
 
-@pytest.fixture(params=[HERE, THERE])
+@pytest.fixture(params=PLACES)
 def place(request, monkeypatch):
     monkeypatch.setattr(prompt_cache, "SMALLEST_WINDOW", 8)  # so that 16 tokens take several captures
     if request.param == "cuda":
@@ -254,6 +255,7 @@ SHARED = [row[1].strip() for line in conformance.TABLE.read_text(encoding="utf-8
           if len(row := line.split("|")) > 4 and "shared" in row[4]]  # fmt: skip
 
 
+@without_cuda
 @pytest.mark.parametrize("family", SHARED)
 def test_a_step_of_every_family_is_legal_in_a_capture(family, monkeypatch):
     """In bfloat16: torch multiplies experts of other types one by one, as many rows each as the host must see."""
