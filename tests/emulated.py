@@ -23,7 +23,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import daemon_fast
-from daemon_fast import _C
+from daemon_fast import _C, ops
 
 ROOT = Path(__file__).parents[1]
 HERE = Path(__file__).parent / "emulation"
@@ -77,6 +77,7 @@ def load() -> ctypes.CDLL:
     if shutil.which("g++") is None:
         pytest.skip("no g++")
     library = compile_all()
+    assert ops  # imported because it registers the operators
     define = torch.library.Library("daemon_fast_emulated", "DEF")
     for name in torch._C._dispatch_get_all_op_names():
         if name.startswith("daemon_fast::"):
