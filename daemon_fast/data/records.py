@@ -182,7 +182,7 @@ def _problem(record: Record, text: Any, field: str) -> str | None:
         return f"has no string field {field!r}" + (f", but {', '.join(others[:5])}" if others else "")
     if half := SURROGATE.search(text):
         return f"has half a surrogate pair, \\u{ord(half[0]):04x}, as character {half.start()} of {field!r}: no text"
-    return f"has a field {RESULT!r} already" if RESULT in record else None
+    return None
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------
@@ -331,14 +331,17 @@ def _cut_to_whole_chunks(log: Path, chunk_size: int, total: int) -> int:
 
 def _worked(chunk: Sequence[Item], work: Work, number: int) -> list[Record]:
     """A result for each record of a chunk."""
-    usable = [item for item in chunk if item.problem is None]
+    problems = [
+        item.problem or (f"has a field {RESULT!r} already" if RESULT in item.record else None) for item in chunk
+    ]
+    usable = [item for item, problem in zip(chunk, problems, strict=True) if problem is None]
     found = work(usable, number) if usable else []
     if len(found) != len(usable):
         raise InvalidInput(f"work returned {len(found)} results for {len(usable)} records")
     remaining, results = iter(found), []
-    for item in chunk:
-        if item.problem is not None:
-            result: Record = {"error": f"{item.where} {item.problem}"}
+    for item, problem in zip(chunk, problems, strict=True):
+        if problem is not None:
+            result: Record = {"error": f"{item.where} {problem}"}
             if RESULT in item.record:
                 result["previous"] = item.record[RESULT]
         elif "error" in (result := next(remaining)):

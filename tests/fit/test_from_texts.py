@@ -7,9 +7,17 @@ import tiny
 import torch
 import toy
 
-from daemon_fast import Energy, SIRDecoder, TransformersProposal, fit_energy, metrics
+from daemon_fast import Energy, SIRDecoder, TransformersProposal, fit_energy, metrics, reference
 from daemon_fast.data import Pairs
-from daemon_fast.errors import DataError, InfeasibleTargets, InvalidInput, UnknownMetric
+from daemon_fast.data.collect import collect
+from daemon_fast.errors import (
+    DataError,
+    InfeasibleTargets,
+    InvalidInput,
+    SeveralProblems,
+    TargetsNotMet,
+    UnknownMetric,
+)
 
 NAMES = ["sr_2", "tr_2"]
 
@@ -24,16 +32,20 @@ def pairs_of_the_toy(n=200, seed=1):
 @pytest.mark.parametrize("normalization", ["per_prefix", "global"])
 def test_expected_metrics_of_the_fits_own_candidates_are_those_of_the_human_texts(normalization):
     pairs, proposal = pairs_of_the_toy(), toy.ToyProposal(num_candidates=12)
-    energy = fit_energy(proposal, pairs, NAMES, num_prefixes=200, ridge=0, normalization=normalization, batch_size=7)
+    options = {"ridge": 0, "normalization": normalization, "draw": "sir", "batch_size": 7}
+    energy = fit_energy(proposal, pairs, NAMES, num_prefixes=200, **options)
     want = metrics.features(energy.metrics, toy.as_candidates(torch.tensor(pairs.continuations), 200)).mean((0, 1))
     torch.testing.assert_close(energy.targets, want.double())
     # Drawn a second time, batch by batch and seed by seed: the same candidates.
-    decoded = SIRDecoder(energy, toy.ToyProposal(num_candidates=12), batch_size=7)(["x"] * 200, seed=0)
+    drawn, _ = collect(toy.ToyProposal(num_candidates=12), pairs.prefixes, None, seed=0, batch_size=7)
+    decoded = SIRDecoder(energy, toy.ToyProposal(num_candidates=12)).choose(drawn)
     if normalization == "per_prefix":
-        expected = (decoded.weights.double()[..., None] * decoded.candidate_features.double()).sum(1).mean(0)
+        chances = torch.tensor([reference.race_probabilities(row) for row in decoded.weights.tolist()])
+        expected = (chances.double()[..., None] * decoded.candidate_features.double()).sum(1).mean(0)
         torch.testing.assert_close(expected, energy.targets, atol=1e-6, rtol=0)
     assert max(map(abs, energy.diagnostics.residual)) < 1e-9
-    assert (energy.normalization, energy.base) == (normalization, "proposal")
+    draw = "race" if normalization == "per_prefix" else "sir"
+    assert (energy.normalization, energy.draw, energy.base) == (normalization, draw, "proposal")
     assert (energy.diagnostics.num_prefixes, energy.diagnostics.num_targets) == (200, 200)
 
 
@@ -116,3 +128,95 @@ def test_bad_calls(proposal):
     untold = TransformersProposal(proposal.model, None, num_candidates=2, max_new_tokens=2)
     with pytest.raises(InvalidInput, match="need a proposal with a tokenizer"):
         fit_energy(untold, TEXTS, ["sr_1"])
+
+
+def test_all_problems_are_told_before_anything_is_drawn(tmp_path):
+    drawn = toy.ToyProposal(1)
+    with pytest.raises(SeveralProblems) as raised:
+        fit_energy(
+            drawn, pairs_of_the_toy(3), ["foo", "bar"], num_targets=0, ridge=-1, seed=-1, bootstrap=-1, batch_size=0,
+            normalization="all", base="text", directory=tmp_path / "file" / "kept",
+        )  # fmt: skip
+    lines = str(raised.value).splitlines()
+    for message in (
+        "num_targets = 0", "batch_size = 0", "bootstrap = -1", "seed = -1", "ridge = -1", "normalization = 'all'",
+        "base = 'text'", "unknown metric 'foo'", "unknown metric 'bar'",
+    ):  # fmt: skip
+        assert sum(message in line for line in lines) == 1, message
+    with pytest.raises(SeveralProblems, match=r"(?s)num_prefixes = 3 is fewer than the 4 .*num_candidates = 1 .*"):
+        fit_energy(drawn, pairs_of_the_toy(3), ["sr_1", "sr_2", "tr_1", "tr_2"], ridge=-1)
+    with pytest.raises(InvalidInput, match="ridge = 'cv' needs at least 5 prefixes"):
+        fit_energy(toy.ToyProposal(2), pairs_of_the_toy(3), ["sr_1"])
+    assert drawn.calls == 0
+
+
+def three(candidates):
+    return torch.full(candidates.lengths.shape, 3.0)
+
+
+def above_three(candidates):
+    """3 for what the model draws, 4 for human text, which comes one a prefix."""
+    return torch.full(candidates.lengths.shape, 4.0 if candidates.shape[1] == 1 else 3.0)
+
+
+def test_a_metric_that_nothing_varies_is_left_out_with_a_warning():
+    pairs, proposal = pairs_of_the_toy(), toy.ToyProposal(12)
+    with pytest.warns(UserWarning, match=r"left out.* same for all candidates, and for human text: three \(3\)"):
+        energy = fit_energy(proposal, pairs, ["sr_2", three, "tr_2"], ridge=0)
+    assert energy.names == ["sr_2", "tr_2"]
+    assert energy.diagnostics.unmet == []
+    assert torch.equal(energy.mu, fit_energy(proposal, pairs, ["sr_2", "tr_2"], ridge=0).mu)
+    with pytest.raises(InvalidInput, match="no metric is left"), pytest.warns(UserWarning, match="three"):
+        fit_energy(proposal, pairs, [three], ridge=0)
+
+
+def test_a_metric_that_never_varies_and_misses_its_target_is_infeasible_or_named(tmp_path):
+    pairs, proposal = pairs_of_the_toy(), toy.ToyProposal(12)
+    options = {"ridge": 0, "directory": tmp_path}
+    with pytest.raises(InfeasibleTargets, match=r"above_three \(3, target 4\)\. Leave out above_three.* kept in"):
+        fit_energy(proposal, pairs, ["sr_2", above_three], **options)
+    drawn = proposal.calls
+    with pytest.warns(TargetsNotMet, match=r"above_three \(3, target 4\)"):
+        energy = fit_energy(proposal, pairs, ["sr_2", above_three], **{**options, "ridge": "cv"})
+    assert (energy.names, energy.diagnostics.unmet) == (["sr_2"], ["above_three"])
+    assert proposal.calls == drawn  # candidates are kept and reused
+
+
+def test_a_lone_surrogate_is_named_by_its_text(proposal):
+    texts = [*TEXTS[:7], TEXTS[7] + " \ud835", *TEXTS[8:]]
+    with pytest.raises(InvalidInput, match=r"texts\[7\] has the lone surrogate '.ud835'"):
+        fit_energy(proposal, texts, ["sr_1"], num_prefixes=10, prefix_tokens=4)
+    with pytest.raises(InvalidInput, match=r"texts\[2\] is a NoneType"):
+        fit_energy(proposal, [*TEXTS[:2], None, *TEXTS[3:]], ["sr_1"], num_prefixes=10, prefix_tokens=4)
+
+
+@pytest.mark.parametrize("draw", ["sir", "race"])
+def test_spread_gives_what_is_drawn_the_second_moments_of_human_text(draw, tmp_path):
+    pairs, proposal = pairs_of_the_toy(), toy.ToyProposal(num_candidates=12)
+    names = ["sr_1", "nats"]
+    energy = fit_energy(proposal, pairs, names, num_prefixes=200, ridge=0, draw=draw, spread=names)
+    assert energy.names == ["sr_1", "nats", "sr_1^2", "sr_1*nats", "nats^2"]
+    energy.save(tmp_path / "energy.json")
+    energy = Energy.load(tmp_path / "energy.json")
+    drawn, _ = collect(toy.ToyProposal(num_candidates=12), pairs.prefixes, None, seed=0, batch_size=4)
+    decoded = SIRDecoder(energy, toy.ToyProposal(num_candidates=12)).choose(drawn)
+    chances = decoded.weights.double()
+    if draw == "race":
+        chances = torch.tensor([reference.race_probabilities(row) for row in chances.tolist()])
+    values = metrics.features(metrics.parse(names), drawn).double()
+    human = metrics.features(metrics.parse(names), toy.as_candidates(torch.tensor(pairs.continuations), 200))[
+        :, 0
+    ].double()
+    mean, scale = human.mean(0), human.std(0)
+
+    def moments(z):
+        z = z.clamp(-2.5, 2.5)
+        return torch.stack([z[..., 0] ** 2, z[..., 0] * z[..., 1], z[..., 1] ** 2], -1)
+
+    expected = (chances[..., None] * moments((values - mean) / scale)).sum(1).mean(0)
+    torch.testing.assert_close(expected, moments((human - mean) / scale).mean(0), atol=1e-5, rtol=0)
+
+
+def test_spread_of_what_is_not_fitted_is_refused():
+    with pytest.raises(InvalidInput, match="spread has 'tr_2': it must be a metric of sr_1, nats, once"):
+        fit_energy(toy.ToyProposal(num_candidates=12), pairs_of_the_toy(), ["sr_1", "nats"], spread=["tr_2"])
