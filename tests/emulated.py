@@ -138,7 +138,9 @@ def compiled() -> set[str]:
 class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "daemon_fast" and not types and all(a.is_cpu for a in args if isinstance(a, torch.Tensor)):
-            func = getattr(torch.ops.daemon_fast_emulated, func._opname).default
+            here = f"daemon_fast_emulated::{func._opname}"
+            if torch._C._dispatch_has_kernel_for_dispatch_key(here, "CPU"):  # not every operator has a kernel for CUDA
+                func = getattr(torch.ops.daemon_fast_emulated, func._opname).default
         return func(*args, **(kwargs or {}))
 
 

@@ -17,9 +17,9 @@
 // Not caught
 // - the GPU's weak memory order (here every access is seen at once by all), data races within one stretch between
 //   barriers that no order of whole stretches shows, and anything between blocks that run at the same time;
-// - with the source, what CUB, the device's math functions and the compiler make of it: stand-ins of the same interface,
-//   and of CUB's order of operations, take their place (cub/, cuda_fp16.h and cuda_bf16.h in this folder). The PTX of
-//   the module (ptx.h) has all that as it ships, and alignments and bounds of shared memory, but no sanitizer;
+// - with the source, what CUB, the device's math functions and the compiler make of it: stand-ins with the same
+//   interface, and CUB's order of operations, take their place (cub/, cuda_fp16.h and cuda_bf16.h in this folder). The
+//   module's PTX (ptx.h) has all that as it ships, alignments and bounds of shared memory too, but no sanitizer;
 // - occupancy, and the rounding of approximate instructions.
 #pragma once
 
