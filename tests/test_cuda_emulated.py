@@ -246,6 +246,8 @@ H100, A100 = 227 * 1024, 163 * 1024  # bytes of shared memory that a block may h
 
 @pytest.fixture
 def report():
+    if emulated.SANITIZED:
+        pytest.skip("computes nothing")
     if not emulated.has_ptx():
         pytest.skip("built without CUDA, or no cuobjdump: the compiler's report has each kernel's static shared memory")
 
@@ -371,10 +373,13 @@ def test_every_line_runs_under_sanitizers(capsys):
             pytest.skip(f"no {program}")
     for counts in emulated.folder(sanitized=True).glob("*.gcda"):
         counts.unlink()
-    find = ["g++", "-print-file-name=libasan.so"]
-    runtime = subprocess.run(find, check=True, capture_output=True, text=True).stdout.strip()
-    env = {**os.environ, "EMULATION_SANITIZED": "1", "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    preloaded = []
+    for name in ("libasan.so", "libstdc++.so"):  # which must know of each other before anything throws
+        find = subprocess.run(["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True)
+        preloaded.append(find.stdout.strip())
+    settings = {"EMULATION_SANITIZED": "1", "LD_PRELOAD": ":".join(preloaded), "ASAN_OPTIONS": "detect_leaks=0"}
+    env = {**os.environ, **settings}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", __file__]
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     files = emulated.coverage().items()
