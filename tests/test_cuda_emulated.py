@@ -170,6 +170,16 @@ def test_token_logprobs_that_are_not_defined(library):
             assert np.isnan(out).tolist() == [False, True, True, True, True, True, False]
 
 
+@pytest.mark.parametrize("temperature", [0.01, 1.0, 100.0])
+def test_token_logprobs_at_the_ends_of_the_range(library, temperature):
+    logits = np.full((3, 300), np.finfo(np.float32).min, dtype=np.float32)  # what masks write
+    logits[1, 77] = 3e38
+    logits[2, 5::50] = 12.5
+    log_p, log_q = token_logprobs(library, logits, [299, 77, 55], temperature)
+    for got in (log_p, log_q):
+        np.testing.assert_allclose(got, [-math.log(300), 0, -math.log(6)], rtol=1e-6)
+
+
 def token_logprobs_backward(library, grad_log_p, grad_log_q, logits, ids, temperature, *, order=0):
     kind = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.uint16): 2}[logits.dtype]
     grad = np.full(logits.shape, 7, dtype=logits.dtype)
@@ -230,7 +240,7 @@ def sample_tokens(library, logits, uniforms, temperature, *, order=0):
 @pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
 def test_sample_tokens(library, kind, temperature, order):
     rng = np.random.default_rng(order)
-    for V in (1, 2, 7, 63, 255, 256, 257, 700):
+    for V in (1, 2, 7, 255, 1024, 2051, 34_000 if order == 0 else 3071):
         wide = (rng.standard_normal((6, V + 3)) * 3).astype(np.float32)
         wide[1, : V // 2] = -np.inf
         wide[2, V // 2 + 1 :] = -np.inf
@@ -250,9 +260,9 @@ def test_sample_tokens(library, kind, temperature, order):
 
 
 def test_sample_tokens_that_are_not_defined(library):
-    logits = np.random.default_rng(0).standard_normal((6, 300)).astype(np.float32)
+    logits = np.random.default_rng(0).standard_normal((6, 3000)).astype(np.float32)
     logits[1] = -np.inf
-    logits[2, 255] = np.nan
+    logits[2, 2555] = np.nan
     logits[3, 7] = np.inf
     ids, log_p, log_q = sample_tokens(library, logits, [0.5, 0.5, 0.5, 0.5, 1.0, -0.1], 0.9)
     assert (ids[1:] == -1).all()

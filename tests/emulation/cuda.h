@@ -327,6 +327,9 @@ inline uint32_t atomicOr(uint32_t* at, uint32_t value) {
     return before;
 }
 
+using std::max;
+using std::min;
+
 inline int __popc(uint32_t value) {
     return __builtin_popcount(value);
 }
@@ -339,6 +342,12 @@ inline float __int_as_float(int32_t bits) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
+}
+
+inline int32_t __float_as_int(float value) {
+    int32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
 }
 
 struct alignas(16) uint4 {

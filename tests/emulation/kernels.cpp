@@ -47,27 +47,27 @@ void run_repetition(
 
 template <class Logit>
 void run_token_logprobs(
-    const void* logits, int64_t row_stride, const int64_t* ids, int64_t R, int64_t V, float inverse, int tempered,
-    int order, float* log_p, float* log_q) {
+    const void* logits, int64_t row_stride, const int64_t* ids, int64_t R, int64_t V, double temperature, int order,
+    float* log_p, float* log_q) {
     emulation::launch(std::min<unsigned>(2, R), 64, 0, order, [&] {
-        const Logit* const row = static_cast<const Logit*>(logits);
-        if (tempered)
-            token_logprobs_kernel<Logit, int64_t, true, 64>(row, row_stride, ids, 1, R, V, inverse, log_p, log_q);
-        else
-            token_logprobs_kernel<Logit, int64_t, false, 64>(row, row_stride, ids, 1, R, V, inverse, log_p, log_q);
+        const auto kernel = temperature == 1.0 ? token_logprobs_kernel<Logit, int64_t, false, 64>
+                                               : token_logprobs_kernel<Logit, int64_t, true, 64>;
+        kernel(
+            static_cast<const Logit*>(logits), row_stride, ids, 1, R, static_cast<int>(V), Temperature(temperature),
+            log_p, log_q);
     });
 }
 
 template <class Logit>
 void run_token_logprobs_backward(
     const float* grad_log_p, const float* grad_log_q, const void* logits, int64_t row_stride, const int64_t* ids,
-    int64_t R, int64_t V, float inverse, int tempered, int order, void* grad) {
+    int64_t R, int64_t V, double temperature, int order, void* grad) {
     emulation::launch(std::min<unsigned>(2, R), 64, 0, order, [&] {
-        const auto kernel = tempered ? token_logprobs_backward_kernel<Logit, int64_t, true, 64>
-                                     : token_logprobs_backward_kernel<Logit, int64_t, false, 64>;
+        const auto kernel = temperature == 1.0 ? token_logprobs_backward_kernel<Logit, int64_t, false, 64>
+                                               : token_logprobs_backward_kernel<Logit, int64_t, true, 64>;
         kernel(
-            grad_log_p, 1, grad_log_q, 1, static_cast<const Logit*>(logits), row_stride, ids, 1, R, V, inverse,
-            static_cast<Logit*>(grad));
+            grad_log_p, 1, grad_log_q, 1, static_cast<const Logit*>(logits), row_stride, ids, 1, R, static_cast<int>(V),
+            Temperature(temperature), static_cast<Logit*>(grad));
     });
 }
 
@@ -97,10 +97,8 @@ void emulate_repetition(
 void emulate_token_logprobs(
     const void* logits, int kind, int64_t row_stride, const int64_t* ids, int64_t R, int64_t V, double temperature,
     int order, float* log_p, float* log_q) {
-    const float inverse = static_cast<float>(1.0 / temperature);
     const auto run = [&](auto logit) {
-        run_token_logprobs<decltype(logit)>(
-            logits, row_stride, ids, R, V, inverse, temperature != 1.0, order, log_p, log_q);
+        run_token_logprobs<decltype(logit)>(logits, row_stride, ids, R, V, temperature, order, log_p, log_q);
     };
     kind == 0 ? run(float{}) : kind == 1 ? run(__half{}) : run(__nv_bfloat16{});
 }
@@ -108,10 +106,9 @@ void emulate_token_logprobs(
 void emulate_token_logprobs_backward(
     const float* grad_log_p, const float* grad_log_q, const void* logits, int kind, int64_t row_stride,
     const int64_t* ids, int64_t R, int64_t V, double temperature, int order, void* grad) {
-    const float inverse = static_cast<float>(1.0 / temperature);
     const auto run = [&](auto logit) {
         run_token_logprobs_backward<decltype(logit)>(
-            grad_log_p, grad_log_q, logits, row_stride, ids, R, V, inverse, temperature != 1.0, order, grad);
+            grad_log_p, grad_log_q, logits, row_stride, ids, R, V, temperature, order, grad);
     };
     kind == 0 ? run(float{}) : kind == 1 ? run(__half{}) : run(__nv_bfloat16{});
 }
@@ -119,12 +116,20 @@ void emulate_token_logprobs_backward(
 void emulate_sample_tokens(
     const void* logits, int kind, int64_t row_stride, const double* uniforms, int64_t R, int64_t V, double temperature,
     int order, int64_t* ids, float* log_p, float* log_q) {
-    const float inverse = static_cast<float>(1.0 / temperature);
     const auto run = [&](auto logit, auto tempered) {
         using Logit = decltype(logit);
-        emulation::launch(std::min<unsigned>(2, R), 64, 0, order, [&] {
-            sample_tokens_kernel<Logit, tempered.value, 64>(
-                static_cast<const Logit*>(logits), row_stride, uniforms, 1, R, V, inverse, ids, log_p, log_q);
+        const Logit* const rows = static_cast<const Logit*>(logits);
+        const int64_t pieces = Pieces<Logit>::count(V), blocks = (pieces + kPieceWarps - 1) / kPieceWarps;
+        Scratch sums(R * pieces * static_cast<int64_t>(sizeof(LogSums)));
+        emulation::launch(static_cast<unsigned>(std::min<int64_t>(2, R) * blocks), kPieceThreads, 0, order, [&] {
+            sum_pieces_kernel<Logit, tempered.value>(
+                rows, row_stride, R, static_cast<int>(V), static_cast<int>(pieces), Temperature(temperature),
+                sums.data<LogSums>());
+        });
+        emulation::launch(std::min<unsigned>(2, R), kWarp, 0, order, [&] {
+            sample_tokens_kernel<Logit, tempered.value>(
+                rows, row_stride, uniforms, 1, R, static_cast<int>(V), static_cast<int>(pieces),
+                Temperature(temperature), sums.data<LogSums>(), ids, log_p, log_q);
         });
     };
     const auto with_temperature = [&](auto logit) {
