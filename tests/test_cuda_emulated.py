@@ -68,11 +68,11 @@ def small(value):
 # ---- repetition -------------------------------------------------------------------------------------------------
 
 
-def repetition(library, tokens, lengths, ngrams, windows, *, index_bytes=2, threads=0, scratch=0, order=0, stride=None):
+def repetition(library, tokens, lengths, ngrams, windows, *, threads=32, scratch=0, order=0):
     out = np.full((len(lengths), len(ngrams) + len(windows)), -1, dtype=np.float32)
     n, w = np.asarray(ngrams, dtype=np.int32), np.asarray(windows, dtype=np.int32)
     call(
-        library, "emulate_repetition", tokens, small(tokens.itemsize), small(index_bytes),
+        library, "emulate_repetition", tokens, small(tokens.itemsize),
         tokens.strides[0] // tokens.itemsize, lengths, small(int(lengths.dtype == np.int64)), *tokens.shape,
         n, small(len(n)), w, small(len(w)), small(threads), small(scratch), small(order), out,
     )  # fmt: skip
@@ -80,18 +80,16 @@ def repetition(library, tokens, lengths, ngrams, windows, *, index_bytes=2, thre
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("threads", [32, 96])
+@pytest.mark.parametrize("threads", [32, 128])
 @pytest.mark.parametrize("alphabet", [1, 2, 10, 10**9])
 def test_repetition(library, alphabet, threads, order):
     rng = np.random.default_rng(alphabet + order)
-    for T, dtype, index_bytes in ((1, np.int32, 2), (2, np.int64, 4), (31, np.int32, 4), (32, np.int64, 2),
-                                  (33, np.int64, 2), (65, np.int32, 2), (150, np.int64, 2)):  # fmt: skip
+    for T, dtype in ((1, np.int32), (2, np.int64), (31, np.int32), (32, np.int64), (33, np.int64), (65, np.int32),
+                     (150, np.int64), (300, np.int32)):  # fmt: skip
         tokens = rng.integers(-alphabet, alphabet, size=(5, T)).astype(dtype)
         lengths = np.array([T, 0, 1, T // 2, max(T - 1, 0)], dtype=np.int32)
         ngrams, windows = [1, 2, 3, 4, T + 1], [1, 8, 16, 32, T]
-        got = repetition(
-            library, tokens, lengths, ngrams, windows, index_bytes=index_bytes, threads=threads, order=order
-        )
+        got = repetition(library, tokens, lengths, ngrams, windows, threads=threads, order=order)
         want = reference.repetition(tokens.tolist(), lengths.tolist(), ngrams, windows)
         np.testing.assert_array_equal(got, np.array(want, dtype=np.float32))
 
@@ -100,7 +98,7 @@ def test_repetition(library, alphabet, threads, order):
 def test_repetition_of_long_rows_in_global_memory(library, order):
     tokens = np.random.default_rng(0).zipf(1.3, size=(5, 1100)) % 200
     lengths = np.array([1100, 700, 3, 0, 1099])
-    got = repetition(library, tokens, lengths, [2, 3, 4], [8, 32], scratch=1, order=order)
+    got = repetition(library, tokens, lengths, [2, 3, 4], [8, 32], threads=128, scratch=1, order=order)
     want = reference.repetition(tokens.tolist(), lengths.tolist(), [2, 3, 4], [8, 32])
     np.testing.assert_array_equal(got, np.array(want, dtype=np.float32))
 

@@ -306,6 +306,22 @@ Value __shfl_xor_sync(uint32_t mask, Value value, int distance) {
     return emulation::exchange("__shfl_xor_sync", mask, value, [&](auto of) { return of(source); });
 }
 
+inline uint32_t __reduce_add_sync(uint32_t mask, uint32_t value) {
+    return emulation::exchange("__reduce_add_sync", mask, value, [&](auto of) {
+        uint32_t sum = 0;
+        for (unsigned lane = 0; lane < emulation::block.lanes(); ++lane)
+            if (mask >> lane & 1) sum += of(lane);
+        return sum;
+    });
+}
+
+inline uint32_t atomicMax(uint32_t* at, uint32_t value) {
+    emulation::block.interrupt();
+    const uint32_t before = *at;
+    *at = std::max(before, value);
+    return before;
+}
+
 inline uint32_t atomicCAS(uint32_t* at, uint32_t expected, uint32_t desired) {
     emulation::block.interrupt();
     const uint32_t before = *at;

@@ -29,19 +29,17 @@ void with_threads(int threads, bool shared, const Run& run) {
     threads == 32 ? with_space(std::integral_constant<int, 32>()) : with_space(std::integral_constant<int, 128>());
 }
 
-template <class Token, class Index>
+template <class Token, int kThreads, bool kShared>
 void run_repetition(
     const void* tokens, int64_t row_stride, const void* lengths, int wide_lengths, int64_t R, int64_t T,
-    const RepetitionPlan& plan, unsigned threads, int global_scratch, int order, float* out) {
-    const int64_t bytes = RowScratch<Token, Index>::bytes(T);
-    const unsigned grid = global_scratch ? 2 : static_cast<unsigned>(R);
-    Scratch scratch(global_scratch ? grid * bytes : 0);
-    emulation::launch(grid, threads, global_scratch ? 0 : static_cast<size_t>(bytes), order, [&] {
-        const auto kernel =
-            global_scratch ? repetition_kernel<Token, Index, false> : repetition_kernel<Token, Index, true>;
-        kernel(
-            static_cast<const Token*>(tokens), row_stride, lengths, wide_lengths, 1, R, T, plan,
-            scratch.template data<char>(), out);
+    const RepetitionPlan& plan, int order, float* out) {
+    const RowLayout layout = RowScratch<Token, kShared>::layout(T);
+    const unsigned grid = kShared ? static_cast<unsigned>(R) : 2;
+    Scratch scratch(kShared ? 0 : grid * layout.bytes);
+    emulation::launch(grid, kThreads, kShared ? static_cast<size_t>(layout.bytes) : 0, order, [&] {
+        repetition_kernel<Token, kThreads, kShared>(
+            static_cast<const Token*>(tokens), row_stride, lengths, wide_lengths, 1, R, T, plan, layout,
+            scratch.data<char>(), out);
     });
 }
 
@@ -76,22 +74,23 @@ void run_token_logprobs_backward(
 extern "C" {
 
 void emulate_repetition(
-    const void* tokens, int token_bytes, int index_bytes, int64_t row_stride, const void* lengths, int wide_lengths,
-    int64_t R, int64_t T, const int32_t* ngrams, int ngram_count, const int32_t* windows, int window_count,
-    unsigned threads, int global_scratch, int order, float* out) {
+    const void* tokens, int token_bytes, int64_t row_stride, const void* lengths, int wide_lengths, int64_t R,
+    int64_t T, const int32_t* ngrams, int ngram_count, const int32_t* windows, int window_count, int threads,
+    int global_scratch, int order, float* out) {
     RepetitionPlan plan{};
     plan.ngram_count = ngram_count;
     plan.window_count = window_count;
     std::copy(ngrams, ngrams + ngram_count, plan.ngrams);
     std::copy(windows, windows + window_count, plan.windows);
     plan.longest_ngram = *std::max_element(plan.ngrams, plan.ngrams + kMaxColumns);
-    const auto run = [&](auto token, auto index) {
-        run_repetition<decltype(token), decltype(index)>(
-            tokens, row_stride, lengths, wide_lengths, R, T, plan, threads ? threads : repetition_threads(T),
-            global_scratch, order, out);
+    const auto run = [&](auto token, auto count, auto shared) {
+        run_repetition<decltype(token), count.value, shared.value>(
+            tokens, row_stride, lengths, wide_lengths, R, T, plan, order, out);
     };
-    const auto with_index = [&](auto token) { index_bytes == 2 ? run(token, uint16_t{}) : run(token, uint32_t{}); };
-    token_bytes == 8 ? with_index(int64_t{}) : with_index(int32_t{});
+    const auto with_token = [&](auto count, auto shared) {
+        token_bytes == 8 ? run(int64_t{}, count, shared) : run(int32_t{}, count, shared);
+    };
+    with_threads(threads, !global_scratch, with_token);
 }
 
 void emulate_token_logprobs(
