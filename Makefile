@@ -17,10 +17,10 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 .PHONY: demo demo-quick test test-engines check format build bench clean
 
 demo: build
-	$(BIN)/daemon-fast demo
+	$(BIN)/daemon-fast demo --force
 
 demo-quick: build
-	$(BIN)/daemon-fast demo --quick
+	$(BIN)/daemon-fast demo --quick --force
 
 test: check
 	$(BIN)/python -m pytest

@@ -41,6 +41,7 @@ for M in (25, 300, 2000, 20000):
     features, mu = torch.randn(3, M, 9, device="cuda"), torch.randn(9, dtype=f64, device="cuda")
     daemon_fast.importance_weights(features[..., 0])
     daemon_fast.sir_select(features, mu, torch.rand(3, 4, dtype=f64, device="cuda"))
+    daemon_fast.race_select(features, mu, torch.rand(3, 4, M, dtype=f64, device="cuda"))
     for normalization in ("per_prefix", "global"):
         daemon_fast.tilted_moments(features, mu, normalization=normalization)
 torch.cuda.synchronize()

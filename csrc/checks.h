@@ -169,14 +169,18 @@ inline void check_tilt(
     check_same_device(*base_log_w, features, b.c_str());
 }
 
-inline void check_sir_select(
-    const Tensor& features, const Tensor& mu, const Tensor& uniforms, const std::optional<Tensor>& base_log_w) {
-    check_tilt("sir_select", features, mu, base_log_w);
-    if (uniforms.dim() != 1 && uniforms.dim() != 2)
-        fail("sir_select: uniforms must have shape [G] or [G, S], got ", shape(uniforms));
-    check_dtype(uniforms, "sir_select: uniforms", ScalarType::Double);
-    check_size(uniforms, 0, features.size(0), "sir_select: uniforms", "features.shape[0]");
-    check_same_device(uniforms, features, "sir_select: uniforms");
+// uniforms [G, *draw] or [G, S, *draw]: one a draw (draw_dims = 0), or one a draw and candidate (1).
+inline void check_select(
+    const std::string& op, int64_t draw_dims, const Tensor& features, const Tensor& mu, const Tensor& uniforms,
+    const std::optional<Tensor>& base_log_w) {
+    check_tilt(op, features, mu, base_log_w);
+    const std::string u = op + ": uniforms";
+    if (uniforms.dim() != 1 + draw_dims && uniforms.dim() != 2 + draw_dims)
+        fail(u, " must have shape ", draw_dims ? "[G, M] or [G, S, M]" : "[G] or [G, S]", ", got ", shape(uniforms));
+    check_dtype(uniforms, u.c_str(), ScalarType::Double);
+    check_size(uniforms, 0, features.size(0), u.c_str(), "features.shape[0]");
+    if (draw_dims) check_size(uniforms, uniforms.dim() - 1, features.size(1), u.c_str(), "features.shape[1]");
+    check_same_device(uniforms, features, u.c_str());
 }
 
 inline void check_tilted_moments(

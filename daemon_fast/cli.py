@@ -2,37 +2,136 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import json
 import math
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+from click.shell_completion import get_completion_class
 
-from daemon_fast.errors import DaemonFastError, InvalidInput
+from daemon_fast.embedded import check_model
+from daemon_fast.errors import DaemonFastError, InvalidInput, Problems, SeveralProblems
 
 if TYPE_CHECKING:
+    from daemon_fast.data.formats import Format
     from daemon_fast.decode import SIRDecoder
     from daemon_fast.proposals.load import EngineSpec
 
 
-class _OneLineErrors(click.Group):
-    """Expected errors end in one line and exit code 2, never in a traceback; a run that was cut off says so."""
+# Of `daemon_fast.experiments.studies.STUDIES`, whose import takes seconds.
+STUDIES = (
+    "alignment", "perplexity", "convergence", "one_metric", "temperatures", "ablation", "forward_kl", "tail",
+    "transfer",
+)  # fmt: skip
+
+
+class _Command(click.Command):
+    """Every command has these two."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.params += [
+            click.Option(
+                ["--quiet", "-q"], is_flag=True, expose_value=False, callback=_quiet,
+                help="Results and errors only: no progress, no warnings.",
+            ),
+            click.Option(
+                ["--verbose", "-v"], is_flag=True, expose_value=False, callback=_verbose,
+                help="Also what libraries log, and where in the code an error arose.",
+            ),
+        ]  # fmt: skip
+
+
+def _quiet(context: click.Context, _option: click.Parameter, chosen: bool) -> None:
+    if chosen:
+        os.environ["TQDM_DISABLE"] = "1"
+        context.call_on_close(lambda: os.environ.pop("TQDM_DISABLE"))
+        warnings.simplefilter("ignore")
+
+
+def _verbose(context: click.Context, _option: click.Parameter, chosen: bool) -> None:
+    context.find_root().obj = chosen
+
+
+class _Commands(click.Group):
+    """Expected errors end in a line each and exit code 2, never in a traceback; a run that was cut off says so."""
+
+    command_class = _Command
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            finally:
+                sys.stdout.flush()  # a full disk shows here, and not when Python ends
         except DaemonFastError as error:
-            click.echo(f"Error: {' '.join(str(error).split())}", err=True)
-            sys.exit(2)
+            _fail(ctx, *(error.problems if isinstance(error, SeveralProblems) else [error]))
+        except MemoryError as error:
+            _fail(ctx, f"there is not enough memory: {error or 'none is left'}")
+        except RuntimeError as error:
+            if not any(
+                words in str(error) for words in ("out of memory", "can't allocate memory", "not enough memory")
+            ):
+                raise
+            _fail(ctx, f"there is not enough memory: {str(error).splitlines()[0]}")
         except KeyboardInterrupt:
             click.echo("interrupted; run the same command again to go on from here", err=True)
             sys.exit(130)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.ENOSPC):
+                raise
+            _drop_stdout()
+            if error.errno == errno.EPIPE:  # who read it, head, say, has enough
+                sys.exit(141)
+            _fail(ctx, "standard output can't be written: the disk is full")
+
+
+def _fail(context: click.Context, *problems: object) -> NoReturn:
+    if context.find_root().obj:
+        traceback.print_exc()
+    for problem in problems:
+        click.echo(f"Error: {' '.join(str(problem).split())}", err=True)
+    sys.exit(2)
+
+
+def _drop_stdout() -> None:
+    """What is still buffered can't be written: Python must not try again when it ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _AllProblems(_Command):
+    """Goes on where an option has a bad value, so that the command reports it together with all else that is wrong."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for option in self.params:
+            option.__class__ = _OptionOrDefault  # those that commands share, too
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.obj = Problems()
+        return super().parse_args(ctx, args)
+
+
+class _OptionOrDefault(click.Option):
+    """Adds what is wrong with its value to the problems, and has its default then, to check the others with."""
+
+    def handle_parse_result(self, ctx: click.Context, opts: Any, args: list[str]) -> tuple[Any, list[str]]:
+        try:
+            return super().handle_parse_result(ctx, opts, args)
+        except (click.BadParameter, InvalidInput) as error:
+            message = error.format_message() if isinstance(error, click.BadParameter) else str(error)
+            ctx.obj.found.append(InvalidInput(message))
+            return super().handle_parse_result(ctx, {}, args)
 
 
 def _shared(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -41,7 +140,7 @@ def _shared(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 model_options = _shared(
     click.option("--device", help="Such as cpu or cuda:0.  [default: a GPU if there is one]"),
-    click.option("--seed", default=0, help="Of all random draws."),
+    click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of all random draws."),
     click.option("--batch-size", type=click.IntRange(1), default=4, help="Prefixes drawn together."),
     click.option(
         "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", help="Of weights."
@@ -58,10 +157,24 @@ engine_options = _shared(
     ),
     click.option("--served-model", help="The server's name for the model.  [default: the only one that it serves]"),
 )  # fmt: skip
-data_option = click.option("--field", default="text", help="Of each object of a .jsonl file.")
+data_option = _shared(
+    click.option("--field", default="text", help="Of each record: its text; meta.title for one within others."),
+    click.option(
+        "--format", "format_", type=click.Choice(["json", "text", "parquet"]), help="Of files whose names don't tell."
+    ),
+)
+force_option = click.option("--force", is_flag=True, help="Overwrite what is there.")
 
 
-@click.group(cls=_OneLineErrors, context_settings={"max_content_width": 120, "show_default": True})
+@click.group(
+    cls=_Commands,
+    context_settings={"max_content_width": 120, "show_default": True, "help_option_names": ["-h", "--help"]},
+    epilog="""\b
+    Metrics: sr_<n>, tr_<w>, div, ent, coh.
+    Files in: .jsonl, .ndjson, .json, .txt (these also with .gz or .zst), .parquet; a folder, a pattern, or -.
+    Files out: .jsonl, .ndjson (these also with .gz or .zst), .parquet, or -.
+    Completion of what you type: eval "$(daemon-fast completion bash)".""",
+)
 @click.version_option(package_name="daemon-fast")
 def main() -> None:
     """Decode language models so that expected metrics equal those of human text (DAEMON, arXiv 2310.01041)."""
@@ -72,6 +185,7 @@ def main() -> None:
 def _engine(
     name: str, arguments: str | None, served_model: str | None, model_id: str, device: str | None, dtype: str
 ) -> EngineSpec:
+    check_model(model_id)  # before torch and Transformers are imported: at once
     from daemon_fast.proposals.load import EngineSpec
 
     try:
@@ -86,60 +200,95 @@ def _engine(
 
 
 def _quiet_transformers() -> None:
+    if click.get_current_context().find_root().obj:  # --verbose
+        return
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
 
-@main.command()
+@main.command(cls=_AllProblems)
 @click.option("--model", default="smollm2-135m-instruct", help="Hugging Face id, folder or GGUF file.")
 @click.option("--data", default="wikipedia", help="Human text: a .jsonl or text file.")
 @data_option
 @click.option("--metrics", "names", help="Comma-separated.  [default: sr_2 to sr_4, tr_8, tr_16, tr_32, coh, ent]")
 @click.option("--encoder", default="all-minilm-l6-v2", help="Sentence encoder for coh.")
-@click.option("--num-prefixes", type=click.IntRange(1), default=96)
-@click.option("--num-targets", type=click.IntRange(1), help="Human texts for the targets.  [default: one per prefix]")
-@click.option("--prefix-tokens", type=click.IntRange(1), default=32)
-@click.option("--new-tokens", type=click.IntRange(1), default=64, help="Of every continuation.")
-@click.option("--num-candidates", type=click.IntRange(1), default=25, help="M, per prefix.")
+@click.option("--num-prefixes", default=96)
+@click.option("--num-targets", type=int, help="Human texts for the targets.  [default: one per prefix]")
+@click.option("--prefix-tokens", default=32)
+@click.option("--new-tokens", default=64, help="Of every continuation.")
+@click.option("--num-candidates", default=25, help="M, per prefix.")
 @click.option("--temperature", default=0.97)
 @click.option("--top-k", default=0, help="0: all.")
 @click.option("--top-p", default=1.0)
 @click.option("--normalization", type=click.Choice(["per_prefix", "global"]), default="per_prefix")
+@click.option(
+    "--draw", type=click.Choice(["race", "sir"]), help="What chooses among candidates. [default: race; sir if global]"
+)
 @click.option("--base", type=click.Choice(["proposal", "model"]), default="proposal", help="What is tilted.")
 @click.option(
     "--ridge", default="cv", callback=lambda _context, _option, value: _ridge(value),
     help="Penalty on mu. 0: targets are met exactly on these prefixes; cv: cross-validation chooses.",
 )  # fmt: skip
-@click.option("--bootstrap", type=click.IntRange(0), default=0, help="Replicates for intervals of mu.")
+@click.option("--bootstrap", default=0, help="Replicates for intervals of mu.")
 @click.option("--work-dir", type=click.Path(path_type=Path), help="For candidates.  [default: OUTPUT.candidates]")
 @click.option("--output", type=click.Path(path_type=Path), default="energy.json")
+@force_option
 @engine_options
 @model_options
+@click.pass_obj
 def fit(
-    names: str | None, data: str, field: str, output: Path, work_dir: Path | None, engine_name: str,
-    engine_args: str | None, served_model: str | None, model: str, device: str | None, dtype: str, new_tokens: int,
-    num_candidates: int, temperature: float, top_k: int, top_p: float, encoder: str, **options: Any,
+    problems: Problems, /, names: str | None, data: str, field: str, format_: Format | None, output: Path, force: bool,
+    work_dir: Path | None, engine_name: str, engine_args: str | None, served_model: str | None, model: str,
+    device: str | None, dtype: str, new_tokens: int, num_candidates: int, temperature: float, top_k: int, top_p: float,
+    encoder: str, **options: Any,
 ) -> None:  # fmt: skip
     """Fit mu: make a model's expected metrics equal those of human text. Interrupted, it resumes.
 
-    Records of --data that can't be used are named and left out; the exit code is then 1.
+    The exit code is 1 if records of --data were left out, targets were not met, or candidates leave next to no choice:
+    warnings say which. All that is wrong with the arguments is told at once, before anything is drawn.
     """
-    from daemon_fast.data.texts import read_texts
-    from daemon_fast.fit.from_texts import fit_energy
-    from daemon_fast.metrics import DEFAULT, parse
+    from daemon_fast.data.texts import Texts, read_texts
+    from daemon_fast.files import check_writable
+
+    texts, tokenizer, engine, found_so_far = Texts(), None, None, len(problems.found)
+    with problems:
+        check_model(model)
+    no_model = len(problems.found) > found_so_far
+    with problems:
+        check_writable(output, force)
+    with problems:
+        texts = read_texts(data, field, format_)
+    if no_model:  # told at once: what follows imports torch and Transformers
+        problems.report()
+    from daemon_fast.fit.from_texts import fit_energy, is_low, prepare
+    from daemon_fast.metrics import DEFAULT
+    from daemon_fast.models import load_tokenizer, resolve_device
+    from daemon_fast.proposals.base import ProposalSettings
 
     _quiet_transformers()
     listed = DEFAULT if names is None else [name.strip() for name in names.split(",") if name.strip()]
-    metrics = parse(listed, encoder)
-    engine = _engine(engine_name, engine_args, served_model, model, device, dtype)
-    texts = read_texts(data, field)
-    proposal = engine.proposal(
-        num_candidates=num_candidates, max_new_tokens=new_tokens, min_new_tokens=new_tokens, temperature=temperature,
-        top_k=top_k, top_p=top_p,
+    sampling: dict[str, Any] = {
+        "num_candidates": num_candidates, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens,
+        "temperature": temperature, "top_k": top_k, "top_p": top_p,
+    }  # fmt: skip
+    with problems:
+        engine = _engine(engine_name, engine_args, served_model, model, device, dtype)
+    with problems:
+        resolve_device(device)
+    with problems:
+        ProposalSettings(model, "", **sampling)
+    with problems:
+        tokenizer = load_tokenizer(model)
+    # Candidates beside OUTPUT can be written where OUTPUT can.
+    plan = prepare(
+        problems, texts or None, tokenizer, listed, num_candidates, new_tokens, encoder=encoder, directory=work_dir,
+        **options,
     )  # fmt: skip
-    energy = fit_energy(proposal, texts, metrics, directory=work_dir or _candidates_of(output), **options)
+    assert engine is not None
+    proposal = engine.proposal(**sampling)
+    energy = fit_energy(proposal, plan.human, plan.metrics, directory=work_dir or _candidates_of(output), **options)
     energy.save(output)
     found = energy.diagnostics
     assert found is not None
@@ -151,11 +300,11 @@ def fit(
         f"{num_candidates} on average, {found.ess_min:.1f} at least; KL(p_mu || p_theta) {found.kl:.3f} nats; "
         f"written to {output}"
     )
-    sys.exit(1 if texts.problems else 0)  # a warning has named them
+    # Warnings have named them.
+    sys.exit(1 if texts.problems or found.unmet or is_low(found.ess_mean, num_candidates) else 0)
 
 
 def _ridge(text: str) -> float | str:
-    """Checked before anything is drawn."""
     try:
         if text == "cv" or 0 <= float(text) < math.inf:
             return text if text == "cv" else float(text)
@@ -214,32 +363,49 @@ def _decoder(
 
 @main.command()
 @click.argument("source", metavar="INPUT")
-@click.argument("output", type=click.Path(path_type=Path))
+@click.argument("output", type=click.Path(allow_dash=True))
 @click.option("--energy", "path", type=click.Path(path_type=Path), required=True, help="Artefact written by fit.")
-@click.option("--field", default="text", help="Of each record: what to continue.")
+@data_option
 @click.option("--model", help="Instead of the one in the artefact.")
 @click.option("--num-samples", type=click.IntRange(1), default=1, help="Per record.")
+@force_option
 @engine_options
 @model_options
 def decode(
-    source: str, output: Path, path: Path, field: str, num_samples: int, seed: int, batch_size: int, **options: Any
-) -> None:
-    """Continue the text of each record of INPUT (.jsonl, .parquet, or one text a line), to OUTPUT (.jsonl or .parquet).
+    source: str, output: str, path: Path, field: str, format_: Format | None, num_samples: int, force: bool, seed: int,
+    batch_size: int, **options: Any,
+) -> None:  # fmt: skip
+    """Continue the text of each record of INPUT, to OUTPUT.
 
-    Each record gets a field "daemon": texts, metrics, ess, log_z; or error, if it can't be used: then the exit code
-    is 1. Records keep their order. A file of any size; interrupted, it resumes, to the same bytes.
+    INPUT is a file, a folder, a pattern in quotes, or - for standard input: .jsonl or .ndjson (an object a line), .json
+    (an array, or lines), .txt (a text a line), each also with .gz or .zst; or .parquet. OUTPUT is .jsonl or .ndjson,
+    also with .gz or .zst; .parquet; or - for standard output.
+
+    Each record keeps its fields, and gets one more, "daemon": texts, metrics, ess, log_z; or error, if it can't be
+    used: then the exit code is 1. Records keep their order. Files of any size; interrupted, it resumes, to the same
+    bytes. From Parquet to Parquet, columns keep their types.
     """
-    from daemon_fast.data.records import decode_records, process
+    from daemon_fast.data.formats import find_sources, output_format
+    from daemon_fast.files import check_writable
 
-    _quiet_transformers()
+    # Known before a model is loaded: `process` finds out again, with all that it takes to read them.
+    find_sources(source, format_)
+    output_format(output)
+    if output != "-":
+        check_writable(output, force)
+    from daemon_fast.data.records import DecodeWork, process
+
     decoder = _decoder(path, batch_size, **options)
+    _quiet_transformers()
     energy = json.loads(path.read_text(encoding="utf-8"))
-    used = {"energy": energy, "num_samples": num_samples, "seed": seed}
+    used = {"energy": energy, "num_samples": num_samples, "seed": seed, "batch_size": batch_size}
     used |= {name: options[name] for name in ("model", "dtype", "engine_name", "engine_args", "served_model")}
-    work = decode_records(decoder, field, num_samples, seed)
-    chunk_size = -(-64 // batch_size) * batch_size  # whole batches
-    summary = process(source, output, work, used | {"batch_size": batch_size}, field, chunk_size, "decode")
-    click.echo(f"{summary.records - len(summary.errors)} of {summary.records} records continued; written to {output}")
+    summary = process(
+        source, output, DecodeWork(decoder, num_samples, seed), used, field, chunk_size=batch_size,
+        description="decode", format=format_, force=force,
+    )  # fmt: skip
+    done = f"{summary.records - len(summary.errors)} of {summary.records} records continued"
+    click.echo(f"{done}; written to {'standard output' if output == '-' else output}", err=output == "-")
     for problem in summary.errors[:10]:
         click.echo(problem, err=True)
     if more := len(summary.errors[10:]):
@@ -254,14 +420,16 @@ def decode(
 @click.option("--ngrams", default="2,3,4")
 @click.option("--windows", default="8,16,32")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per text instead of the means.")
-def metrics(file: str, field: str, tokenizer: str | None, ngrams: str, windows: str, as_json: bool) -> None:
+def metrics(
+    file: str, field: str, format_: Format | None, tokenizer: str | None, ngrams: str, windows: str, as_json: bool
+) -> None:
     """Repetition metrics of each text of FILE (.jsonl, or one text a line)."""
     from daemon_fast.data.texts import read_texts
     from daemon_fast.metrics import repetition_of_texts
 
     _quiet_transformers()
     sizes = _sizes(ngrams, "--ngrams"), _sizes(windows, "--windows")
-    texts = read_texts(file, field)
+    texts = read_texts(file, field, format_)
     names, table = repetition_of_texts(texts, *sizes, tokenizer)
     status = 1 if texts.problems else 0  # a warning has named them
     if as_json:
@@ -285,6 +453,15 @@ def _sizes(text: str, option: str) -> list[int]:
     return sizes
 
 
+def _check_new(folder: Path, name: str, force: bool) -> None:
+    """That a folder of results can be written to, and holds none unless they may be overwritten."""
+    from daemon_fast.files import check_writable, writing
+
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder / name, force)
+
+
 @main.command()
 @click.option(
     "--energy", "energies", multiple=True, required=True, type=click.Path(path_type=Path), help="Artefact of fit."
@@ -292,7 +469,13 @@ def _sizes(text: str, option: str) -> list[int]:
 @click.option("--data", multiple=True, required=True, help="The human text it was fitted to; one for each --energy.")
 @data_option
 @click.option("--model", help="Instead of the one in the artefact.")
-@click.option("--study", "wanted", multiple=True, help="Only this one; may be repeated.  [default: all]")
+@click.option(
+    "--study",
+    "wanted",
+    multiple=True,
+    type=click.Choice(STUDIES),
+    help="Only this one; may be repeated.  [default: all]",
+)
 @click.option("--held-out", type=click.IntRange(2), default=300, help="Prefixes of each domain.")
 @click.option("--pool-prefixes", type=click.IntRange(1), default=10, help="For the convergence study.")
 @click.option("--pool-candidates", type=click.IntRange(20), default=1000, help="For the convergence study.")
@@ -301,16 +484,23 @@ def _sizes(text: str, option: str) -> list[int]:
 @click.option("--amateur", help="Model for contrastive decoding.  [default: the model itself, of its last 8 tokens]")
 @click.option("--featurizer", type=click.Choice(["encoder", "model"]), default="encoder", help="For MAUVE.")
 @click.option("--output", type=click.Path(path_type=Path), default="evaluation", help="Folder.")
+@force_option
 @model_options
 def evaluate(
     energies: tuple[Path, ...], data: tuple[str, ...], field: str, model: str | None, wanted: tuple[str, ...],
     held_out: int, pool_prefixes: int, pool_candidates: int, sweep_prefixes: int, prefix_tokens: int,
     amateur: str | None, featurizer: str, output: Path, device: str | None, seed: int, batch_size: int, dtype: str,
+    format_: Format | None, force: bool,
 ) -> None:  # fmt: skip
     """The paper's experiments for fitted artefacts: tables, figures, report.html. Interrupted, it resumes.
 
-    Candidates that fit left in ENERGY.candidates are read, not drawn again.
+    Candidates that fit left in ENERGY.candidates are read, not drawn again. Records of --data that can't be used are
+    named and left out; the exit code is then 1.
     """
+    _check_new(output, "report.json", force)
+    for name in (model, amateur):
+        if name is not None:
+            check_model(name)
     import torch
 
     from daemon_fast.energy import Energy
@@ -324,11 +514,13 @@ def evaluate(
     model_id = model or loaded[0].proposal_settings.model_id
     language_model, tokenizer = load_language_model(model_id, device, getattr(torch, dtype))
     domains = [
-        evaluation.Domain(path.stem, source, energy, field, kept if (kept := _candidates_of(path)).exists() else None)
+        evaluation.Domain(
+            path.stem, source, energy, field, kept if (kept := _candidates_of(path)).exists() else None, format_
+        )
         for path, source, energy in zip(energies, data, loaded, strict=True)
     ]
     report = evaluation.evaluate(
-        domains, output, language_model, tokenizer, wanted=wanted or tuple(evaluation.STUDIES),
+        domains, output, language_model, tokenizer, wanted=wanted or STUDIES,
         sizes=evaluation.Sizes(held_out, pool_prefixes, pool_candidates, sweep_prefixes),
         amateur=load_language_model(amateur, device, getattr(torch, dtype))[0] if amateur else None,
         featurizer=featurizer, prefix_tokens=prefix_tokens, batch_size=batch_size, seed=seed,
@@ -338,6 +530,16 @@ def evaluate(
         for sentence in found.verdict:
             click.echo(f"{name}: {sentence}")
     click.echo(f"written to {output}: report.html, report.json")
+    sys.exit(1 if any(found.left_out for found in report.domains.values()) else 0)  # a warning has named them
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """What makes a shell complete commands and options: eval "$(daemon-fast completion bash)"."""
+    found = get_completion_class(shell)
+    assert found is not None
+    click.echo(found(main, {}, "daemon-fast", "_DAEMON_FAST_COMPLETE").source())
 
 
 @main.command()
@@ -357,10 +559,12 @@ def doctor() -> None:
 @main.command()
 @click.option("--quick", is_flag=True, help="Fewer prefixes: a fifth of the time.")
 @click.option("--output", type=click.Path(path_type=Path), default="demo", help="Folder for results.")
+@force_option
 @click.option("--device", help="Such as cpu or cuda:0.  [default: a GPU if there is one]")
-@click.option("--seed", default=0)
-def demo(quick: bool, output: Path, device: str | None, seed: int) -> None:
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0)
+def demo(quick: bool, output: Path, force: bool, device: str | None, seed: int) -> None:
     """Align SmolLM2-135M with Wikipedia: fit, decode held-out prefixes, compare. Interrupted, it resumes."""
+    _check_new(output, "results.json", force)
     from daemon_fast.experiments.demo import run
 
     _quiet_transformers()

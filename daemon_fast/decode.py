@@ -1,4 +1,4 @@
-"""The decoder: candidates from a proposal, metrics, weights, one draw. Sampling-Importance-Resampling (SIR)."""
+"""The decoder: candidates from a proposal, metrics, weights, and one of the candidates, by a race or by SIR."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from tqdm import tqdm
 from daemon_fast import ops
 from daemon_fast.energy import Energy
 from daemon_fast.errors import ArtefactError, InvalidInput, LowEffectiveSampleSize
+from daemon_fast.ops import Draw
 from daemon_fast.proposals.base import Prefixes, Proposal, ProposalSettings, as_list
 from daemon_fast.proposals.candidates import Candidates
-from daemon_fast.seeds import batch_seed
+from daemon_fast.seeds import batch_seed, generator, stream
 
 __all__ = ["Decoded", "SIRDecoder"]
 
@@ -78,7 +79,10 @@ class Decoded:
 
 
 class SIRDecoder:
-    """Decodes from p_mu: draws M candidates of each prefix and resamples by exp(-mu · f).
+    """Decodes from p_mu: draws M candidates of each prefix and chooses one by their weights exp(-mu · f).
+
+    The artefact says by which rule: a race (`race_select`), or Sampling-Importance-Resampling (`sir_select`), as in the
+    paper.
 
     Parameters
     ----------
@@ -117,10 +121,11 @@ class SIRDecoder:
         Parameters
         ----------
         prefixes : a string or list of token ids, or a sequence of these; a tensor of ids is [P] or [N, P]
-        num_samples : draws per prefix, S, from the same candidates
+        num_samples : draws per prefix, S, from the same candidates, each by random numbers of its own
         seed : of candidates and draws; the same seed, batch size and prefixes give the same result
         progress : show a progress bar
-        replacement : whether a candidate can be drawn more than once; without, each next draw is from those left
+        replacement : whether a candidate can be drawn more than once; without, each next draw is from those left: by
+            weight, or the next to arrive in one race
 
         Raises
         ------
@@ -136,9 +141,9 @@ class SIRDecoder:
         starts = range(0, len(batch), self.batch_size)
         if not batch:
             raise InvalidInput("there are no prefixes")
-        begin = time.perf_counter()
+        begin, drawing = time.perf_counter(), stream(seed, "decode")  # not the numbers of the fit's own candidates
         parts = [
-            self.proposal.propose(batch[start : start + self.batch_size], batch_seed(seed, i))
+            self.proposal.propose(batch[start : start + self.batch_size], batch_seed(drawing, i))
             for i, start in enumerate(tqdm(starts, desc="decode", unit="batch", disable=not progress))
         ]
         decoded = self.choose(
@@ -153,17 +158,15 @@ class SIRDecoder:
         """Choose from candidates that are there already. The same seed chooses the same on CPU and CUDA."""
         if num_samples < 1:
             raise InvalidInput(f"num_samples = {num_samples} must be >= 1")
-        device = candidates.tokens.device
         begin = time.perf_counter()
         features = self.energy.features(candidates)
         measured = time.perf_counter()
-        generator = torch.Generator().manual_seed(seed)
-        uniforms = torch.rand(len(features), num_samples, generator=generator, dtype=torch.float64).to(device)
-        base = self.energy.base_log_w(candidates)
-        selection = ops.sir_select(features, self.energy.mu.to(device), uniforms, base)
-        _check_drawn(selection.index)
+        random = generator(seed, "choose")
+        selection = select(self.energy, features, self.energy.base_log_w(candidates), num_samples, random)
         if not replacement:
-            selection = selection._replace(index=_without_replacement(selection.weights, num_samples, generator))
+            selection = selection._replace(
+                index=_without_replacement(self.energy.draw, selection.weights, num_samples, random)
+            )
         self._warn_of_low_ess(selection.ess)
         seconds = {"metrics": measured - begin, "select": time.perf_counter() - measured}
         return Decoded(candidates, features, *selection, seconds=seconds)
@@ -181,26 +184,45 @@ class SIRDecoder:
             )
 
 
-def _without_replacement(weights: Tensor, num_samples: int, generator: torch.Generator) -> Tensor:
-    """[N, S] candidates, each next one drawn by weight [N, M] from those left: the S largest log-weights plus Gumbel
-    noise (Kool et al. 2019, arXiv 1903.06059)."""
+def select(
+    energy: Energy, features: Tensor, base_log_w: Tensor | None, num_samples: int, random: torch.Generator
+) -> ops.Selection:
+    """S of the M candidates of each prefix, index [N, S], by the artefact's rule, from their metrics [N, M, K].
+
+    Raises
+    ------
+    InvalidInput
+        A prefix without a candidate that could be drawn.
+    """
+    n, m, _ = features.shape
+    race = energy.draw == "race"
+    uniforms = torch.rand((n, num_samples, m) if race else (n, num_samples), generator=random, dtype=torch.float64)
+    operator = ops.race_select if race else ops.sir_select
+    selection = operator(features, energy.mu.to(features.device), uniforms.to(features.device), base_log_w)
+    bad = (selection.index < 0).any(1).nonzero()
+    if len(bad):  # on the CPU the operator itself raises; on CUDA it can only mark the row
+        raise InvalidInput(
+            f"prefix {int(bad[0])} has no candidate to draw: its log-weights hold NaN or infinity, or are all -inf"
+        )
+    return selection
+
+
+def _without_replacement(draw: Draw, weights: Tensor, num_samples: int, random: torch.Generator) -> Tensor:
+    """[N, S] candidates, each drawn by weight [N, M] from those left: the S first of one race.
+
+    By SIR, candidate j arrives at an exponential time of rate w_j (Kool et al. 2019, arXiv 1903.06059); by the race, at
+    a uniform one over w_j.
+    """
     if len(bad := ((weights > 0).sum(1) < num_samples).nonzero()):
         i = int(bad[0])
         raise InvalidInput(
             f"num_samples = {num_samples} without replacement: prefix {i} has {int((weights[i] > 0).sum())} candidates "
             "of positive weight"
         )
-    uniforms = torch.rand(weights.shape, generator=generator, dtype=torch.float64).to(weights.device)
-    return (weights.double().log() - (-uniforms.log()).log()).topk(num_samples, dim=1).indices
-
-
-def _check_drawn(index: Tensor) -> None:
-    """On the CPU the operator itself raises; on CUDA it can only mark the row."""
-    bad = (index < 0).any(1).nonzero()
-    if len(bad):
-        raise InvalidInput(
-            f"prefix {int(bad[0])} has no candidate to draw: its log-weights hold NaN or infinity, or are all -inf"
-        )
+    uniforms = torch.rand(weights.shape, generator=random, dtype=torch.float64).to(weights.device)
+    times = uniforms if draw == "race" else -torch.log1p(-uniforms)
+    arrivals = torch.where(weights > 0, times / weights.double(), torch.inf)
+    return arrivals.topk(num_samples, dim=1, largest=False).indices
 
 
 def check_compatible(fitted: ProposalSettings, used: ProposalSettings) -> None:

@@ -97,6 +97,13 @@ def _sir_select(device: str) -> str:
     return _compare(tuple(ops.sir_select(features, mu, uniforms)), expected)
 
 
+def _race_select(device: str) -> str:
+    features, mu, listed = _problem(device)
+    uniforms = torch.linspace(0.05, 0.95, 20, dtype=torch.float64, device=device).reshape(2, 10)
+    expected = reference.race_select(listed, mu.tolist(), uniforms.tolist())
+    return _compare(tuple(ops.race_select(features, mu, uniforms)), expected)
+
+
 def _tilted_moments(device: str) -> str:
     features, mu, listed = _problem(device)
     return _compare(tuple(ops.tilted_moments(features, mu)), reference.tilted_moments(listed, mu.tolist()))
@@ -108,5 +115,6 @@ CHECKS: dict[str, Callable[[str], str]] = {
     "sample_tokens": _sample_tokens,
     "importance_weights": _importance_weights,
     "sir_select": _sir_select,
+    "race_select": _race_select,
     "tilted_moments": _tilted_moments,
 }

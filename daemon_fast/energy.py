@@ -18,7 +18,7 @@ from daemon_fast import metrics as metrics_module
 from daemon_fast.errors import ArtefactError, InvalidInput
 from daemon_fast.files import write_text, writing
 from daemon_fast.metrics import Function, Metric
-from daemon_fast.ops import Normalization
+from daemon_fast.ops import Draw, Normalization
 from daemon_fast.proposals.base import ProposalSettings
 from daemon_fast.proposals.candidates import Candidates
 
@@ -45,6 +45,9 @@ class Diagnostics:
     num_prefixes: int
     num_targets: int
     seed: int
+    unmet: list[str] | None = (
+        None  # metrics, also those that were left out; None: an artefact from before this was kept
+    )
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class Energy:
     proposal_settings : ProposalSettings
         How the candidates it was fitted on were drawn.
     normalization : "per_prefix" or "global"
+    draw : "race" or "sir"
+        The rule that chooses among candidates, under which mu was fitted: `race_select` or `sir_select`.
     base : "proposal" or "model"
         What is tilted: the proposal itself (base log-weights 0, as in the paper) or p_theta (log p - log q).
     diagnostics : Diagnostics or None
@@ -71,6 +76,7 @@ class Energy:
     targets: Tensor
     proposal_settings: ProposalSettings
     normalization: Normalization = "per_prefix"
+    draw: Draw = "sir"
     base: Base = "proposal"
     diagnostics: Diagnostics | None = None
 
@@ -121,6 +127,7 @@ class Energy:
             "targets": self.targets.tolist(),
             "mu": self.mu.tolist(),
             "normalization": self.normalization,
+            "draw": self.draw,
             "base": self.base,
             "proposal_settings": self.proposal_settings.to_json(),
             "diagnostics": None if self.diagnostics is None else dataclasses.asdict(self.diagnostics),
@@ -158,10 +165,12 @@ class Energy:
     def _from_document(cls, document: Any, own: Iterable[Metric | Function]) -> Energy:
         if isinstance(document, dict) and "schema" in document and document["schema"] != SCHEMA:
             raise ArtefactError(f"schema is {document['schema']!r}; this version reads schema {SCHEMA}")
+        if isinstance(document, dict):
+            document = {"draw": "sir", **document}  # the only rule that there was when artefacts didn't name it
         _check_fields("", document, FIELDS)
         _check_fields("proposal_settings.", document["proposal_settings"], _fields_of(ProposalSettings))
         if document["diagnostics"] is not None:
-            _check_fields("diagnostics.", document["diagnostics"], _fields_of(Diagnostics))
+            _check_fields("diagnostics.", {"unmet": None} | document["diagnostics"], _fields_of(Diagnostics))
         for i, spec in enumerate(document["metrics"]):
             if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
                 raise ArtefactError(f"metrics[{i}] must be an object with a name, got {_short(spec)}")
@@ -189,6 +198,7 @@ class Energy:
             targets=torch.tensor([float(value) for value in document["targets"]], dtype=torch.float64),
             proposal_settings=settings,
             normalization=document["normalization"],
+            draw=document["draw"],
             base=document["base"],
             diagnostics=None if diagnostics is None else Diagnostics(**diagnostics),
         )
@@ -248,6 +258,7 @@ FIELDS: dict[str, Check] = {
     "targets": NUMBERS,
     "mu": NUMBERS,
     "normalization": _one_of(get_args(Normalization)),
+    "draw": _one_of(get_args(Draw)),
     "base": _one_of(get_args(Base)),
     "proposal_settings": OBJECT,
     "diagnostics": (lambda v: v is None or isinstance(v, dict), "an object or null"),
@@ -258,6 +269,10 @@ _BY_ANNOTATION: dict[str, Check] = {
     "float": NUMBER,
     "bool": TRUTH,
     "list[float]": NUMBERS,
+    "list[str] | None": (
+        lambda v: v is None or (isinstance(v, list) and all(isinstance(name, str) for name in v)),
+        "a list of strings, or null",
+    ),
     "float | None": (lambda v: v is None or _number(v), "a finite number or null"),
     "list[list[float]] | None": (
         lambda v: v is None or (isinstance(v, list) and len(v) == 2 and all(map(_numbers, v))),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib import import_module
+from types import TracebackType
 from typing import Any
 
 __all__ = [
@@ -18,17 +20,36 @@ __all__ = [
     "LowEffectiveSampleSize",
     "MissingPackage",
     "ModelUnavailable",
+    "Problems",
+    "SeveralProblems",
+    "TargetsNotMet",
     "UnknownMetric",
     "require",
 ]
 
 
 class DaemonFastError(Exception):
-    """Base of the library's exceptions. The CLI prints its message as one line and exits with code 2."""
+    """Base of the library's exceptions. The CLI prints its message and exits with code 2."""
 
 
 class InvalidInput(DaemonFastError, ValueError):
     """An argument is out of range, of the wrong shape or inconsistent with another."""
+
+
+class SeveralProblems(InvalidInput):
+    """More than one thing is wrong: a line each.
+
+    Attributes
+    ----------
+    problems : tuple of DaemonFastError
+    """
+
+    def __init__(self, *problems: DaemonFastError) -> None:
+        super().__init__(*problems)
+        self.problems = problems
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.problems))
 
 
 class UnknownMetric(InvalidInput):
@@ -73,6 +94,49 @@ class FitDidNotConverge(FitError, RuntimeError):
 
 class LowEffectiveSampleSize(UserWarning):
     """A few candidates carry nearly all the weight, so that the draw has little to choose from."""
+
+
+class TargetsNotMet(UserWarning):
+    """A fit ended where expected metrics are not those of human text, or without some of its metrics."""
+
+
+class Problems:
+    """Collects what is wrong with several arguments, so that a user learns all of it at once.
+
+    Attributes
+    ----------
+    found : list of DaemonFastError
+
+    Examples
+    --------
+    >>> problems = Problems()
+    >>> with problems:
+    ...     check_seed(-1)
+    >>> with problems:
+    ...     metrics = parse(["blue", "rouge"])
+    >>> problems.report()  # raises SeveralProblems: three lines
+    """
+
+    def __init__(self, found: Iterable[DaemonFastError] = ()) -> None:
+        self.found = list(found)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, DaemonFastError):
+            return False
+        self.found += error.problems if isinstance(error, SeveralProblems) else [error]
+        return True
+
+    def report(self) -> None:
+        """Raise the problem, or `SeveralProblems`; nothing if there are none."""
+        if len(self.found) == 1:
+            raise self.found[0]
+        if self.found:
+            raise SeveralProblems(*self.found)
 
 
 def require(module: str, purpose: str, install: str) -> Any:

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any
 
 import numpy as np
@@ -19,8 +20,11 @@ from daemon_fast.errors import DataError, InvalidInput
 
 __all__ = [
     "MANIFEST",
+    "check_folder",
     "check_same_run",
+    "check_writable",
     "digest",
+    "file_digest",
     "read_arrays",
     "read_manifest",
     "replacing",
@@ -31,6 +35,49 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+def check_writable(path: str | os.PathLike[str], force: bool = False) -> None:
+    """Find out before the work whether a file can be written at its end.
+
+    Parameters
+    ----------
+    force : whether a file that is there may be replaced
+
+    Raises
+    ------
+    InvalidInput
+        It is there, and `force` is not given.
+    DataError
+        Its folder is missing or can't be written, or it is a folder itself.
+    """
+    path = Path(path)
+    with writing(path):  # what the system allows only it can say: permissions, read-only disks, long names
+        if path.is_dir():
+            raise DataError(f"{path} can't be written: it is a folder; give the name of a file")
+        if not path.parent.is_dir():
+            raise DataError(f"{path} can't be written: there is no folder {path.parent}")
+        if os.path.lexists(path) and not force:
+            raise InvalidInput(f"{path} is there already: --force (force=True) overwrites it; or choose another name")
+        probe = _temporary(path)
+        probe.open("wb").close()
+        probe.unlink()
+
+
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Find out before the work whether files can be written into a folder, which may have to be made.
+
+    Raises
+    ------
+    DataError
+    """
+    path = Path(path)
+    with writing(path):
+        there = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
+        if not there.is_dir():
+            raise DataError(f"{path} can't be written: {there} is no folder")
+        with TemporaryFile(dir=there):
+            pass
 
 
 @contextmanager
@@ -50,7 +97,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
     It is on disk before that, so that a crash leaves the old file or the new one, and no half of it.
     """
-    temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         with temporary.open("wb") as file:
             yield file
@@ -60,6 +107,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _temporary(path: str | os.PathLike[str]) -> Path:
+    """What `replacing` writes before it is whole."""
+    return Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -88,6 +140,12 @@ def digest(*what: Any) -> str:
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """64 hexadecimal digits of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     """What a folder says of the run that it belongs to; None if it says nothing that can be read."""
     try:
@@ -112,9 +170,10 @@ def check_same_run(folder: Path, run: Mapping[str, Any], what: str) -> None:
     """
     run = json.loads(json.dumps(run))
     found = read_manifest(folder)
-    if found is None and any(path.suffix in (".npz", ".jsonl") for path in folder.iterdir()):
+    holds_nothing = not any(path.suffix in (".npz", ".jsonl") for path in folder.iterdir())
+    if found is None and not holds_nothing:
         raise InvalidInput(f"{folder} holds {what} but no readable {MANIFEST}: delete it or choose another")
-    if found is None:
+    if found is None or holds_nothing:  # a run that ended before its first file binds no other
         write_text(folder / MANIFEST, json.dumps(run, indent=2) + "\n")
         return
     for name, value in run.items():

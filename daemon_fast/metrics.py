@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from daemon_fast import ops
-from daemon_fast.errors import ArtefactError, InvalidInput, UnknownMetric
+from daemon_fast.errors import ArtefactError, InvalidInput, Problems, UnknownMetric
 from daemon_fast.models import Encoder, load_encoder, load_tokenizer
 from daemon_fast.proposals.candidates import Candidates
 
@@ -65,6 +65,9 @@ class Metric(ABC):
     def spec(self) -> dict[str, Any]:
         """What an artefact stores of it."""
         return {"name": self.name}
+
+    def prepare(self) -> None:  # noqa: B027  (most need nothing)
+        """Load what `evaluate` needs, so that what is missing is known before candidates are drawn."""
 
     @abstractmethod
     def evaluate(self, candidates: Candidates) -> Tensor:
@@ -171,10 +174,14 @@ class Coherence(Metric):
             self._prefixes.update(zip(new, self._embed(new), strict=True))
         return torch.stack([self._prefixes[text] for text in texts])
 
-    def _embed(self, texts: list[str]) -> Tensor:
+    def prepare(self) -> None:
         if self._encoder is None:
             assert self._reference is not None
             self._encoder = load_encoder(self._reference)
+
+    def _embed(self, texts: list[str]) -> Tensor:
+        self.prepare()
+        assert self._encoder is not None
         return torch.as_tensor(self._encoder.encode(texts, show_progress_bar=False)).float()
 
 
@@ -219,14 +226,20 @@ def parse(names: Iterable[str | Metric | Function], encoder: Encoder | str | Non
         A name that is none of sr_<n>, tr_<w>, div, ent, coh.
     InvalidInput
         No metrics, a metric twice, or `coh` without an encoder.
+    SeveralProblems
+        More than one of these.
     """
-    metrics = [_parse_one(name, encoder) for name in names]
+    problems, metrics = Problems(), list[Metric]()
+    for name in names:
+        with problems:
+            metrics.append(_parse_one(name, encoder))
+    columns = column_names(metrics)
+    with problems:
+        if twice := sorted({name for name in columns if columns.count(name) > 1}):
+            raise InvalidInput(f"metric given twice: {', '.join(twice)}")
+    problems.report()
     if not metrics:
         raise InvalidInput(f"no metrics given; known: {KNOWN}")
-    columns = column_names(metrics)
-    twice = sorted({name for name in columns if columns.count(name) > 1})
-    if twice:
-        raise InvalidInput(f"metric given twice: {', '.join(twice)}")
     return metrics
 
 

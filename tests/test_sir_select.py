@@ -10,52 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from strategies import Tilt, check_selection, tilts
 
 import daemon_fast
-from daemon_fast import reference
 
-RTOL = {torch.float32: 1e-6, torch.float64: 1e-12}
 F64 = torch.float64
 
 
-@st.composite
-def calls(draw):
-    shape = draw(st.integers(0, 5)), draw(st.sampled_from([1, 2, 3, 4, 5, 25, 64, 257])), draw(st.integers(0, 9))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    dtype = draw(st.sampled_from([torch.float32, F64]))
-    features = torch.from_numpy(rng.normal(size=shape)).to(dtype)
-    if draw(st.booleans()):
-        features = features.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-    mu = torch.from_numpy(rng.normal(size=shape[2]) * draw(st.sampled_from([0.0, 1.0, 1e3])))
-    base = None
-    if draw(st.booleans()):
-        base = torch.from_numpy(rng.normal(size=shape[:2]) * 5)
-        if shape[1] > 1:
-            base[:, rng.integers(shape[1])] = -math.inf
-        base = base.to(draw(st.sampled_from([torch.float32, F64])))
-    uniforms = torch.from_numpy(rng.random(shape[0]))
-    return features, mu, uniforms, base
-
-
-def check(features, mu, uniforms, base, device="cpu"):
-    there = [None if part is None else part.to(device) for part in (features, mu, uniforms, base)]
-    out = [part.cpu() for part in daemon_fast.sir_select(*there)]
-    expected = reference.sir_select(
-        features.double().tolist(), mu.tolist(), uniforms.tolist(), None if base is None else base.double().tolist()
-    )
-    assert out[0].tolist() == expected[0]
-    rtol, atol = RTOL[features.dtype], 1e-37 if features.dtype == torch.float32 else 1e-300
-    # mu · f is a sum of K float64 products: its rounding, up to 1e-16 of the largest, is amplified by exp.
-    size = mu.abs().sum().item() * (features.abs().max().item() if features.numel() else 0)
-    rtol += 1e-15 * size
-    for got, want in zip(out[1:], expected[1:], strict=True):
-        np.testing.assert_allclose(got.double().numpy(), np.array(want).reshape(got.shape), rtol=rtol, atol=atol)
-
-
-@given(calls())
+@given(tilts(), st.integers(0, 2**32 - 1))
 @settings(max_examples=300)
-def test_equals_the_definition(call):
-    check(*call)
+def test_equals_the_definition(tilt, seed):
+    uniforms = torch.from_numpy(np.random.default_rng(seed).random(len(tilt.features)))
+    check_selection("sir_select", tilt, uniforms)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
@@ -67,7 +33,8 @@ def test_every_size_on_every_device(device, M, dtype):
     base[:, 0] = 0
     uniforms = torch.rand(3, generator=generator, dtype=F64)
     for given_base in (None, base, base.double()):
-        check(features, torch.tensor([1.0, -0.5, 0.0, 2.0], dtype=F64), uniforms, given_base, device)
+        tilt = Tilt(features, torch.tensor([1.0, -0.5, 0.0, 2.0], dtype=F64), given_base)
+        check_selection("sir_select", tilt, uniforms, device)
 
 
 def test_uniforms_hit_the_edges_of_the_cumulative_weights(device):

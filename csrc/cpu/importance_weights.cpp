@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor, Tensor> importance_weights(Tensor log_w) {
         groups.weights = weights.mutable_data_ptr<Real>();
         groups.log_mean = log_mean.mutable_data_ptr<Real>();
         groups.ess = ess.mutable_data_ptr<Real>();
-        weigh_and_draw("importance_weights", groups);
+        weigh_and_draw<Sir>("importance_weights", groups);
     };
     type == ScalarType::Double ? run(double{}) : run(float{});
     return {weights, log_mean, ess};

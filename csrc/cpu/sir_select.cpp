@@ -1,48 +1,7 @@
-// sir_select on the CPU: tilt, weigh and draw, one group of candidates at a time.
-#include "cpu/groups.h"
+// sir_select on the CPU.
+#include "cpu/select.h"
 
 namespace daemon_fast::cpu {
-namespace {
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> sir_select(
-    Tensor features, Tensor mu, Tensor uniforms, std::optional<Tensor> base_log_w) {
-    check_sir_select(features, mu, uniforms, base_log_w);
-    const bool several = uniforms.dim() == 2;
-    const int64_t G = features.size(0), M = features.size(1), K = features.size(2);
-    const int64_t S = several ? uniforms.size(1) : 1;
-    const ScalarType type = features.scalar_type();
-    features = torch::stable::contiguous(features);
-    mu = torch::stable::contiguous(mu);
-    uniforms = torch::stable::contiguous(uniforms);
-    if (base_log_w) base_log_w = torch::stable::contiguous(*base_log_w);
-    const double* const uniform_of = uniforms.const_data_ptr<double>();
-    for (int64_t i = 0; i < G * S; ++i)
-        if (!(uniform_of[i] >= 0 && uniform_of[i] < 1))
-            fail("sir_select: uniforms of row ", i / S, " hold ", uniform_of[i], ", which is not in [0, 1)");
-
-    Tensor index =
-        empty_like_with(features, several ? std::vector<int64_t>{G, S} : std::vector<int64_t>{G}, ScalarType::Long);
-    Tensor weights = empty_like_with(features, {G, M}, type);
-    Tensor log_z = empty_like_with(features, {G}, type);
-    Tensor ess = empty_like_with(features, {G}, type);
-    with_base(features, base_log_w, [&](auto feature, auto base) {
-        using Feature = decltype(feature);
-        using Base = decltype(base);
-        Groups<Feature, Base> groups{G, M, K, S};
-        groups.features = features.const_data_ptr<Feature>();
-        groups.mu = mu.const_data_ptr<double>();
-        groups.uniforms = uniform_of;
-        if (base_log_w) groups.base = base_log_w->const_data_ptr<Base>();
-        groups.index = index.mutable_data_ptr<int64_t>();
-        groups.weights = weights.mutable_data_ptr<Feature>();
-        groups.log_mean = log_z.mutable_data_ptr<Feature>();
-        groups.ess = ess.mutable_data_ptr<Feature>();
-        weigh_and_draw("sir_select", groups);
-    });
-    return {index, weights, log_z, ess};
-}
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(daemon_fast, m) {
     m.def(
@@ -51,7 +10,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(daemon_fast, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(daemon_fast, CPU, m) {
-    m.impl("sir_select", TORCH_BOX(&sir_select));
+    m.impl("sir_select", TORCH_BOX(&select<Sir>));
 }
 
 }  // namespace daemon_fast::cpu

@@ -251,8 +251,7 @@ __device__ __forceinline__ uint32_t list_candidates(Scratch& s, int count) {
         if (count - first < 8) bits &= (1u << (count - first)) - 1;
         if (bits == 0) continue;
         uint32_t place = atomicAdd(&s.counter[2], static_cast<uint32_t>(__popc(bits)));
-        for (; bits; bits &= bits - 1)
-            s.list[place++] = static_cast<typename Scratch::Index>(first + 31 - __clz(bits & (~bits + 1)));
+        for (; bits; bits &= bits - 1) s.list[place++] = static_cast<typename Scratch::Index>(first + lowest_bit(bits));
     }
     synchronize<kThreads>();
     return s.counter[2];

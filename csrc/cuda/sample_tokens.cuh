@@ -44,25 +44,6 @@ __global__ void __launch_bounds__(kPieceThreads, 1024 / kPieceThreads) sum_piece
     }
 }
 
-// Which of 32 shares, one a lane, an inverse CDF meets.
-struct Pick {
-    int lane;     // the first that lifts the running sum above the target; else the last of all that are above 0, or -1
-    bool passed;  // whether the target was passed
-    double rest;  // the target, less all before `lane`
-    double total;  // of the 32
-};
-
-__device__ __forceinline__ Pick pick(double share, double target) {
-    typename cub::WarpScan<double>::TempStorage none;  // empty: full warps use shuffles
-    double sum;
-    cub::WarpScan<double>(none).InclusiveSum(share, sum);
-    const uint32_t possible = __ballot_sync(kAllLanes, share > 0);
-    const uint32_t above = __ballot_sync(kAllLanes, share > 0 && sum > target);
-    const int lane = above ? __popc((above & (~above + 1)) - 1) : kWarp - 1 - __clz(possible);
-    const double before = __shfl_sync(kAllLanes, sum - share, lane < 0 ? 0 : lane);
-    return {lane, above != 0, target - before, __shfl_sync(kAllLanes, sum, kWarp - 1)};
-}
-
 // A row without a distribution, or a uniform outside [0, 1), gives -1 and NaN.
 template <class Logit, bool kTempered>
 __global__ void __launch_bounds__(kWarp) sample_tokens_kernel(
@@ -100,13 +81,14 @@ __global__ void __launch_bounds__(kWarp) sample_tokens_kernel(
             double target = uniform * tempered, rest = 0;
             int piece = 0;
             for (int first = 0; first < pieces; first += kWarp) {
-                const Pick found = pick(share(first + lane), target);
+                const double own_share = share(first + lane), running = running_sums(own_share);
+                const Pick found = pick(own_share, running, target);
                 if (found.lane >= 0) {
                     piece = first + found.lane;
                     rest = found.rest;
                 }
                 if (found.passed) break;
-                target -= found.total;
+                target -= last_lane(running);
             }
             const int begin = cut.begin(piece);
             const float piece_max = own[piece].max;
@@ -120,8 +102,9 @@ __global__ void __launch_bounds__(kWarp) sample_tokens_kernel(
             double sum = 0;
 #pragma unroll
             for (int i = 0; i < kWarp; ++i) sum += static_cast<double>(weights[lane][i]);
-            const Pick line = pick(sum, rest / worth(piece, inverse));
-            id = begin + line.lane * kWarp + pick(static_cast<double>(weights[line.lane][lane]), line.rest).lane;
+            const Pick line = pick(sum, running_sums(sum), rest / worth(piece, inverse));
+            const double weight = static_cast<double>(weights[line.lane][lane]);
+            id = begin + line.lane * kWarp + pick(weight, running_sums(weight), line.rest).lane;
             __syncwarp();  // the next row overwrites the weights
         }
         if (lane == 0) {

@@ -5,22 +5,23 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from daemon_fast.data.texts import Pairs
-from daemon_fast.errors import InvalidInput
+from daemon_fast.errors import DaemonFastError, InvalidInput
 from daemon_fast.files import check_same_run, digest, read_arrays, read_manifest, write_arrays, writing
+from daemon_fast.progress import progress
 from daemon_fast.proposals.base import Prefix, Proposal
 from daemon_fast.proposals.candidates import Candidates
 from daemon_fast.seeds import batch_seed
 
-__all__ = ["batches", "collect", "human_folder", "saved_batch_size", "scores"]
+__all__ = ["batches", "collect", "human_folder", "kept", "saved_batch_size", "scores"]
 
 ARRAYS = ("tokens", "lengths", "token_log_p", "token_log_q")  # of candidates
 
@@ -75,7 +76,7 @@ def batches(
     groups = [prefixes[i : i + batch_size] for i in range(0, len(prefixes), batch_size)]
     work = [(some, partial(proposal.propose, some, batch_seed(seed, i))) for i, some in enumerate(groups)]
     manifest = _manifest(proposal, prefixes, seed=seed, batch_size=batch_size)
-    yield from _kept(proposal, directory, manifest, work, description)
+    yield from _saved(proposal, directory, manifest, work, description, "prefix")
 
 
 def scores(
@@ -87,7 +88,7 @@ def scores(
     groups = [pairs[i : i + SCORE_TEXTS] for i in range(0, len(pairs), SCORE_TEXTS)]
     work = [(some.prefixes, partial(proposal.score, some.prefixes, some.continuations)) for some in groups]
     manifest = _manifest(proposal, pairs.prefixes, continuations=digest(pairs.continuations), batch_size=SCORE_TEXTS)
-    for scored, _ in _kept(proposal, directory, manifest, work, description):
+    for scored, _ in _saved(proposal, directory, manifest, work, description, "text"):
         yield scored
 
 
@@ -96,12 +97,24 @@ def human_folder(directory: str | os.PathLike[str]) -> Path:
     return Path(directory, "human")
 
 
-def _kept(
+@contextmanager
+def kept(directory: str | os.PathLike[str] | None, how: str) -> Iterator[None]:
+    """Adds to an error where the candidates are that were drawn before it, and `how` they are of use."""
+    try:
+        yield
+    except DaemonFastError as error:
+        if directory is None or not any(Path(directory).glob("batch-*.npz")):
+            raise
+        raise type(error)(f"{error}. The candidates are kept in {os.fspath(directory)}: {how}") from error
+
+
+def _saved(
     proposal: Proposal,
     directory: str | os.PathLike[str] | None,
     manifest: dict[str, Any],
     work: Sequence[tuple[Sequence[Prefix], Callable[[], Candidates]]],
     description: str,
+    unit: str,
 ) -> Iterator[tuple[Candidates, float]]:
     """Batches of prefixes and what makes their candidates: read where the folder holds them, made and saved otherwise.
 
@@ -112,12 +125,14 @@ def _kept(
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             check_same_run(folder, manifest, "candidates")
-    for i, (prefixes, make) in enumerate(tqdm(work, desc=description, unit="batch")):
+    bar = progress(desc=description, unit=unit, total=sum(len(prefixes) for prefixes, _ in work))
+    for i, (prefixes, make) in enumerate(work):
         path = None if folder is None else folder / f"batch-{i:06d}.npz"
         saved = None if path is None else read_arrays(path)
         if saved is None or not {*ARRAYS, "seconds"} <= set(saved):
             begin = time.perf_counter()
-            drawn = make()
+            with kept(folder, "the same command goes on from there"):
+                drawn = make()
             saved = {name: getattr(drawn, name).cpu().numpy() for name in ARRAYS}
             saved["seconds"] = np.array(time.perf_counter() - begin)
             if path is not None:
@@ -125,7 +140,9 @@ def _kept(
                     write_arrays(path, saved)
         tensors = {name: torch.from_numpy(saved[name]) for name in ARRAYS}
         candidates = Candidates(**tensors, prefix_tokens=proposal.tokenize(prefixes), detokenize=proposal.detokenize)
+        bar.update(len(prefixes))
         yield candidates, float(saved["seconds"])
+    bar.close()
 
 
 def saved_batch_size(directory: str | os.PathLike[str]) -> int | None:

@@ -1,35 +1,52 @@
 """Files of records of any size: read one after another, written in the same order, taken up again where they stopped.
 
-A chunk of records is the unit: it is read, worked on, and kept as a file of its own, which appears whole or not at all.
-The last step joins them. So memory holds one chunk, and a run that is killed goes on to the same bytes.
+What is found of each record goes to a log beside the output, chunk by chunk. The last step reads the records a second
+time and writes them with what was found: lines as they were, Parquet columns as they were. So memory holds one chunk,
+and a run that is killed goes on to the same bytes.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
+import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
-from tqdm import tqdm
-
-from daemon_fast.errors import DataError, InvalidInput, LowEffectiveSampleSize, require
-from daemon_fast.files import check_same_run, replacing, write_text, writing
+from daemon_fast.data.formats import (
+    PARQUET_ROWS,
+    SURROGATE,
+    Format,
+    Row,
+    Source,
+    arrow,
+    compressed,
+    find_sources,
+    output_format,
+    parquet_file,
+    rows,
+    to_json,
+    write_parquet,
+)
+from daemon_fast.errors import DataError, InvalidInput, LowEffectiveSampleSize
+from daemon_fast.files import check_same_run, check_writable, file_digest, replacing, writing
+from daemon_fast.progress import progress
 from daemon_fast.seeds import batch_seed
 
 if TYPE_CHECKING:
     from daemon_fast.decode import SIRDecoder
 
-__all__ = ["Item", "Record", "Summary", "decode_records", "process", "read_records"]
+__all__ = ["DecodeWork", "Item", "Record", "Summary", "Work", "process", "read_records"]
 
 Record = dict[str, Any]
 RESULT = "daemon"  # the field that a record gets
-PARQUET_ROWS = 1024  # that are read together
+RESULTS = "results.jsonl"  # the log of a run
 
 
 @dataclass(frozen=True)
@@ -38,16 +55,20 @@ class Item:
 
     Attributes
     ----------
+    text : what the asked field holds
     source : name of the file
-    number : of the line or row, from 1
-    unit : "line", or "row" of a Parquet file
+    number : of the line, row or element, from 1
+    unit : "line"; "row" of a Parquet file; "element" of a JSON array
+    line : the record as it was read, one line of JSON; None where it was none
     """
 
     record: Record
+    text: str = ""
     problem: str | None = None
     source: str = ""
     number: int = 0
     unit: str = "line"
+    line: str | None = None
 
     @property
     def where(self) -> str:
@@ -62,200 +83,481 @@ class Summary:
     errors: list[str]
 
 
-def read_records(path: str | os.PathLike[str], field: str = "text") -> Iterator[Item]:
-    """Records of a file, one at a time.
+class Work(Protocol):
+    """What is to be found of each record."""
+
+    def __call__(self, items: Sequence[Item], number: int, /) -> list[Record]:
+        """Of the records of a chunk that can be used, and its number: what each gets in its field "daemon"; an
+        "error" in it says what is wrong with the record."""
+        ...
+
+    def result_type(self) -> Any:
+        """The pyarrow type of these."""
+        ...
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def read_records(where: str | os.PathLike[str], field: str = "text", *, format: Format | None = None) -> Iterator[Item]:
+    """Records of files, one at a time.
 
     Parameters
     ----------
-    path : .jsonl (an object a line), .parquet (needs pyarrow), or a text file (a text a line); blank lines are left out
-    field : that must be a string; the name that lines of a text file get
+    where : a file, a folder, a pattern, or "-" for standard input. Formats, by name in any case: .jsonl or .ndjson (a
+        value a line), .json (an array, or lines), .txt (a text a line), each also with .gz or .zst; .parquet (it and
+        .zst need pyarrow). Blank lines are left out
+    field : that must be a string, "meta.title" or "messages.0.content" for one within others; the name that texts
+        without one get: lines of text, strings of an array
+    format : "json", "text" or "parquet", of files whose names don't tell
 
     Raises
     ------
     DataError
-        The file can't be read. What is wrong with a single record is told in its place.
+        A file can't be read, or its format is unknown. What is wrong with a single record is told in its place.
     """
-    source = Path(path)
-    try:
-        if source.suffix == ".parquet":
-            for number, row in enumerate(_parquet_rows(source), 1):
-                yield Item(row, _problem(row, field), source.name, number, "row")
-            return
-        with source.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    record, problem = _parsed(line, field, source.suffix == ".jsonl")
-                    yield Item(record, problem, source.name, number)
-    except OSError as error:
-        raise DataError(f"{source} can't be read: {error.strerror or error}") from error
+    for source in find_sources(os.fspath(where), format):
+        yield from _items(source, field)
 
 
-def _parsed(line: bytes, field: str, is_json: bool) -> tuple[Record, str | None]:
-    """A line of a file as a record, and what is wrong with it."""
+def _items(source: Source, field: str) -> Iterator[Item]:
+    for row in rows(source):
+        record, line, problem = _parsed(row, field)
+        text = lookup(record, field)
+        problem = problem or _problem(record, text, field)
+        yield Item(record, text if isinstance(text, str) else "", problem, source.name, row.number, row.unit, line)
+
+
+def _parsed(row: Row, field: str) -> tuple[Record, str | None, str | None]:
+    """A row as a record; the line of JSON that it was, if it can be written again as it is; what is wrong with it."""
+    if isinstance(row.content, dict):
+        return row.content, None, None
+    text = row.content
+    if isinstance(text, bytes):
+        try:
+            text = text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            return {}, None, f"is not UTF-8: byte {error.start} is {row.content[error.start]:#04x}"
+    text = text.rstrip("\r\n")
+    if not row.is_json:
+        return {field: text}, None, None
+    beyond_json: list[str] = []  # NaN and infinity, which Python reads
+
+    def constant(name: str) -> float:
+        beyond_json.append(name)
+        return float(name)
+
     try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return {}, f"is not UTF-8: byte {error.start} is {line[error.start]:#04x}"
-    if not is_json:
-        return {field: text.rstrip("\r\n")}, None
-    try:
-        record = json.loads(text)
+        record = json.loads(text, parse_constant=constant)
     except (ValueError, RecursionError) as error:
-        return {}, f"is not JSON: {error}"
-    return record if isinstance(record, dict) else {}, _problem(record, field)
+        return {}, None, f"is not JSON: {error}"
+    if isinstance(record, str):
+        return {field: record}, None, None
+    if not isinstance(record, dict):
+        return {}, None, f"is no JSON object but {type(record).__name__}"
+    return record, None if beyond_json else text.strip(), None
 
 
-def _problem(record: Any, field: str) -> str | None:
-    if not isinstance(record, dict) or not isinstance(record.get(field), str):
+def lookup(record: Record, field: str) -> Any:
+    """The value of a field; "a.b.0" is one within others, unless the record has a field of this very name."""
+    if field in record:
+        return record[field]
+    value: Any = record
+    for key in field.split("."):
+        if isinstance(value, dict):
+            value = value.get(key)
+        elif isinstance(value, list) and key.isdecimal() and int(key) < len(value):
+            value = value[int(key)]
+        else:
+            return None
+    return value
+
+
+def _problem(record: Record, text: Any, field: str) -> str | None:
+    if isinstance(text, bytes):
+        return f"has no text but bytes in {field!r}: not UTF-8"
+    if not isinstance(text, str):
         return f"has no string field {field!r}"
+    if half := SURROGATE.search(text):
+        return f"has half a surrogate pair, \\u{ord(half[0]):04x}, as character {half.start()} of {field!r}: no text"
     return f"has a field {RESULT!r} already" if RESULT in record else None
 
 
-def _parquet_rows(path: Path) -> Iterator[Record]:
-    parquet = _pyarrow("parquet")
-    try:
-        file = parquet.ParquetFile(path)
-    except ValueError as error:  # what pyarrow raises derives from it
-        raise DataError(f"{path} is no Parquet file: {error}") from error
-    with file:
-        for batch in file.iter_batches(PARQUET_ROWS):
-            yield from batch.to_pylist()
-
-
-def _pyarrow(module: str) -> Any:
-    return require(f"pyarrow.{module}", "Parquet files need", "'daemon-fast[parquet]'")
+# ---- a run ----------------------------------------------------------------------------------------------------------
 
 
 def process(
-    source: str | os.PathLike[str],
+    where: str | os.PathLike[str],
     destination: str | os.PathLike[str],
-    work: Callable[[Sequence[Item], int], list[Record]],
+    work: Work,
     settings: Record,
     field: str = "text",
+    *,
     chunk_size: int = 64,
     description: str = "records",
+    format: Format | None = None,
+    force: bool = False,
 ) -> Summary:
-    """Write each record of a file with what `work` finds of it, in the file's order.
+    """Write each record of files with what `work` finds of it, in their order.
 
     Parameters
     ----------
-    destination : .jsonl or .parquet; a folder of the same name and ".parts" holds what is done until all is
-    work : from the records of a chunk that can be used, and its number, to what each gets in its field "daemon"; a
-        record that can't be used gets {"error": ...} there
-    settings : what the result depends on, beside the source; a run with others does not go on with these parts
+    where, field, format : see `read_records`
+    destination : .jsonl or .ndjson, also with .gz or .zst; .parquet; or "-", standard output, to which records go as
+        they are done. Beside a file, a folder of the same name and ".parts" holds what is done until all is
+    work : records that can't be used get {"error": ...} without it
+    settings : what the result depends on, beside the records; a run with others does not go on with these parts
     chunk_size : records that are done together
+    force : replace a destination that is there
 
     Raises
     ------
     InvalidInput
         The destination exists, or its parts are of another run.
     DataError
-        The source can't be read, or the destination not be written; what is done is kept.
+        A source can't be read, or the destination not be written; what is done is kept.
     """
-    target = Path(destination)
-    if target.suffix not in (".jsonl", ".parquet"):
-        raise InvalidInput(f"output {target} must end in .jsonl or .parquet")
-    if target.suffix == ".parquet":
-        _pyarrow("parquet")  # its lack shows now, not after hours
-    if target.exists():
-        raise InvalidInput(f"output {target} is there already: choose another name, or delete it")
+    target, sources = os.fspath(destination), find_sources(os.fspath(where), format)
+    to_parquet = output_format(target) == "parquet"
+    if target == "-":
+        return _stream(sources, work, field, chunk_size, description)
+    check_writable(target, force)
     folder = Path(f"{target}.parts")
     output, kept = f"output {target}", f"what is done is kept in {folder}"
-    run = {**settings, "field": field, "chunk_size": chunk_size, **_identity(Path(source))}
     with writing(output, kept):
         folder.mkdir(parents=True, exist_ok=True)
-        check_same_run(folder, run, "parts")
-    found, errors, parts, records = read_records(source, field), [], [], 0
-    chunks = iter(lambda: list(islice(found, chunk_size)), [])
-    for number, chunk in enumerate(tqdm(chunks, desc=description, unit="chunk")):
-        part = folder / f"{number:08d}.jsonl"
-        if not part.exists():
-            lines = _lines(chunk, work([item for item in chunk if item.problem is None], number))
-            with writing(output, kept):
-                write_text(part, lines)
-        errors += [record[RESULT]["error"] for record in _read_part(part) if "error" in record[RESULT]]
-        records += len(chunk)
-        parts.append(part)
-    if not records:
-        raise DataError(f"{source} holds no record")
+    run = {**settings, "field": field, "chunk_size": chunk_size}
+    if any(source.path is None or not source.path.is_file() for source in sources):  # a pipe can't be read twice
+        sources = [_spooled(sources[0], folder, output)]
+        run["source"] = file_digest(folder / SPOOL)
+    else:
+        run["source"] = [_identity(source) for source in sources]
+    check_same_run(folder, run, "parts")
+    schema = _parquet_schema(sources, work) if to_parquet else None
+    total = sum(1 for source in sources for _ in rows(source))  # also finds a file that is cut off before the work
+    if not total:
+        raise DataError(f"{os.fspath(where)} holds no record")
+    with writing(output, kept):
+        _work_off(sources, folder / RESULTS, work, field, chunk_size, total, description)
+    errors = [result["error"] for result in _results(folder / RESULTS) if "error" in result]
     with writing(output, kept):
         with replacing(target) as file:
-            (_join_parquet if target.suffix == ".parquet" else _join)(parts, file)
+            if schema is not None:
+                _join_parquet(sources, folder / RESULTS, file, schema)
+            elif to_parquet:
+                _columns_to_parquet(sources, folder / RESULTS, field, file, work.result_type())
+            else:
+                with compressed(target, file) as lines:
+                    for item, result in zip(_all(sources, field), _results(folder / RESULTS), strict=True):
+                        lines.write(_line(item, result))
         shutil.rmtree(folder)
-    return Summary(records, errors)
+    return Summary(total, errors)
 
 
-def _lines(chunk: Sequence[Item], results: Sequence[Record]) -> str:
-    usable = sum(item.problem is None for item in chunk)
-    if len(results) != usable:
-        raise InvalidInput(f"work returned {len(results)} results for {usable} records")
-    remaining, lines = iter(results), []
+def _all(sources: Sequence[Source], field: str) -> Iterator[Item]:
+    for source in sources:
+        yield from _items(source, field)
+
+
+def _stream(sources: Sequence[Source], work: Work, field: str, chunk_size: int, description: str) -> Summary:
+    """To standard output."""
+    found, errors, total = _all(sources, field), [], 0
+    with progress(desc=description, unit="record") as bar:
+        for number, chunk in enumerate(iter(lambda: list(islice(found, chunk_size)), [])):
+            for item, result in zip(chunk, _worked(chunk, work, number), strict=True):
+                sys.stdout.write(_line(item, result).decode())
+                errors += [result["error"]] if "error" in result else []
+            sys.stdout.flush()
+            total += len(chunk)
+            bar.update(len(chunk))
+    if not total:
+        raise DataError(f"{sources[0].name} holds no record")
+    return Summary(total, errors)
+
+
+SPOOL = "input"
+
+
+def _spooled(source: Source, folder: Path, output: str) -> Source:
+    """What comes through a pipe, as a file of the run."""
+    with writing(output), replacing(folder / SPOOL) as file:
+        if source.path is None:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+        else:
+            with source.path.open("rb") as pipe:
+                shutil.copyfileobj(pipe, file)
+    return replace(source, path=folder / SPOOL)
+
+
+def _identity(source: Source) -> list[Any]:
+    assert source.path is not None
+    found = source.path.stat()
+    return [source.name, found.st_size, found.st_mtime_ns]
+
+
+def _work_off(
+    sources: Sequence[Source], log: Path, work: Work, field: str, chunk_size: int, total: int, description: str
+) -> None:
+    """Append what is found of each record to the log, from where an earlier run stopped."""
+    done = _cut_to_whole_chunks(log, chunk_size, total)
+    found = islice(_all(sources, field), done, None)
+    with log.open("ab") as file, progress(desc=description, unit="record", total=total, initial=done) as bar:
+        for number in range(done // chunk_size, -(-total // chunk_size)):
+            chunk = list(islice(found, chunk_size))
+            file.write(b"".join(f"{to_json(result)}\n".encode() for result in _worked(chunk, work, number)))
+            file.flush()
+            os.fsync(file.fileno())
+            bar.update(len(chunk))
+
+
+def _cut_to_whole_chunks(log: Path, chunk_size: int, total: int) -> int:
+    """Records that the log holds, once what is left of a chunk that was cut off is cut away."""
+    if not log.exists():
+        return 0
+    ends = [0]
+    with log.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            ends.append(ends[-1] + len(line))
+    done = len(ends) - 1
+    if done < total:
+        done -= done % chunk_size
+    os.truncate(log, ends[done])
+    return done
+
+
+def _worked(chunk: Sequence[Item], work: Work, number: int) -> list[Record]:
+    """A result for each record of a chunk."""
+    usable = [item for item in chunk if item.problem is None]
+    found = work(usable, number) if usable else []
+    if len(found) != len(usable):
+        raise InvalidInput(f"work returned {len(found)} results for {len(usable)} records")
+    remaining, results = iter(found), []
     for item in chunk:
         if item.problem is not None:
-            result = {"error": f"{item.where} {item.problem}"}
+            result: Record = {"error": f"{item.where} {item.problem}"}
+            if RESULT in item.record:
+                result["previous"] = item.record[RESULT]
         elif "error" in (result := next(remaining)):
             result = {"error": f"{item.where}: {result['error']}"}
-        # A date of a Parquet file has no form in JSON but its text.
-        lines.append(json.dumps({**item.record, RESULT: result}, ensure_ascii=False, default=str) + "\n")
-    return "".join(lines)
+        results.append(result)
+    return results
 
 
-def _identity(source: Path) -> Record:
+def _results(log: Path) -> Iterator[Record]:
+    with log.open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+# ---- joining records and results ------------------------------------------------------------------------------------
+
+
+def _line(item: Item, result: Record) -> bytes:
+    """A line of JSON: the record's own text, so that no number of it changes, and the result."""
+    if item.line is not None and RESULT not in item.record:
+        own = item.line[:-1].rstrip()
+        return f'{own}{", " if item.record else ""}"{RESULT}": {to_json(result)}}}\n'.encode()
+    return f"{to_json({**item.record, RESULT: result})}\n".encode()
+
+
+def _parquet_schema(sources: Sequence[Source], work: Work) -> Any:
+    """The schema of the output where all sources are Parquet: theirs, and the result's column. None otherwise."""
+    if any(source.format != "parquet" for source in sources):
+        return None
+    lib = arrow("lib")
+    schemas = []
+    for source in sources:
+        with parquet_file(source) as file:
+            schemas.append(file.schema_arrow)
     try:
-        found = source.stat()
-    except OSError as error:
-        raise DataError(f"{source} can't be read: {error.strerror}") from error
-    return {"source": source.name, "bytes": found.st_size, "modified": found.st_mtime_ns}
+        schema = lib.unify_schemas(schemas)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"the files have columns of different types: {error}") from error
+    if RESULT in schema.names:
+        raise DataError(f"{sources[0].name} has a column {RESULT!r} already")
+    schema = schema.append(lib.field(RESULT, work.result_type()))
+    write_parquet(io.BytesIO(), schema, [])  # a type that can't be written shows now
+    return schema
 
 
-def _read_part(part: Path) -> list[Record]:
-    with part.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+def _join_parquet(sources: Sequence[Source], log: Path, target: IO[bytes], schema: Any) -> None:
+    """The sources' own columns, of their own types, and the results as one more."""
+    lib, results = arrow("lib"), _results(log)
+    column = schema.field(RESULT)
+
+    def tables() -> Iterator[Any]:
+        for source in sources:
+            with parquet_file(source) as file:
+                for batch in file.iter_batches(PARQUET_ROWS):
+                    found = lib.array(list(islice(results, len(batch))), column.type)
+                    table = lib.Table.from_batches([batch]).append_column(column, found)
+                    missing = [field for field in schema if field.name not in table.schema.names]
+                    for field in missing:
+                        table = table.append_column(field, lib.nulls(len(table), field.type))
+                    yield table.select(schema.names).cast(schema)
+
+    write_parquet(target, schema, tables())
 
 
-def _join(parts: Sequence[Path], target: IO[bytes]) -> None:
-    for part in parts:
-        with part.open("rb") as file:
-            shutil.copyfileobj(file, target)
+def _columns_to_parquet(sources: Sequence[Source], log: Path, field: str, target: IO[bytes], result_type: Any) -> None:
+    """Records of JSON as columns. A column that no type of Arrow holds as it is, is written as JSON text."""
+    lib = arrow("lib")
+
+    def blocks() -> Iterator[list[Record]]:
+        found = _all(sources, field)
+        yield from ([item.record for item in block] for block in iter(lambda: list(islice(found, PARQUET_ROWS)), []))
+
+    types = _column_types(blocks)
+    as_text = [name for name, kind in types.items() if kind is None]
+    if as_text:
+        warnings.warn(f"written as JSON text, as their values have no common type: {', '.join(as_text)}", stacklevel=3)
+    fields = [lib.field(name, kind or lib.string()) for name, kind in types.items()]
+    schema, results = lib.schema([*fields, lib.field(RESULT, result_type)]), _results(log)
+
+    def tables() -> Iterator[Any]:
+        for block in blocks():
+            columns = [_arrow_column(block, name, kind) for name, kind in types.items()]
+            columns.append(lib.array([_flat(result) for result in islice(results, len(block))], result_type))
+            yield lib.Table.from_arrays(columns, schema=schema)
+
+    write_parquet(target, schema, tables())
 
 
-def _join_parquet(parts: Sequence[Path], target: IO[bytes]) -> None:
-    """One row group a part; the schema is one that all parts fit into."""
-    arrow, parquet = _pyarrow("lib"), _pyarrow("parquet")
-    schema = arrow.Table.from_pylist(_read_part(parts[0])).schema
-    for part in parts[1:]:
-        own = arrow.Table.from_pylist(_read_part(part)).schema
-        schema = arrow.unify_schemas([schema, own], promote_options="permissive")
-    with parquet.ParquetWriter(target, schema) as writer:
-        for part in parts:
-            writer.write_table(arrow.Table.from_pylist(_read_part(part), schema=schema))
+def _flat(result: Record) -> Record:
+    """A column has no place for what the field held before, but the error's text."""
+    if "previous" not in result:
+        return result
+    return {"error": f"{result['error']}: {to_json(result['previous'])}"}
 
 
-def decode_records(
-    decoder: SIRDecoder, field: str, num_samples: int, seed: int
-) -> Callable[[Sequence[Item], int], list[Record]]:
-    """The work of `process`: continuations of the text in `field`, each with its metrics."""
+def _column_types(blocks: Callable[[], Iterable[list[Record]]]) -> dict[str, Any]:
+    """A type for each field of the records that gives back what was put in; None where there is none."""
+    lib = arrow("lib")
+    types: dict[str, Any] = {}
+    for block in blocks():
+        for name in dict.fromkeys(key for record in block for key in record if key != RESULT):
+            if name in types and types[name] is None:
+                continue
+            own = _type_of([record.get(name) for record in block])
+            if name in types and own is not None and own != types[name]:
+                schemas = [lib.schema([(name, kind)]) for kind in (types[name], own)]
+                try:
+                    own = lib.unify_schemas(schemas, promote_options="permissive").field(name).type
+                except (ValueError, TypeError):
+                    own = None
+            types[name] = own
+    # A common type of blocks may be wider than each, and change values: 2**53 + 1 as a float, a field that one lacks.
+    for block in blocks():
+        for name, kind in types.items():
+            if kind is not None and _type_of([record.get(name) for record in block], kind) is None:
+                types[name] = None
+    return types
 
-    def work(items: Sequence[Item], number: int) -> list[Record]:
+
+def _type_of(values: list[Any], kind: Any = None) -> Any:
+    """The type in which Arrow gives these values back as they are; None if it doesn't."""
+    try:
+        column = arrow("lib").array(values, kind)
+        same = _writable(column.type) and all(map(_same, column.to_pylist(), values))
+    except (ValueError, TypeError, OverflowError, NotImplementedError, RecursionError):
+        return None
+    return column.type if same else None
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, bool) != isinstance(other, bool):
+        return False
+    return bool(one == other or (one != one and other != other))  # NaN
+
+
+def _writable(kind: Any) -> bool:
+    """Parquet has no struct without fields."""
+    if arrow("types").is_struct(kind) and kind.num_fields == 0:
+        return False
+    return all(_writable(kind.field(i).type) for i in range(kind.num_fields))
+
+
+def _arrow_column(block: list[Record], name: str, kind: Any) -> Any:
+    values = [record.get(name) for record in block]
+    if kind is None:
+        values = [None if value is None else to_json(value) for value in values]
+    return arrow("lib").array(values, kind or arrow("lib").string())
+
+
+# ---- decoding -------------------------------------------------------------------------------------------------------
+
+
+class DecodeWork:
+    """The work that continues each record's text.
+
+    Parameters
+    ----------
+    decoder : its batch size is a good chunk size: what a kill can lose
+    num_samples : continuations of each
+    seed : of the whole run; each chunk has its own from it
+    """
+
+    def __init__(self, decoder: SIRDecoder, num_samples: int, seed: int) -> None:
+        self._decoder, self._num_samples, self._seed = decoder, num_samples, seed
+
+    def result_type(self) -> Any:
+        lib = arrow("lib")
+        metrics = lib.struct([(name, lib.float64()) for name in self._decoder.energy.names])
+        return lib.struct(
+            [
+                ("texts", lib.list_(lib.string())),
+                ("metrics", lib.list_(metrics)),
+                ("ess", lib.float64()),
+                ("log_z", lib.float64()),
+                ("error", lib.string()),
+            ]
+        )
+
+    def __call__(self, items: Sequence[Item], number: int) -> list[Record]:
         results: list[Record] = []
         prefixes, good = [], []
         for item in items:
             result: Record = {}
             try:
-                prefixes += decoder.proposal.tokenize([item.record[field]])
+                prefixes += self._decoder.proposal.tokenize([item.text])
                 good.append(result)
             except InvalidInput as error:
                 result["error"] = str(error).replace("prefix 0", "its text", 1)
             results.append(result)
-        if not prefixes:
-            return results
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", LowEffectiveSampleSize)  # each result has its own ess
-            decoded = decoder(prefixes, num_samples=num_samples, seed=batch_seed(seed, number))
-        rows = zip(decoded.texts, decoded.ess.tolist(), decoded.log_z.tolist(), decoded.features.tolist(), strict=True)
-        for result, (texts, ess, log_z, features) in zip(good, rows, strict=True):
-            metrics = [dict(zip(decoder.energy.names, values, strict=True)) for values in features]
-            result |= {"texts": texts, "metrics": metrics, "ess": ess, "log_z": log_z}
+        seed = batch_seed(self._seed, number)
+        try:
+            found = self._decoded(prefixes, seed)
+        except InvalidInput:  # of one of them, which must not cost the others
+            found = [self._alone(prefix, batch_seed(seed, i)) for i, prefix in enumerate(prefixes)]
+        for result, one in zip(good, found, strict=True):
+            result |= one
         return results
 
-    return work
+    def _alone(self, prefix: list[int], seed: int) -> Record:
+        try:
+            return self._decoded([prefix], seed)[0]
+        except InvalidInput as error:
+            return {"error": str(error).replace("prefix 0", "its text", 1)}
+
+    def _decoded(self, prefixes: list[list[int]], seed: int) -> list[Record]:
+        if not prefixes:
+            return []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LowEffectiveSampleSize)  # each result has its own ess
+            decoded = self._decoder(prefixes, num_samples=self._num_samples, seed=seed)
+        names = self._decoder.energy.names
+        rows = zip(decoded.texts, decoded.ess.tolist(), decoded.log_z.tolist(), decoded.features.tolist(), strict=True)
+        return [
+            {
+                "texts": texts,
+                "metrics": [dict(zip(names, row, strict=True)) for row in features],
+                "ess": ess,
+                "log_z": log_z,
+            }
+            for texts, ess, log_z, features in rows
+        ]

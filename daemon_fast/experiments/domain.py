@@ -14,6 +14,7 @@ from torch import Tensor
 
 from daemon_fast import metrics as metrics_module
 from daemon_fast.data.collect import collect, human_folder, saved_batch_size, scores
+from daemon_fast.data.formats import Format
 from daemon_fast.data.texts import Pairs, read_texts, split
 from daemon_fast.energy import Energy
 from daemon_fast.errors import DataError, InvalidInput
@@ -51,6 +52,7 @@ class Domain:
     energy: Energy
     field: str = "text"
     candidates: Path | None = None
+    format: Format | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ class DomainData:
         known = self.energy.diagnostics
         self.ridge = known.ridge if known else 0.0  # of every refit
         fit_prefixes, fit_texts = (known.num_prefixes, known.num_targets) if known else (0, 0)
-        texts, new_tokens = read_texts(domain.data, domain.field), self.energy.proposal_settings.max_new_tokens
+        texts = read_texts(domain.data, domain.field, domain.format)
+        self.left_out, new_tokens = len(texts.problems), self.energy.proposal_settings.max_new_tokens
         pairs = split(texts, tokenizer, options.prefix_tokens, new_tokens, None, options.seed)
         seen = max(fit_prefixes, fit_texts)
         self.to_fit_pairs, self.target_pairs = pairs[:fit_prefixes], pairs[:fit_texts]

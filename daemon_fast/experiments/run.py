@@ -36,6 +36,7 @@ class DomainReport:
     fit_prefixes: int
     target_texts: int
     held_out: int
+    left_out: int  # records that can't be used
     new_tokens: int
     verdict: list[str]  # sentences
     studies: dict[str, Any]  # what each that was asked for found, or `NotDone`
@@ -118,6 +119,7 @@ def evaluate(
             fit_prefixes=len(one.to_fit_pairs),
             target_texts=len(one.target_pairs),
             held_out=len(one.held_out_pairs),
+            left_out=one.left_out,
             new_tokens=one.energy.proposal_settings.max_new_tokens,
             verdict=verdict,
             studies=studies,

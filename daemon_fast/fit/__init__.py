@@ -1,7 +1,8 @@
 """Fitting mu, the coefficients whose tilted model has the target expectations: checks, methods, diagnostics.
 
-`dual` is what is minimised, `newton` how, `samples` what is read, `resample` cross-validation and the bootstrap;
-`from_texts` fits to human texts, from drawing the candidates on.
+`dual` is what is minimised, `newton` how, `race` the law of a race, `samples` what is read, `resample` cross-validation
+and the bootstrap, `advice` what to do where there is no solution; `from_texts` fits to human texts, from drawing the
+candidates on.
 """
 
 from __future__ import annotations
@@ -9,22 +10,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from daemon_fast import ops
 from daemon_fast.energy import Base, Diagnostics, Energy, weightless
-from daemon_fast.errors import InvalidInput
+from daemon_fast.errors import FitError, InvalidInput
 from daemon_fast.fit import newton, resample
+from daemon_fast.fit.advice import advice
 from daemon_fast.fit.dual import Problem
 from daemon_fast.fit.samples import Block, InMemory, Samples
 from daemon_fast.metrics import Metric
-from daemon_fast.ops import Normalization
+from daemon_fast.ops import Draw, Normalization
 from daemon_fast.proposals.base import ProposalSettings
 
-__all__ = ["FitResult", "Ridge", "fit"]
+__all__ = ["FitResult", "Ridge", "check_ridge", "fit", "rule"]
+
+TOLERATED = 0.1  # residual, in standard deviations of a metric, up to which a target counts as met
 
 Method = Literal["newton", "rmse"]
 Ridge = float | Literal["cv"]
@@ -40,7 +44,7 @@ class FitResult:
     names : K metric names
     targets : [K] float64
     residual : [K] float64
-        Expectation under the fitted weights minus target, in the metric's own unit.
+        Expectation of what is drawn minus target, in the metric's own unit.
     scale : [K] float64
         Standard deviation of each metric within a prefix (per_prefix) or over all samples (global).
     ridge : float
@@ -59,6 +63,9 @@ class FitResult:
         2.5% and 97.5% bootstrap quantiles of mu over prefixes.
     bootstrap_infeasible : int
         Bootstrap replicates without a solution; they are not in the interval.
+    unmet : tuple of str
+        Metrics whose residual is more than a tenth of `scale`, and more than two standard errors of the human mean
+        where human values were given.
     """
 
     mu: Tensor
@@ -67,6 +74,7 @@ class FitResult:
     residual: Tensor
     scale: Tensor
     normalization: Normalization
+    draw: Draw
     method: Method
     ridge: float
     converged: bool
@@ -79,6 +87,7 @@ class FitResult:
     num_candidates: int
     confidence_interval: Tensor | None = None
     bootstrap_infeasible: int = 0
+    unmet: tuple[str, ...] = ()
 
     def energy(
         self,
@@ -105,6 +114,7 @@ class FitResult:
             targets=self.targets,
             proposal_settings=proposal_settings,
             normalization=self.normalization,
+            draw=self.draw,
             base=base,
             diagnostics=Diagnostics(
                 ridge=self.ridge,
@@ -120,6 +130,7 @@ class FitResult:
                 num_prefixes=self.num_prefixes,
                 num_targets=self.num_prefixes if num_targets is None else num_targets,
                 seed=seed,
+                unmet=list(self.unmet),
             ),
         )
 
@@ -130,6 +141,7 @@ def fit(
     base_log_w: Tensor | None = None,  # [N, M]
     *,
     normalization: Normalization = "per_prefix",
+    draw: Draw | None = None,
     method: Method = "newton",
     ridge: Ridge = 0.0,
     names: Sequence[str] | None = None,
@@ -139,10 +151,10 @@ def fit(
     seed: int = 0,
     progress: bool = False,
 ) -> FitResult:
-    """Find mu such that the weights exp(b - mu · f) give the features the target means.
+    """Find mu such that what is drawn by the weights exp(b - mu · f) has the target means in expectation.
 
-    The expectation is minus the gradient of a convex dual's log Z; a damped Newton method on standardised features
-    solves F̂(mu) = F to 1e-9 standard deviations in about ten steps, collinear metrics included.
+    F̂ is minus the gradient of a convex dual's log Z, by SIR as by the race; a damped Newton method on standardised
+    features solves F̂(mu) = F to 1e-9 standard deviations in about ten steps, collinear metrics included.
 
     Parameters
     ----------
@@ -157,16 +169,21 @@ def fit(
         Per prefix, weights are normalised within each prefix: what the decoder with M candidates does, so that its
         expected metrics on these prefixes equal the targets exactly. Global is the paper's: one normalisation over
         all samples.
+    draw : "race" or "sir"
+        The rule that will choose among a prefix's candidates, and whose expected metrics are to be the targets: see
+        `ops.race_select` and `ops.sir_select`. Default: the race; SIR with global weights, for which a race has no
+        meaning.
     method : "newton" or "rmse"
         "rmse" is the paper's procedure, the reference: Adam on the relative root mean square error of F̂ against F
         (on its square, whose gradient vanishes at the minimum: on the root itself Adam oscillates by its step size).
         It stops at the tolerance or after 20,000 steps, and says which in `converged`.
     ridge : float >= 0, or "cv"
-        Penalty ridge/2 · ‖mu * scale‖² on the dual. 0 meets the targets exactly on these prefixes. Above 0 there always
-        is a solution, the nearest soft match. "cv" takes the one, from 0 to 1.28, under which human texts left out of
-        the fit are likeliest: with few prefixes or texts, meeting their means exactly fits their noise. It needs
-        [N', K] targets, in no particular order; where N' >= N, the first N are those of the prefixes. It does not make
-        targets reachable: they must be so without a ridge.
+        Penalty ridge/2 · ‖mu * scale‖² on the dual of the rule that draws: F̂ - F = ridge · scale² · mu. 0 meets the
+        targets exactly on these prefixes. Above 0 there always is a solution, the nearest soft match. "cv" takes the
+        one, from 0 to 1.28, under which human texts left out of the fit are likeliest: with few prefixes or texts,
+        meeting their means exactly fits their noise. It needs [N', K] targets, in no particular order; where N' >= N,
+        the first N are those of the prefixes. Where targets are out of reach it is above 0, and `unmet` names those
+        that were missed.
     names : K metric names for messages and the result
     tolerance : float, optional
         Largest residual to stop at, in standard deviations. Default: 1e-10 for Newton, 1e-3 for Adam.
@@ -180,28 +197,35 @@ def fit(
     ------
     InvalidInput
         Shapes, NaN, base log-weights that leave a prefix without weights, a constant metric, fewer prefixes than
-        metrics, one candidate with per-prefix weights, a ridge for "rmse", cross-validation of means or of too few
-        texts.
+        metrics, one candidate with per-prefix weights, a race with global weights, a ridge for "rmse", cross-validation
+        of means or of too few texts.
     InfeasibleTargets
-        No weighting of these candidates reaches the targets. Names the metrics, targets and reachable ranges.
+        No weighting of these candidates reaches the targets. Names the metrics, targets and reachable ranges, and what
+        would help: see `daemon_fast.fit.advice`.
     FitDidNotConverge
         Neither solved nor proved infeasible.
 
-    Source: Ji et al. 2024 (arXiv 2310.01041), section 3.3 and algorithm 1; the dual and Newton steps are ours.
+    Source: Ji et al. 2024 (arXiv 2310.01041), section 3.3 and algorithm 1; the duals and Newton steps are ours.
     """
+    draw = rule(draw, normalization)
     problem, human = _checked(features, targets, base_log_w, normalization, ridge, names)
     if method == "rmse" and ridge != 0:
         raise InvalidInput(f"ridge = {ridge!r} is for method='newton': 'rmse' has none")
     if ridge == "cv":
         problem = replace(problem, ridge=resample.cross_validated_ridge(problem, human))
-    if method == "newton":
-        nu, iterations = newton.newton(problem, tolerance=tolerance or newton.TOLERANCE)
-        converged = True
-    elif method == "rmse":
-        nu, iterations, converged = newton.adam(problem, learning_rate, tolerance or 1e-3, progress)
-    else:
+    by_weights, problem = problem, replace(problem, draw=draw)
+    if method not in ("newton", "rmse"):
         raise InvalidInput(f"method = {method!r}: it must be 'newton' or 'rmse'")
-    result = _diagnosed(problem, nu, iterations, converged, normalization, method)
+    try:
+        if method == "newton":
+            nu, iterations = newton.newton(problem, tolerance=tolerance or newton.TOLERANCE)
+            converged = True
+        else:
+            nu, iterations, converged = newton.adam(problem, learning_rate, tolerance or 1e-3, progress)
+    except FitError as error:
+        raise type(error)(f"{error}. {advice(by_weights, human)}") from error
+    result = _diagnosed(problem, nu, iterations, converged, method)
+    result = replace(result, unmet=_unmet(result, human))
     if bootstrap > 0:
         interval, infeasible = resample.bootstrap(problem, human, nu, bootstrap, seed, progress)
         result = replace(result, confidence_interval=interval, bootstrap_infeasible=infeasible)
@@ -229,11 +253,7 @@ def _checked(
         raise InvalidInput(f"names has {len(names)} entries, features has K = {k} metrics")
     if normalization not in ("per_prefix", "global"):
         raise InvalidInput(f"normalization = {normalization!r}: it must be 'per_prefix' or 'global'")
-    if isinstance(ridge, str):
-        if ridge != "cv":
-            raise InvalidInput(f"ridge = {ridge!r} must be a number >= 0 or 'cv'")
-    elif not (ridge >= 0 and math.isfinite(ridge)):
-        raise InvalidInput(f"ridge = {ridge} must be finite and >= 0")
+    check_ridge(ridge)
     targets = torch.as_tensor(targets, dtype=torch.float64, device="cpu")
     if targets.ndim not in (1, 2) or targets.shape[-1] != k or len(targets) == 0:
         raise InvalidInput(f"targets must have shape [K] = [{k}] or [N', K] = [N', {k}], got {list(targets.shape)}")
@@ -258,12 +278,50 @@ def _checked(
     return Problem.standardised(samples, mean, normalization, names, penalty), human
 
 
-def _diagnosed(
-    problem: Problem, nu: Tensor, iterations: int, converged: bool, normalization: Normalization, method: Method
-) -> FitResult:
+def rule(draw: Draw | None, normalization: Normalization) -> Draw:
+    """The rule that draws, the default where none is given.
+
+    Raises
+    ------
+    InvalidInput
+        No such rule, or a race with global weights.
+    """
+    if draw is None:
+        return "race" if normalization == "per_prefix" else "sir"
+    if draw not in get_args(Draw):
+        raise InvalidInput(f"draw = {draw!r} must be one of {', '.join(get_args(Draw))}")
+    if draw == "race" and normalization == "global":
+        raise InvalidInput(
+            "draw = 'race' is not defined for normalization = 'global': it is a race between the candidates of one "
+            "prefix. Use draw = 'sir', or normalization = 'per_prefix'"
+        )
+    return draw
+
+
+def check_ridge(ridge: Ridge) -> None:
+    """Raise InvalidInput for what is no ridge."""
+    if isinstance(ridge, str):
+        if ridge != "cv":
+            raise InvalidInput(f"ridge = {ridge!r} must be a number >= 0 or 'cv'")
+    elif not (ridge >= 0 and math.isfinite(ridge)):
+        raise InvalidInput(f"ridge = {ridge} must be finite and >= 0")
+
+
+def _unmet(result: FitResult, human: Tensor | None) -> tuple[str, ...]:
+    allowed = TOLERATED * result.scale
+    if human is not None and len(human) > 1:
+        allowed = allowed.maximum(2 * human.std(0) / math.sqrt(len(human)))
+    missed = result.residual.abs() > allowed
+    return tuple(name for name, is_missed in zip(result.names, missed.tolist(), strict=True) if is_missed)
+
+
+def _diagnosed(problem: Problem, nu: Tensor, iterations: int, converged: bool, method: Method) -> FitResult:
     mu = nu / problem.scale
-    log_z, mean, covariance = problem.tilted(nu)
-    log_z_0 = problem.tilted(torch.zeros_like(nu)).log_z
+    _, mean, curvature = problem.tilted(nu)
+    # Of p_mu itself the weights tell, whichever rule draws by them.
+    by_weights = replace(problem, draw="sir")
+    log_z, of_weights, _ = by_weights.tilted(nu)
+    log_z_0 = by_weights.tilted(torch.zeros_like(nu)).log_z
 
     def ess_of(block: Block) -> tuple[float, float]:
         log_w = block.log_w(mu)
@@ -274,7 +332,7 @@ def _diagnosed(
 
     ess_sums, ess_least = zip(*problem.samples.map(ess_of), strict=True)
     n, m, _ = problem.samples.shape
-    eigenvalues = torch.linalg.eigvalsh(covariance / problem.scale.outer(problem.scale))
+    eigenvalues = torch.linalg.eigvalsh(curvature / problem.scale.outer(problem.scale))
     smallest, largest = float(eigenvalues[0]), float(eigenvalues[-1])
     return FitResult(
         mu=mu,
@@ -282,7 +340,8 @@ def _diagnosed(
         targets=problem.targets,
         residual=mean - problem.targets,
         scale=problem.scale,
-        normalization=normalization,
+        normalization=problem.normalization,
+        draw=problem.draw,
         method=method,
         ridge=problem.ridge,
         converged=converged,
@@ -290,7 +349,7 @@ def _diagnosed(
         condition_number=largest / smallest if smallest > newton.SMALLEST_EIGENVALUE * largest else math.inf,
         ess_mean=sum(ess_sums) / n,
         ess_min=min(ess_least),
-        kl=float(-(mu @ mean) - (log_z - log_z_0)),
+        kl=float(-(mu @ of_weights) - (log_z - log_z_0)),
         num_prefixes=n,
         num_candidates=m,
     )

@@ -8,6 +8,8 @@ where log Z is averaged over prefixes (per-prefix weights) or taken over all sam
 and has a minimum if and only if F lies inside the convex hull of what weights can reach. If it does not, some
 direction d separates: d · F > max over weights of d · F̂, and the iterates run off along d. Each iterate is therefore
 tried as such a direction: a success is a proof, whatever the solver did to get there.
+
+All this holds of SIR, whose chances are the weights, and of the race, whose chances and dual are in `race`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor
 from daemon_fast import ops
 from daemon_fast.errors import InfeasibleTargets, InvalidInput
 from daemon_fast.fit.samples import Block, Samples, tilted_moments
-from daemon_fast.ops import Normalization
+from daemon_fast.ops import Draw, Normalization
 
 __all__ = ["Problem"]
 
@@ -37,6 +39,7 @@ class Problem:
     names: tuple[str, ...]
     scale: Tensor
     ridge: float
+    draw: Draw = "sir"
 
     @staticmethod
     def standardised(
@@ -60,7 +63,7 @@ class Problem:
 
     def tilted(self, nu: Tensor) -> ops.Moments:
         """On the device of the samples; the results, a handful of numbers, on the CPU, where the solvers work."""
-        moments = tilted_moments(self.samples, nu / self.scale, self.normalization)
+        moments = tilted_moments(self.samples, nu / self.scale, self.normalization, self.draw)
         if not moments.log_z.isfinite():  # what a CUDA operator can't raise, it marks
             raise InvalidInput("log-weights hold NaN or infinity, or are all -inf where one must be finite")
         return moments
@@ -97,7 +100,7 @@ class Problem:
         out = (self.targets <= low + BOUNDARY * self.scale) | (self.targets >= high - BOUNDARY * self.scale)
         if out.any():
             ranges = ", ".join(self._range(k, low, high) for k in out.nonzero().flatten().tolist())
-            raise InfeasibleTargets(f"out of reach of any weighting of the candidates: {ranges}. {self.advice()}")
+            raise InfeasibleTargets(f"out of reach of any weighting of the candidates: {ranges}")
 
     def check_separated(self, nu: Tensor) -> None:
         """Raise InfeasibleTargets if -nu separates the targets from all that weights can reach."""
@@ -117,16 +120,8 @@ class Problem:
         involved = (nu.abs() >= 0.05 * nu.abs().max()).nonzero().flatten().tolist()
         ranges = ", ".join(self._range(k, low, high) for k in involved)
         raise InfeasibleTargets(
-            f"jointly out of reach of any weighting of the candidates, though each is reachable alone: {ranges}. "
-            f"{self.advice()}"
+            f"jointly out of reach of any weighting of the candidates, though each is reachable alone: {ranges}"
         )
 
     def _range(self, k: int, low: Tensor, high: Tensor) -> str:
         return f"{self.names[k]} (target {self.targets[k]:.6g}, reachable {low[k]:.6g} to {high[k]:.6g})"
-
-    def advice(self) -> str:
-        n, m, _ = self.samples.shape
-        return (
-            f"With N = {n} prefixes and M = {m} candidates: draw more candidates per prefix, leave a metric out, "
-            "or ask for the nearest soft match with ridge > 0"
-        )

@@ -3,24 +3,48 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from daemon_fast import metrics as metrics_module
-from daemon_fast.data.collect import batches, human_folder, scores
+from daemon_fast.data.collect import batches, human_folder, kept, scores
 from daemon_fast.data.texts import Pairs, read_texts, split
+from daemon_fast.decode import LOW_ESS
 from daemon_fast.energy import Base, Energy
-from daemon_fast.errors import InvalidInput
-from daemon_fast.fit import Ridge, fit
+from daemon_fast.errors import (
+    FitError,
+    InfeasibleTargets,
+    InvalidInput,
+    LowEffectiveSampleSize,
+    Problems,
+    TargetsNotMet,
+)
+from daemon_fast.files import check_folder
+from daemon_fast.fit import FitResult, Ridge, check_ridge, fit, rule
+from daemon_fast.fit.advice import advice
+from daemon_fast.fit.dual import Problem
+from daemon_fast.fit.newton import newton
+from daemon_fast.fit.resample import FOLDS, cv_needs
+from daemon_fast.fit.samples import Block, InMemory
+from daemon_fast.memory import check_fits
 from daemon_fast.metrics import Function, Metric
 from daemon_fast.models import DEFAULT_ENCODER, Encoder
-from daemon_fast.ops import Normalization
+from daemon_fast.ops import Draw, Normalization
 from daemon_fast.proposals.base import Proposal
+from daemon_fast.seeds import check_seed
 
-__all__ = ["Measured", "fit_energy", "measure"]
+__all__ = ["Measured", "Plan", "fit_energy", "is_low", "measure", "prepare"]
+
+ROUNDING = 1e-6  # relative, of float32 metrics: what differs by less is the same
+REUSED = (
+    "a fit with other metrics, ridge, normalization or base reuses them; another M, seed or number of prefixes needs "
+    "another folder"
+)
 
 
 def fit_energy(
@@ -33,6 +57,7 @@ def fit_energy(
     num_targets: int | None = None,
     prefix_tokens: int = 32,
     normalization: Normalization = "per_prefix",
+    draw: Draw | None = None,
     base: Base = "proposal",
     ridge: Ridge = "cv",
     bootstrap: int = 0,
@@ -55,7 +80,7 @@ def fit_energy(
     num_prefixes : N, of which candidates are drawn
     num_targets : human continuations that give the targets; default: those of the prefixes
     prefix_tokens : where texts are cut
-    normalization, ridge, bootstrap : see `daemon_fast.fit`
+    normalization, draw, ridge, bootstrap : see `daemon_fast.fit`
     base : "proposal": that is tilted, as in the paper; "model": p_theta at temperature 1 is
     seed : of the choice of texts, the candidates and the bootstrap
     batch_size : prefixes drawn together
@@ -66,31 +91,153 @@ def fit_energy(
     DataError
         Too few texts are long enough.
     InvalidInput, InfeasibleTargets, FitDidNotConverge
-        See `daemon_fast.fit`.
+        See `daemon_fast.fit`. With ridge = 0, also for a metric that is the same for all candidates, but not for human
+        text.
+    SeveralProblems
+        More than one thing is wrong with the arguments: all of it is known before anything is drawn.
+
+    Warns
+    -----
+    UserWarning
+        A metric is left out: it is the same for all candidates and for human text.
+    TargetsNotMet
+        With a ridge: expected metrics lie farther from their targets than their error explains; or a metric is left
+        out that is the same for all candidates, but not for human text. `Diagnostics.unmet` names both.
+    LowEffectiveSampleSize
 
     Examples
     --------
     >>> proposal = TransformersProposal.load(num_candidates=25, min_new_tokens=64, max_new_tokens=64, temperature=0.97)
     >>> fit_energy(proposal, "wikipedia", ["sr_2", "sr_4", "ent"]).save("energy.json")
     """
-    objects = metrics_module.parse(metrics, encoder)
-    if isinstance(human, Pairs):
-        pairs, targets = human[:num_prefixes], human[:num_targets]
-    else:
+    problems = Problems()
+    texts: Sequence[str] | Pairs | None = None
+    with problems:
         texts = read_texts(human) if isinstance(human, str | os.PathLike) else human
-        wanted, new_tokens = max(num_prefixes, num_targets or 0), proposal.settings.max_new_tokens
-        if proposal.tokenizer is None:
-            raise InvalidInput("human texts need a proposal with a tokenizer; without one, give Pairs of token ids")
-        found = split(texts, proposal.tokenizer, prefix_tokens, new_tokens, wanted, seed)
-        pairs, targets = found[:num_prefixes], found[: num_targets or num_prefixes]
-    measured = measure(
-        proposal, pairs, objects, targets=targets, base=base, seed=seed, batch_size=batch_size, directory=directory
-    )
-    result = fit(
-        measured.features, measured.human, measured.base_log_w, normalization=normalization, ridge=ridge,
-        names=metrics_module.column_names(objects), bootstrap=bootstrap, seed=seed, progress=True,
+    sampling, tokenizer = proposal.settings, None if isinstance(human, Pairs) else proposal.tokenizer
+    if tokenizer is None and not isinstance(human, Pairs):
+        problems.found.append(
+            InvalidInput("human texts need a proposal with a tokenizer; without one, give Pairs of token ids")
+        )
+    plan = prepare(
+        problems, texts, tokenizer, metrics, sampling.num_candidates, sampling.max_new_tokens,
+        encoder=encoder, num_prefixes=num_prefixes, num_targets=num_targets, prefix_tokens=prefix_tokens,
+        normalization=normalization, draw=draw, base=base, ridge=ridge, bootstrap=bootstrap, seed=seed,
+        batch_size=batch_size, directory=directory,
     )  # fmt: skip
-    return result.energy(objects, proposal.settings, base, seed, len(targets))
+    measured = measure(
+        proposal, plan.pairs, plan.metrics, targets=plan.targets, base=base, seed=seed, batch_size=batch_size,
+        directory=directory,
+    )  # fmt: skip
+    with kept(directory, REUSED):
+        result, fitted = _fitted(measured, plan.metrics, normalization, draw, ridge, bootstrap, seed)
+    return result.energy(fitted, proposal.settings, base, seed, len(plan.targets))
+
+
+class Plan(NamedTuple):
+    """What a fit reads, known before anything is drawn."""
+
+    metrics: list[Metric]
+    pairs: Pairs  # of whose prefixes candidates are drawn
+    targets: Pairs  # that give the targets
+
+    @property
+    def human(self) -> Pairs:
+        """The longer of the two, which begins with the other."""
+        return max(self.pairs, self.targets, key=len)
+
+
+def prepare(
+    problems: Problems,
+    human: Sequence[str] | Pairs | None,
+    tokenizer: Any,
+    metrics: Sequence[str | Metric | Function],
+    num_candidates: int,
+    new_tokens: int,
+    *,
+    encoder: Encoder | str = DEFAULT_ENCODER,
+    num_prefixes: int = 96,
+    num_targets: int | None = None,
+    prefix_tokens: int = 32,
+    normalization: Normalization = "per_prefix",
+    draw: Draw | None = None,
+    base: Base = "proposal",
+    ridge: Ridge = "cv",
+    bootstrap: int = 0,
+    seed: int = 0,
+    batch_size: int = 4,
+    directory: str | os.PathLike[str] | None = None,
+) -> Plan:
+    """All that can be known of a fit before candidates are drawn. Arguments are those of `fit_energy`.
+
+    Parameters
+    ----------
+    problems : found before; what is wrong here is reported together with them
+    human : texts or pairs, or None if a problem tells why there are none
+    tokenizer : or None if there is none
+    num_candidates, new_tokens : of the proposal
+
+    Raises
+    ------
+    SeveralProblems
+        More than one thing is wrong; else the one error.
+    """
+    if isinstance(human, Pairs) and len(human) > 0:
+        num_prefixes = min(num_prefixes, len(human))
+        num_targets = len(human) if num_targets is None else min(num_targets, len(human))
+    limits = {
+        "num_prefixes": (num_prefixes, 1),
+        "num_targets": (1 if num_targets is None else num_targets, 1),
+        "prefix_tokens": (prefix_tokens, 1),
+        "batch_size": (batch_size, 1),
+        "bootstrap": (bootstrap, 0),
+    }
+    low = [f"{name} = {value} must be >= {least}" for name, (value, least) in limits.items() if value < least]
+    problems.found += map(InvalidInput, low)
+    with problems:
+        check_seed(seed)
+    with problems:
+        check_ridge(ridge)
+    for name, value, options in (("normalization", normalization, Normalization), ("base", base, Base)):
+        if value not in get_args(options):
+            problems.found.append(InvalidInput(f"{name} = {value!r} must be one of {', '.join(get_args(options))}"))
+    with problems:
+        rule(draw, normalization)
+    parsed: list[Metric] = []
+    with problems:
+        parsed = metrics_module.parse(metrics, encoder)
+    for metric in parsed:
+        with problems:
+            metric.prepare()
+    with problems:
+        _check_sizes(len(metrics_module.column_names(parsed)), num_candidates, num_prefixes, normalization)
+    texts = num_targets or num_prefixes
+    if ridge == "cv" and 1 <= min(num_prefixes, texts) < FOLDS:
+        problems.found.append(InvalidInput(cv_needs(num_prefixes, texts)))
+    if directory is not None:
+        with problems:
+            check_folder(directory)
+    pairs = Pairs([], [])
+    with problems:
+        if isinstance(human, Pairs):
+            pairs = human
+        elif human is not None and tokenizer is not None and min(num_prefixes, prefix_tokens, new_tokens, texts) >= 1:
+            pairs = split(human, tokenizer, prefix_tokens, new_tokens, max(num_prefixes, texts), seed)
+    problems.report()
+    return Plan(parsed, pairs[:num_prefixes], pairs[:texts])
+
+
+def _check_sizes(k: int, num_candidates: int, num_prefixes: int, normalization: Normalization) -> None:
+    if 1 <= num_prefixes < k:
+        raise InvalidInput(f"num_prefixes = {num_prefixes} is fewer than the {k} metrics to fit: give at least as many")
+    if num_candidates == 1 and normalization == "per_prefix":
+        raise InvalidInput("num_candidates = 1 leaves per-prefix weights nothing to choose: use 2 or more, or 'global'")
+    check_fits(
+        f"a fit of num_candidates = {num_candidates} of num_prefixes = {num_prefixes}",
+        {f"{k} metrics": num_prefixes * num_candidates * k * (4 + 8)},  # float32, and float64 while it is fitted
+        torch.device("cpu"),
+        "num_candidates or num_prefixes",
+    )
 
 
 class Measured(NamedTuple):
@@ -119,10 +266,104 @@ def measure(
     """
     features, base_log_w, seconds = [], [], 0.0
     for candidates, spent in batches(proposal, pairs.prefixes, directory, seed, batch_size, "candidates to fit"):
-        features.append(metrics_module.features(metrics, candidates))
+        with kept(directory, REUSED):
+            features.append(metrics_module.features(metrics, candidates))
         base_log_w += [] if base == "proposal" else [candidates.log_p - candidates.log_q]
         seconds += spent
     folder = None if directory is None else human_folder(directory)
     scored = scores(proposal, pairs if targets is None else targets, folder)
     human = [metrics_module.features(metrics, batch)[:, 0] for batch in scored]
     return Measured(torch.cat(features), torch.cat(human), torch.cat(base_log_w) if base_log_w else None, seconds)
+
+
+def _fitted(
+    measured: Measured,
+    metrics: list[Metric],
+    normalization: Normalization,
+    draw: Draw | None,
+    ridge: Ridge,
+    bootstrap: int,
+    seed: int,
+) -> tuple[FitResult, list[Metric]]:
+    """The fit of all metrics that the candidates vary in, and these; warns of the others, and of targets not met."""
+    varying, columns, missed = _varying(measured, metrics, normalization)
+    constant = f"the same for all candidates, unlike their targets: {', '.join(missed.values())}"
+    if not varying:
+        raise InfeasibleTargets(constant) if missed else InvalidInput("no metric is left to fit")
+    features, human = measured.features[..., columns], measured.human[:, columns]
+    names, samples = metrics_module.column_names(varying), InMemory(Block(features, measured.base_log_w))
+    try:
+        result = fit(
+            features, human, measured.base_log_w, normalization=normalization, draw=draw, ridge=ridge, names=names,
+            bootstrap=bootstrap, seed=seed, progress=True,
+        )  # fmt: skip
+    except InfeasibleTargets as error:
+        raise InfeasibleTargets(f"{constant}; {error}" if missed else str(error)) from error
+    if missed and ridge == 0:
+        raise InfeasibleTargets(f"{constant}. Leave out {' and '.join(missed)}, or take ridge = 'cv', which does")
+    if missed:
+        warnings.warn(f"left out, with their targets missed: metrics that are {constant}", TargetsNotMet, stacklevel=3)
+    if result.unmet:
+        exact = Problem.standardised(samples, result.targets, normalization, tuple(names), 0.0)
+        try:
+            newton(exact)
+            why = "ridge = 0 meets them with these candidates"
+        except FitError as error:
+            why = f"they are {error}. {advice(exact, human, soft=False)}"
+        warnings.warn(f"targets not met: {_missed_by(result, human)}; {why}", TargetsNotMet, stacklevel=3)
+    if is_low(result.ess_mean, result.num_candidates):
+        warnings.warn(
+            f"the effective sample size is {result.ess_mean:.2f} of {result.num_candidates} candidates on average: the "
+            "draw is next to no choice. Draw more candidates, bring the proposal nearer to human text (temperature, "
+            "top-p), or fit fewer metrics or with a larger ridge",
+            LowEffectiveSampleSize,
+            stacklevel=3,
+        )
+    return replace(result, unmet=(*missed, *result.unmet)), varying
+
+
+def _varying(
+    measured: Measured, metrics: list[Metric], normalization: Normalization
+) -> tuple[list[Metric], list[int], dict[str, str]]:
+    """Metrics that weights can change, and their columns; of the others those whose target is missed, and by what.
+
+    A metric that no weighting changes is of no use to a fit, and does no harm where its target is what it is.
+    """
+    names, targets = tuple(metrics_module.column_names(metrics)), measured.human.double().mean(0)
+    samples = InMemory(Block(measured.features, measured.base_log_w))
+    low, high = Problem(samples, targets, normalization, names, torch.ones_like(targets), 0.0).reachable()
+    constant = high - low <= ROUNDING * high.abs().maximum(low.abs())
+    met = (targets - low).abs() <= ROUNDING * targets.abs().maximum(low.abs())
+    varying, columns, start = list[Metric](), list[int](), 0
+    missed, useless = dict[str, str](), list[str]()
+    for metric in metrics:
+        own = range(start, start + len(metric.names))
+        start = own.stop
+        if not constant[own.start : own.stop].all():
+            varying.append(metric)
+            columns += own
+            continue
+        useless += [f"{names[k]} ({low[k]:.6g})" for k in own if met[k]]
+        missed |= {names[k]: f"{names[k]} ({low[k]:.6g}, target {targets[k]:.6g})" for k in own if not met[k]}
+    if useless:
+        warnings.warn(
+            f"left out, as nothing is to be fitted: metrics that are the same for all candidates, and for human text: "
+            f"{', '.join(useless)}",
+            stacklevel=4,
+        )
+    return varying, columns, missed
+
+
+def _missed_by(result: FitResult, human: Tensor) -> str:
+    found = []
+    for k, name in enumerate(result.names):
+        if name in result.unmet:
+            target, error = float(result.targets[k]), float(human[:, k].double().std()) / len(human) ** 0.5
+            reached = target + float(result.residual[k])
+            found.append(f"{name} (target {target:.4g}, standard error {error:.2g}, reached {reached:.4g})")
+    return ", ".join(found)
+
+
+def is_low(ess_mean: float, num_candidates: int) -> bool:
+    """Whether an effective sample size is so low that drawing is next to no choice."""
+    return ess_mean < LOW_ESS < num_candidates

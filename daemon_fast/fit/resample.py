@@ -13,8 +13,9 @@ from daemon_fast.errors import FitError, InvalidInput
 from daemon_fast.fit.dual import Problem
 from daemon_fast.fit.newton import newton
 from daemon_fast.fit.samples import Block, InMemory
+from daemon_fast.seeds import generator
 
-__all__ = ["bootstrap", "cross_validated_ridge"]
+__all__ = ["FOLDS", "bootstrap", "cross_validated_ridge", "cv_needs"]
 
 FOLDS = 5
 # In units of the fit's curvature, from hardly any tilt to the exact fit: each solution starts the next.
@@ -24,20 +25,21 @@ RIDGES = (*(0.01 * 2.0**i for i in range(7, -3, -1)), 0.0)
 def cross_validated_ridge(problem: Problem, human: Tensor | None) -> float:
     """The ridge with the lowest dual on prefixes and human texts that were left out of the fit.
 
-    The dual is the mean over human texts of -log p_mu(x) / p_0(x), so the lowest makes them the likeliest.
+    The dual is SIR's, whichever rule draws: the mean over human texts of -log p_mu(x) / p_0(x), so that the lowest
+    makes them the likeliest.
     """
     if human is None:
         raise InvalidInput("ridge = 'cv' needs targets of shape [N', K], one row a human text, got [K] means")
     if not isinstance(problem.samples, InMemory):
         raise InvalidInput("ridge = 'cv' needs samples in one tensor: blocks can't be split")
     if min(problem.samples.shape[0], len(human)) < FOLDS:
-        raise InvalidInput(
-            f"ridge = 'cv' needs at least {FOLDS} prefixes and {FOLDS} human texts, got {problem.samples.shape[0]} and "
-            f"{len(human)}: give a number"
-        )
-    newton(problem)  # raises where the targets are out of reach
+        raise InvalidInput(cv_needs(problem.samples.shape[0], len(human)))
     of_prefix, of_text = (torch.arange(count) % FOLDS for count in (problem.samples.shape[0], len(human)))
     loss = dict.fromkeys(RIDGES, 0.0)
+    try:
+        newton(problem)
+    except FitError:
+        loss[0.0] = math.inf  # parts of the prefixes may be within reach of their texts, but all are not
     for fold in range(FOLDS):
         to_fit = _part(problem, of_prefix != fold, human[of_text != fold])
         left_out = _part(problem, of_prefix == fold, human[of_text == fold])
@@ -51,20 +53,26 @@ def cross_validated_ridge(problem: Problem, human: Tensor | None) -> float:
     return min(loss, key=lambda ridge: loss[ridge])
 
 
+def cv_needs(prefixes: int, texts: int) -> str:
+    """What is said of too few for cross-validation."""
+    least = f"at least {FOLDS} prefixes and {FOLDS} human texts"
+    return f"ridge = 'cv' needs {least}, got {prefixes} and {texts}: give a number"
+
+
 def bootstrap(
     problem: Problem, human: Tensor | None, nu: Tensor, replicates: int, seed: int, progress: bool
 ) -> tuple[Tensor | None, int]:
     """[2, K] quantiles of mu over resampled prefixes, and the number of replicates that had no solution."""
     if not isinstance(problem.samples, InMemory):
         raise InvalidInput(f"bootstrap = {replicates} needs samples in one tensor: blocks can't be resampled")
-    generator, n = torch.Generator().manual_seed(seed), problem.samples.shape[0]
+    random, n = generator(seed, "bootstrap"), problem.samples.shape[0]
     fitted: list[Tensor] = []
     for _ in tqdm(range(replicates), desc="bootstrap", disable=not progress):
-        drawn = torch.randint(n, (n,), generator=generator)
+        drawn = torch.randint(n, (n,), generator=random)
         # Human values of the same prefixes are drawn with them; of other texts, by themselves.
         of_human = drawn
         if human is not None and len(human) != n:
-            of_human = torch.randint(len(human), (len(human),), generator=generator)
+            of_human = torch.randint(len(human), (len(human),), generator=random)
         replicate = _part(problem, drawn, None if human is None else human[of_human])
         try:
             fitted.append(newton(replicate, start=nu)[0] / problem.scale)

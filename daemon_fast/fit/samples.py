@@ -14,6 +14,7 @@ from torch import Tensor
 
 from daemon_fast import ops
 from daemon_fast.errors import InvalidInput
+from daemon_fast.fit.race import race_moments
 
 __all__ = ["Block", "InMemory", "Samples", "tilted_moments"]
 
@@ -73,15 +74,20 @@ class InMemory:
         return [function(self.block)]
 
 
-def tilted_moments(samples: Samples, mu: Tensor, normalization: ops.Normalization) -> ops.Moments:
-    """`ops.tilted_moments` of all blocks together, on the CPU.
+def tilted_moments(
+    samples: Samples, mu: Tensor, normalization: ops.Normalization, draw: ops.Draw = "sir"
+) -> ops.Moments:
+    """`ops.tilted_moments`, or `race_moments`, of all blocks together, on the CPU.
 
     Per prefix, log Z, mean and covariance are means over prefixes. Over all samples, a block counts by its share of
     the weight, and its mean's distance from that of all adds to the covariance.
     """
 
     def of_block(block: Block) -> tuple[int, ops.Moments]:
-        found = ops.tilted_moments(block.features, mu.to(block.features.device), block.base_log_w, normalization)
+        if draw == "race":
+            found = race_moments(block.features, block.log_w(mu))
+        else:
+            found = ops.tilted_moments(block.features, mu.to(block.features.device), block.base_log_w, normalization)
         return len(block.features), ops.Moments(*(part.cpu() for part in found))
 
     sizes, parts = zip(*samples.map(of_block), strict=True)

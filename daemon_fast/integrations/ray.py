@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from daemon_fast import metrics as metrics_module
-from daemon_fast.data.records import RESULT, Item, decode_records
+from daemon_fast.data.formats import SURROGATE, python_values
+from daemon_fast.data.records import RESULT, DecodeWork, Item
 from daemon_fast.data.texts import split
 from daemon_fast.decode import SIRDecoder
 from daemon_fast.energy import Base, Energy
@@ -33,7 +34,7 @@ from daemon_fast.fit import fit as fit_samples
 from daemon_fast.fit.samples import Block
 from daemon_fast.metrics import Function, Metric
 from daemon_fast.models import DEFAULT_ENCODER, Encoder
-from daemon_fast.ops import Normalization
+from daemon_fast.ops import Draw, Normalization
 from daemon_fast.proposals.base import ProposalSettings
 from daemon_fast.proposals.load import EngineSpec
 from daemon_fast.seeds import batch_seed
@@ -98,25 +99,24 @@ class _Decode:
         self, energy: Energy, engine: EngineSpec, field: str, num_samples: int, seed: int, batch_size: int
     ) -> None:
         decoder = SIRDecoder(energy, engine.proposal(**energy.proposal_settings.sampling()), batch_size)
-        self._field, self._work = field, decode_records(decoder, field, num_samples, seed)
-        metrics = pyarrow.struct([(name, pyarrow.float64()) for name in energy.names])
-        self._type = pyarrow.struct(
-            [
-                ("texts", pyarrow.list_(pyarrow.string())),
-                ("metrics", pyarrow.list_(metrics)),
-                ("ess", pyarrow.float64()),
-                ("log_z", pyarrow.float64()),
-                ("error", pyarrow.string()),
-            ]
-        )
+        self._field, self._work = field, DecodeWork(decoder, num_samples, seed)
 
     def __call__(self, table: pyarrow.Table) -> pyarrow.Table:
-        texts = table[self._field].to_pylist()
-        known = [Item({self._field: text}) for text in texts if isinstance(text, str)]
-        drawn = iter(self._work(known, table[ROW][0].as_py()))
+        texts = _values(table, self._field)
+        drawn = iter(self._work([Item({}, text) for text in texts if _is_text(text)], table[ROW][0].as_py()))
         missing = {"error": f"has no string field {self._field!r}"}
-        results = [next(drawn) if isinstance(text, str) else missing for text in texts]
-        return table.drop_columns([ROW]).append_column(RESULT, pyarrow.array(results, self._type))
+        results = [next(drawn) if _is_text(text) else missing for text in texts]
+        return table.drop_columns([ROW]).append_column(RESULT, pyarrow.array(results, self._work.result_type()))
+
+
+def _values(table: pyarrow.Table, field: str) -> list[Any]:
+    if field not in table.column_names:
+        raise InvalidInput(f"field = {field!r}: the rows have {', '.join(sorted({*table.column_names} - {ROW}))}")
+    return python_values(table[field].combine_chunks())
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not SURROGATE.search(value)
 
 
 # ---- fitting --------------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ class _Measure:
         )
 
     def __call__(self, table: pyarrow.Table) -> pyarrow.Table:
-        texts = [text for text in table[self._field].to_pylist() if isinstance(text, str)]
+        texts = list(filter(_is_text, _values(table, self._field)))
         settings = self._proposal.settings
         pairs = split(texts, self._proposal.tokenizer, self._prefix_tokens, settings.max_new_tokens, at_least=0)
         m, k = settings.num_candidates, len(metrics_module.column_names(self._metrics))
@@ -254,6 +254,7 @@ def fit(
     dataset: Dataset,
     *,
     normalization: Normalization = "per_prefix",
+    draw: Draw | None = None,
     ridge: float = 0.0,
     metrics: Iterable[Metric | Function] = (),
 ) -> Energy:
@@ -262,7 +263,7 @@ def fit(
     Parameters
     ----------
     dataset : of `measure`
-    normalization, ridge : see `daemon_fast.fit`; the ridge is a number here
+    normalization, draw, ridge : see `daemon_fast.fit`; the ridge is a number here
     metrics : your own, if it was measured with some
 
     Raises
@@ -275,7 +276,7 @@ def fit(
     measured = RaySamples(dataset)
     fitted = metrics_module.from_specs(measured.run["metrics"], metrics)
     names = metrics_module.column_names(fitted)
-    result = fit_samples(measured, measured.targets(), normalization=normalization, ridge=ridge, names=names)
+    result = fit_samples(measured, measured.targets(), normalization=normalization, draw=draw, ridge=ridge, names=names)
     settings, base, seed = (measured.run[name] for name in ("proposal_settings", "base", "seed"))
     return result.energy(fitted, ProposalSettings(**settings), base, seed)
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from daemon_fast.errors import InvalidInput
+from daemon_fast.errors import InvalidInput, Problems
 from daemon_fast.proposals.candidates import Candidates
 
 __all__ = [
@@ -77,9 +77,8 @@ class ProposalSettings:
             "top_p": "in (0, 1]",
             "min_p": "from 0 to 1",
         }
-        for name, valid in limits.items():
-            if not valid:
-                raise InvalidInput(f"{name} = {getattr(self, name)} must be {expected[name]}")
+        bad = [name for name, valid in limits.items() if not valid]
+        Problems(InvalidInput(f"{name} = {getattr(self, name)} must be {expected[name]}") for name in bad).report()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from daemon_fast.errors import InvalidInput
+from daemon_fast.errors import InvalidInput, Problems
 from daemon_fast.models import DEFAULT_MODEL, load_tokenizer
 from daemon_fast.proposals.base import Proposal, ProposalSettings, vocabulary_fingerprint
 
@@ -39,20 +39,20 @@ class EngineSpec:
     engine_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        bad = []
         if self.name not in ("transformers", "vllm") and not self.is_server:
-            raise InvalidInput(
-                f"engine = {self.name!r} must be 'transformers', 'vllm', or the address of a server: http://..."
-            )
+            bad.append(f"engine = {self.name!r} must be 'transformers', 'vllm', or the address of a server: http://...")
+        elif self.device is not None and self.name != "transformers":
+            bad.append(f"device = {self.device!r} is for Transformers: the engine {self.name!r} has its own")
         if self.engine_kwargs and self.name == "transformers":
-            raise InvalidInput(
+            bad.append(
                 f"engine_kwargs = {dict(self.engine_kwargs)} are for vLLM and servers; the engine is {self.name!r}"
             )
         if self.is_server and (unknown := sorted(set(self.engine_kwargs) - set(SERVER_KWARGS))):
-            raise InvalidInput(f"engine_kwargs has {unknown[0]!r}; for a server there are {', '.join(SERVER_KWARGS)}")
-        if self.device is not None and self.name != "transformers":
-            raise InvalidInput(f"device = {self.device!r} is for Transformers: the engine {self.name!r} has its own")
+            bad.append(f"engine_kwargs has {unknown[0]!r}; for a server there are {', '.join(SERVER_KWARGS)}")
         if self.dtype != "float32" and self.is_server:
-            raise InvalidInput(f"dtype = {self.dtype!r}: the server {self.name!r} has chosen its own")
+            bad.append(f"dtype = {self.dtype!r}: the server {self.name!r} has chosen its own")
+        Problems(map(InvalidInput, bad)).report()
 
     @property
     def is_server(self) -> bool:

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from daemon_fast.errors import EngineError, InvalidInput, require
+from daemon_fast.memory import check_candidates
 from daemon_fast.models import load_tokenizer
 from daemon_fast.proposals.base import Prefix, ProposalSettings, prompt_ids, tokenize, vocabulary_fingerprint
 from daemon_fast.proposals.candidates import Candidates
@@ -263,6 +264,7 @@ class ServerProposal:
             `min_new_tokens`, or has another vocabulary.
         """
         prefix_tokens = self.tokenize(prefixes)
+        check_candidates(self.settings, len(prefix_tokens))
         prompts = list(map(_Prompt, prefixes, prefix_tokens))
         drawn = self._settle(prompts, seed % 2**64)
         rows = [row for own in drawn for row in own]

@@ -230,6 +230,17 @@ def cache_for(
     return GrowingPromptCache(model, num_candidates)
 
 
+def bytes_of(model: Twin, prompts: Prompts, num_candidates: int, max_new_tokens: int) -> dict[str, int]:
+    """What drawing candidates of these prompts allocates at least: logits [R, V], and keys and values if shared."""
+    rows = len(prompts.tokens) * num_candidates
+    needed = {"logits": 4 * rows * prompts.logits.shape[1]}
+    if way_of(model) == "shared":
+        kept = [x for layer in _layers_of(model, prompts.groups[0]) for x in (layer.keys, layer.values)]
+        per_token = sum(x.shape[1] * x.shape[3] * x.element_size() for x in kept)
+        needed["keys and values"] = rows * max_new_tokens * per_token
+    return needed
+
+
 # ---- the model's own cache, or none ---------------------------------------------------------------------------------
 
 

@@ -16,11 +16,12 @@ from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from daemon_fast import ops
 from daemon_fast.errors import InvalidInput
+from daemon_fast.memory import check_candidates
 from daemon_fast.models import DEFAULT_MODEL, load_language_model
 from daemon_fast.proposals import base
 from daemon_fast.proposals.base import Prefix, ProposalSettings, tokenize, vocabulary_fingerprint
 from daemon_fast.proposals.candidates import Candidates
-from daemon_fast.proposals.prompt_cache import Prompts, SharedPromptCache, cache_for, process, way_of
+from daemon_fast.proposals.prompt_cache import Prompts, SharedPromptCache, bytes_of, cache_for, process, way_of
 from daemon_fast.proposals.twin import Twin, context_of, device_of, rope_switch, text_config, unwrapped
 
 __all__ = ["TransformersProposal"]
@@ -247,6 +248,7 @@ class _Batch:
     def __init__(self, proposal: TransformersProposal, model: Twin, prompts: Prompts, state: int | None = None) -> None:
         s, device = proposal.settings, model.device
         self._proposal, self._prompts, self.state = proposal, prompts, state
+        check_candidates(s, len(prompts.tokens), device, **bytes_of(model, prompts, s.num_candidates, s.max_new_tokens))
         self._cache = cache_for(model, prompts, s.num_candidates, s.max_new_tokens)
         self._rows = torch.arange(len(prompts.tokens) * s.num_candidates, device=device)  # that still grow
         shape = s.max_new_tokens, len(self._rows)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from daemon_fast.errors import EngineError, InvalidInput, require
+from daemon_fast.memory import check_candidates
 from daemon_fast.models import DEFAULT_MODEL, dequantise, load_tokenizer
 from daemon_fast.proposals.base import Prefix, ProposalSettings, eos_token_ids, tokenize, vocabulary_fingerprint
 from daemon_fast.proposals.candidates import Candidates
@@ -127,6 +128,7 @@ class VLLMProposal:
         EngineError
         """
         s, prefix_tokens = self.settings, self.tokenize(prefixes)
+        check_candidates(s, len(prefix_tokens))
         knows_q = self._draws_from_the_model()
         barred = {*self._eos, self.tokenizer.eos_token_id} - {None} if knows_q and s.min_new_tokens else set()
         sampling = {

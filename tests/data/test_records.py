@@ -1,10 +1,14 @@
-"""Files of records: order, bad records, resuming to the same bytes, full disks."""
+"""Files of records: order, bad records, resuming to the same bytes, full disks, outputs that can't fail."""
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import errno
+import io
 import json
 import os
+import sys
 
 import pytest
 
@@ -20,12 +24,29 @@ def write(path, lines):
     return path
 
 
+class Work:
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, items, number):
+        return self.function(items, number)
+
+    def result_type(self):
+        import pyarrow
+
+        return pyarrow.struct([("loud", pyarrow.string()), ("chunk", pyarrow.int64()), ("error", pyarrow.string())])
+
+
+@Work
 def shout(items, number):
-    return [{"loud": item.record["text"].upper(), "chunk": number} for item in items]
+    return [{"loud": item.text.upper(), "chunk": number} for item in items]
 
 
 def read(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    def none(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    return [json.loads(line, parse_constant=none) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_every_record_is_there_once_and_in_order(tmp_path):
@@ -38,26 +59,31 @@ def test_every_record_is_there_once_and_in_order(tmp_path):
 
 def test_bad_records_are_told_in_their_place(tmp_path):
     lines = [LINES[0], '{"text"', "", '{"text": 7, "id": 1}', "[1]", b'{"text": "\xff"}\n']
-    lines += ['{"text": "a", "daemon": 1}', LINES[9]]
+    lines += ['{"text": "a", "daemon": 1}', '{"text": "a \\ud835 b"}', "[" * 100_000, "1" * 5000, LINES[9]]
     source, out = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
     summary = process(source, out, shout, {}, chunk_size=3)
     found = read(out)
-    assert summary.records == len(found) == 7
-    assert [r["daemon"].get("loud") for r in found] == ["T0", None, None, None, None, None, "T9"]
+    assert summary.records == len(found) == 10
+    assert [r["daemon"].get("loud") for r in found] == ["T0", *[None] * 8, "T9"]
     for problem, message in zip(
         summary.errors,
         [
             "in.jsonl, line 2 is not JSON",
             "in.jsonl, line 4 has no string field 'text'",
-            "in.jsonl, line 5 has no string field 'text'",
+            "in.jsonl, line 5 is no JSON object but list",
             "in.jsonl, line 6 is not UTF-8: byte 10 is 0xff",
             "in.jsonl, line 7 has a field 'daemon' already",
+            "in.jsonl, line 8 has half a surrogate pair, \\ud835, as character 2 of 'text'",
+            "in.jsonl, line 9 is not JSON",
+            "in.jsonl, line 10 is not JSON",
         ],
         strict=True,
     ):
         assert problem.startswith(message)
     assert [r["daemon"]["error"] for r in found if "error" in r["daemon"]] == summary.errors
     assert found[2]["id"] == 1  # what could be read is kept
+    assert found[5]["daemon"]["previous"] == 1
+    assert found[6]["text"] == "a \ud835 b"
 
 
 def test_killed_at_any_chunk_it_ends_with_the_same_bytes(tmp_path):
@@ -74,7 +100,7 @@ def test_killed_at_any_chunk_it_ends_with_the_same_bytes(tmp_path):
 
     for _ in range(20):
         try:
-            process(source, out, dying, {}, chunk_size=2)
+            process(source, out, Work(dying), {}, chunk_size=2)
             break
         except KeyboardInterrupt:
             assert not out.exists()
@@ -82,30 +108,28 @@ def test_killed_at_any_chunk_it_ends_with_the_same_bytes(tmp_path):
     assert [number for number in done if number is not None] == [0, 1, 2, 3, 4]  # none was done twice
 
 
+@pytest.mark.parametrize("cut", [0, 1, 40, 90, 130, 200])
+def test_a_log_that_is_cut_off_anywhere_is_taken_up(tmp_path, cut):
+    source, whole, out = write(tmp_path / "in.jsonl", LINES), tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    process(source, whole, shout, {}, chunk_size=3)
+
+    def dying(items, number):
+        if number == 3:
+            raise KeyboardInterrupt
+        return shout(items, number)
+
+    with pytest.raises(KeyboardInterrupt):
+        process(source, out, Work(dying), {}, chunk_size=3)
+    os.truncate(tmp_path / "out.jsonl.parts" / records.RESULTS, cut)
+    process(source, out, shout, {}, chunk_size=3)
+    assert out.read_bytes() == whole.read_bytes()
+
+
 def test_memory_holds_one_chunk(tmp_path):
     source, seen = write(tmp_path / "in.jsonl", LINES), []
-    process(source, tmp_path / "out.jsonl", lambda items, number: seen.append(len(items)) or shout(items, number), {},
-            chunk_size=3)  # fmt: skip
+    counting = Work(lambda items, number: seen.append(len(items)) or shout(items, number))
+    process(source, tmp_path / "out.jsonl", counting, {}, chunk_size=3)
     assert seen == [3, 3, 3, 1]
-
-
-def test_text_and_parquet(tmp_path):
-    pytest.importorskip("pyarrow")
-    from pyarrow import Table, parquet
-
-    text = write(tmp_path / "in.txt", ["one", "", " two "])
-    process(text, tmp_path / "a.jsonl", shout, {})
-    assert [r["text"] for r in read(tmp_path / "a.jsonl")] == ["one", " two "]
-    rows = [{"text": f"t{i}" if i != 5 else None, "id": i} for i in range(10)]
-    parquet.write_table(Table.from_pylist(rows), tmp_path / "in.parquet")
-    for name in ("first", "second"):
-        summary = process(tmp_path / "in.parquet", tmp_path / f"{name}.parquet", shout, {}, chunk_size=3)
-        assert summary.errors == ["in.parquet, row 6 has no string field 'text'"]
-    found = parquet.read_table(tmp_path / "first.parquet").to_pylist()
-    assert [r["id"] for r in found] == list(range(10))
-    assert [r["daemon"]["loud"] for r in found] == [f"T{i}" if i != 5 else None for i in range(10)]
-    assert found[5]["daemon"]["error"] == summary.errors[0]
-    assert (tmp_path / "first.parquet").read_bytes() == (tmp_path / "second.parquet").read_bytes()
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
@@ -122,7 +146,8 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(records.os, "fsync", full)
     with pytest.raises(DataError, match=r"out.jsonl can't be written: the disk is full; what is done is kept in"):
         process(source, out, shout, {}, chunk_size=2)
-    assert len(list((tmp_path / "out.jsonl.parts").glob("0*.jsonl"))) == 2
+    log = tmp_path / "out.jsonl.parts" / records.RESULTS
+    assert len(log.read_bytes().splitlines()) >= 4
     left[0] = 100
     process(source, out, shout, {}, chunk_size=2)
     assert out.read_bytes() == whole.read_bytes()
@@ -137,11 +162,11 @@ def test_parts_of_another_run_are_refused(tmp_path):
         return shout(items, number)
 
     with pytest.raises(KeyboardInterrupt):
-        process(source, out, dying, {"seed": 1}, chunk_size=2)
+        process(source, out, Work(dying), {"seed": 1}, chunk_size=2)
     with pytest.raises(InvalidInput, match=r"parts of another run \(seed is 1 there, 2 here\)"):
         process(source, out, shout, {"seed": 2}, chunk_size=2)
     write(source, LINES[:9])
-    with pytest.raises(InvalidInput, match=r"parts of another run \(bytes is"):
+    with pytest.raises(InvalidInput, match=r"parts of another run \(source is"):
         process(source, out, shout, {"seed": 1}, chunk_size=2)
 
 
@@ -149,27 +174,225 @@ def test_parts_of_another_run_are_refused(tmp_path):
     ("source", "out", "error", "message"),
     [
         ("none.jsonl", "out.jsonl", DataError, "none.jsonl can't be read: No such file"),
-        ("in.jsonl", "out.csv", InvalidInput, "out.csv must end in .jsonl or .parquet"),
+        ("in.jsonl", "out.csv", InvalidInput, r"out.csv: unknown format. Known by name: .jsonl, .ndjson"),
         ("in.jsonl", "in.jsonl", InvalidInput, "in.jsonl is there already"),
         ("empty.jsonl", "out.jsonl", DataError, "holds no record"),
         ("in.jsonl", "no/in.jsonl/x.jsonl", DataError, "can't be written"),
+        ("in.jsonl", "missing/x.jsonl", DataError, "there is no folder"),
     ],
 )
-def test_bad_files_are_named(tmp_path, source, out, error, message):
+def test_bad_files_are_named_before_any_work(tmp_path, source, out, error, message):
     write(tmp_path / "in.jsonl", LINES)
     write(tmp_path / "empty.jsonl", ["", ""])
     (tmp_path / "no").write_text("a file, not a folder")
     with pytest.raises(error, match=message):
-        process(tmp_path / source, tmp_path / out, shout, {})
+        process(tmp_path / source, tmp_path / out, Work(lambda *_: pytest.fail("worked")), {})
 
 
-def test_no_parquet_without_a_parquet_file(tmp_path):
-    pytest.importorskip("pyarrow")
-    with pytest.raises(DataError, match="is no Parquet file"):
-        list(read_records(write(tmp_path / "in.parquet", LINES)))
+def test_what_is_there_is_overwritten_only_if_asked(tmp_path):
+    source, out = write(tmp_path / "in.jsonl", LINES), write(tmp_path / "out.jsonl", ["mine"])
+    with pytest.raises(InvalidInput, match="there already"):
+        process(source, out, shout, {})
+    assert out.read_text() == "mine\n"
+    process(source, out, shout, {}, force=True)
+    assert len(read(out)) == 10
 
 
 def test_work_must_answer_every_record(tmp_path):
     source = write(tmp_path / "in.jsonl", LINES)
     with pytest.raises(InvalidInput, match="returned 9 results for 10 records"):
-        process(source, tmp_path / "out.jsonl", lambda items, number: shout(items[1:], number), {})
+        process(source, tmp_path / "out.jsonl", Work(lambda items, number: shout(items[1:], number)), {})
+
+
+# ---- what records carry ---------------------------------------------------------------------------------------------
+
+ODD = [
+    '{"text":"a","n":1.10,"big":12345678901234567890123,"huge":1e400,"s":"\\ud800","none":{},"mixed":{"a":1}}',
+    '{ "text": "b" , "n": -0.0, "big": 1, "mixed": "x", "late": [1, "2"] }',
+    '{"text": "c", "mixed": [], "n": null, "map": {"k1": 1}, "exact": 9007199254740993}',
+    '{"text": "d", "map": {"k2": 2.5}, "exact": 0.5, "flag": true}',
+]
+
+
+def test_lines_are_carried_as_they_were(tmp_path):
+    out = tmp_path / "out.jsonl"
+    process(write(tmp_path / "in.jsonl", ODD), out, shout, {})
+    for before, after in zip(ODD, out.read_text().splitlines(), strict=True):
+        assert after.startswith(before.rstrip("} ") if before.endswith("] }") else before[:-1].rstrip())
+        assert json.loads(after)["daemon"]["chunk"] == 0
+
+
+def test_what_json_lacks_is_null(tmp_path):
+    source = write(tmp_path / "in.jsonl", ['{"text": "a", "x": NaN, "y": [1, -Infinity]}'])
+    process(source, tmp_path / "out.jsonl", shout, {})
+    assert read(tmp_path / "out.jsonl")[0] == {
+        "text": "a", "x": None, "y": [1, None], "daemon": {"loud": "A", "chunk": 0},
+    }  # fmt: skip
+
+
+def test_columns_give_back_what_was_put_in_or_are_json_text(tmp_path):
+    pytest.importorskip("pyarrow")
+    from pyarrow import parquet, types
+
+    source, out = write(tmp_path / "in.jsonl", [*ODD, '{"text": "e", "n": NaN}']), tmp_path / "out.parquet"
+    with pytest.warns(
+        UserWarning, match="written as JSON text, as their values have no common type: big, s, none, mix"
+    ):
+        process(source, out, shout, {}, chunk_size=2)
+    table = parquet.read_table(out)
+    found = table.to_pylist()
+    assert [row["daemon"]["loud"] for row in found] == ["A", "B", "C", "D", "E"]
+    assert types.is_floating(table.schema.field("n").type)
+    assert [row["n"] for row in found[:3]] == [1.1, 0.0, None]
+    assert str(found[4]["n"]) == "nan"
+    for name in ("big", "s", "none", "mixed", "late", "map", "exact"):
+        for line, row in zip(ODD, found, strict=False):
+            before = json.loads(line).get(name)
+            assert (None if row[name] is None else json.loads(row[name])) == before
+    assert found[3]["flag"] is True
+
+
+def test_columns_that_differ_between_parts_of_a_file(tmp_path):
+    pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [{"text": "t", "x": i, "y": i, "z": None} for i in range(records.PARQUET_ROWS)]
+    rows += [{"text": "t", "x": 0.5, "y": "s", "z": {"a": 1}}]
+    source, out = write(tmp_path / "in.jsonl", map(json.dumps, rows)), tmp_path / "out.parquet"
+    with pytest.warns(UserWarning, match="no common type: y$"):
+        process(source, out, shout, {})
+    table = parquet.read_table(out)
+    assert [str(table.schema.field(name).type) for name in "xyz"] == ["double", "string", "struct<a: int64>"]
+    assert table["x"].to_pylist() == [row["x"] for row in rows]
+    assert table["y"].to_pylist() == [json.dumps(row["y"]) for row in rows]
+
+
+def odd_table():
+    import pyarrow as pa
+
+    when = datetime.datetime(2024, 1, 1, 12, 30, 0, 5)
+    return pa.table(
+        {
+            "text": pa.array(["a", None, "c"]).dictionary_encode(),
+            "when": pa.array([when, None, when], pa.timestamp("ns", "Europe/Berlin")),
+            "nanoseconds": pa.array([1, 2, 3], pa.int64()).cast(pa.timestamp("ns")),
+            "far": pa.array([10**15, 0, 0], pa.timestamp("s")),  # the year 31690738
+            "day": pa.array([datetime.date(2024, 1, 1), None, None]),
+            "decimal": pa.array([decimal.Decimal("1.10"), None, decimal.Decimal("-0.01")]),
+            "bytes": pa.array([b"\xff\x00", b"", None]),
+            "u64": pa.array([2**64 - 1, 0, 1], pa.uint64()),
+            "u8": pa.array([1, 2, 3], pa.uint8()),
+            "half": pa.array([1.5, float("nan"), float("inf")], pa.float32()).cast(pa.float16()),
+            "map": pa.array([[("k", 1)], [], None], pa.map_(pa.string(), pa.int32())),
+            "nested": pa.array([{"a": [{"b": b"x"}]}, None, {"a": []}]),
+            "long": pa.array([1, 2, 3], pa.duration("us")),
+            "latin": pa.array([b"caf\xe9", b"x", b"y"]).view(pa.string()),
+        }
+    ).replace_schema_metadata({"made by": "us"})
+
+
+def test_from_parquet_to_parquet_every_column_is_the_same(tmp_path):
+    pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(odd_table(), tmp_path / "in.parquet")
+    before = parquet.read_table(tmp_path / "in.parquet")
+    for name in ("first", "second"):
+        summary = process(tmp_path / "in.parquet", tmp_path / f"{name}.parquet", shout, {}, chunk_size=2)
+        assert summary.errors == ["in.parquet, row 2 has no string field 'text'"]
+    after = parquet.read_table(tmp_path / "first.parquet")
+    for column in before.schema:
+        assert after.schema.field(column.name).equals(column, check_metadata=True)
+        assert [b.buffers() and b for b in after[column.name].chunks]
+    for name in set(before.column_names) - {"half"}:
+        assert after[name].equals(before[name])
+    assert str(after["half"].to_pylist()) == str(before["half"].to_pylist())  # NaN
+    assert after.schema.metadata == before.schema.metadata
+    assert [row and row["loud"] for row in after["daemon"].to_pylist()] == ["A", None, "C"]
+    assert after["daemon"][1]["error"].as_py() == summary.errors[0]
+    assert (tmp_path / "first.parquet").read_bytes() == (tmp_path / "second.parquet").read_bytes()
+
+
+def test_from_parquet_to_json_every_value_has_a_form(tmp_path):
+    pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(odd_table(), tmp_path / "in.parquet")
+    process(tmp_path / "in.parquet", tmp_path / "out.jsonl", shout, {})
+    first, second, third = read(tmp_path / "out.jsonl")
+    assert first["when"].startswith("2024-01-01 13:30:00.000005")
+    assert first["nanoseconds"] == "1970-01-01 00:00:00.000000001"
+    assert (first["decimal"], third["decimal"]) == ("1.10", "-0.01")
+    assert (first["bytes"], first["u64"], first["map"]) == ("/wA=", 2**64 - 1, [["k", 1]])
+    assert (first["nested"], first["latin"]) == ({"a": [{"b": "eA=="}]}, "Y2Fm6Q==")
+    assert "out of range" in first["far"]
+    assert (second["half"], third["half"]) == (None, None)
+    assert second["daemon"]["error"] == "in.parquet, row 2 has no string field 'text'"
+
+
+def test_text_that_is_not_utf_8_in_parquet_is_that_records_error(tmp_path):
+    pytest.importorskip("pyarrow")
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    table = pa.table({"text": pa.array([b"one", b"caf\xe9", b"two"]).view(pa.string())})
+    parquet.write_table(table, tmp_path / "in.parquet")
+    summary = process(tmp_path / "in.parquet", tmp_path / "out.parquet", shout, {})
+    assert summary.errors == ["in.parquet, row 2 has no text but bytes in 'text': not UTF-8"]
+
+
+def test_a_column_of_the_results_name_is_refused_before_the_work(tmp_path):
+    pytest.importorskip("pyarrow")
+    from pyarrow import Table, parquet
+
+    parquet.write_table(Table.from_pylist([{"text": "a", "daemon": 1}]), tmp_path / "in.parquet")
+    with pytest.raises(DataError, match="has a column 'daemon' already"):
+        process(tmp_path / "in.parquet", tmp_path / "out.parquet", Work(lambda *_: pytest.fail("worked")), {})
+
+
+# ---- pipes ----------------------------------------------------------------------------------------------------------
+
+
+class Pipe:
+    def __init__(self, content: bytes) -> None:
+        self.buffer = io.BytesIO(content)
+
+
+def test_from_standard_input_to_a_file_it_resumes(tmp_path, monkeypatch):
+    content, out = "".join(f"{line}\n" for line in LINES).encode(), tmp_path / "out.jsonl"
+
+    def dying(items, number):
+        if number:
+            raise KeyboardInterrupt
+        return shout(items, number)
+
+    monkeypatch.setattr(sys, "stdin", Pipe(content))
+    with pytest.raises(KeyboardInterrupt):
+        process("-", out, Work(dying), {}, chunk_size=4)
+    monkeypatch.setattr(sys, "stdin", Pipe(content))
+    process("-", out, Work(lambda items, number: shout(items, number) if number else pytest.fail("again")), {},
+            chunk_size=4)  # fmt: skip
+    assert [r["id"] for r in read(out)] == list(range(10))
+    monkeypatch.setattr(sys, "stdin", Pipe(b"{}\n"))
+    assert process("-", tmp_path / "b.jsonl", shout, {}).errors == ["standard input, line 1 has no string field 'text'"]
+
+
+def test_to_standard_output_records_go_as_they_are_done(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", Pipe("".join(f"{line}\n" for line in LINES[:3]).encode()))
+    seen = []
+
+    def looking(items, number):
+        seen.append(capsys.readouterr().out)
+        return shout(items, number)
+
+    process("-", "-", Work(looking), {}, chunk_size=1)
+    assert [len(text.splitlines()) for text in seen] == [0, 1, 1]
+    assert json.loads(seen[1])["daemon"]["loud"] == "T0"
+
+
+def test_records_of_several_files_are_numbered_by_file(tmp_path):
+    write(tmp_path / "a.jsonl", LINES[:2])
+    write(tmp_path / "b.jsonl", ["x"])
+    found = list(read_records(tmp_path))
+    assert [item.where for item in found] == ["a.jsonl, line 1", "a.jsonl, line 2", "b.jsonl, line 1"]
+    assert [item.problem is None for item in found] == [True, True, False]

@@ -29,8 +29,9 @@ def test_text_and_jsonl(tmp_path):
     [
         ("a.txt", "", "a.txt holds no text"),
         ("a.txt", "\n  \n", "a.txt holds no text"),
-        ("a.txt", b"\xff\xfe", "holds no text: a.txt, line 1 is not UTF-8: byte 0 is 0xff"),
-        ("a.jsonl", "[1]", r"line 1 has no string field 'text'"),
+        ("a.txt", b"\xff\xff", "holds no text: a.txt, line 1 is not UTF-8: byte 0 is 0xff"),
+        ("a.jsonl", "[1]", r"element 1 is no JSON object but int"),
+        ("a.jsonl", '{"txt": "a"}', r"line 1 has no string field 'text'"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, message):

@@ -5,7 +5,7 @@
 #include "cuda/importance_weights.cuh"
 #include "cuda/repetition.cuh"
 #include "cuda/sample_tokens.cuh"
-#include "cuda/sir_select.cuh"
+#include "cuda/select.cuh"
 #include "cuda/tilted_moments.cuh"
 #include "cuda/token_logprobs.cuh"
 
@@ -40,6 +40,28 @@ void run_repetition(
         repetition_kernel<Token, kThreads, kShared>(
             static_cast<const Token*>(tokens), row_stride, lengths, wide_lengths, 1, R, T, plan, layout,
             scratch.data<char>(), out);
+    });
+}
+
+template <class Rule>
+void run_select(
+    const float* features, const double* mu, const float* base, const double* uniforms, SelectShape shape, int threads,
+    int global_scratch, int order, int64_t* index, float* weights, float* log_z, float* ess) {
+    if (threads == 0) {
+        const auto blocks = static_cast<unsigned>((shape.G + kFewWarps - 1) / kFewWarps);
+        emulation::launch(blocks, kFewThreads, 0, order, [&] {
+            select_few_kernel<Rule, float, float>(features, mu, base, uniforms, shape, index, weights, log_z, ess);
+        });
+        return;
+    }
+    const unsigned grid = global_scratch ? 2 : static_cast<unsigned>(shape.G);
+    const int64_t bytes = 8 * Rule::scratch(shape.M);
+    Scratch scratch(global_scratch ? grid * bytes : 0);
+    with_threads(threads, !global_scratch, [&](auto count, auto shared) {
+        emulation::launch(grid, count.value, global_scratch ? 0 : static_cast<size_t>(bytes), order, [&] {
+            select_kernel<Rule, float, float, count.value, shared.value>(
+                features, mu, base, uniforms, shape, scratch.data<double>(), index, weights, log_z, ess);
+        });
     });
 }
 
@@ -153,15 +175,17 @@ void emulate_importance_weights(
 void emulate_sir_select(
     const float* features, const double* mu, const float* base, const double* uniforms, int64_t G, int64_t M, int64_t K,
     int64_t S, int threads, int global_scratch, int order, int64_t* index, float* weights, float* log_z, float* ess) {
-    const unsigned grid = global_scratch ? 2 : static_cast<unsigned>(G);
-    Scratch scratch(global_scratch ? grid * M * 16 : 0);
-    with_threads(threads, !global_scratch, [&](auto count, auto shared) {
-        emulation::launch(grid, count.value, global_scratch ? 0 : static_cast<size_t>(M * 16), order, [&] {
-            sir_select_kernel<float, float, count.value, shared.value>(
-                features, mu, base, uniforms, SelectShape{G, M, K, S}, scratch.data<double>(), index, weights, log_z,
-                ess);
-        });
-    });
+    run_select<Sir>(
+        features, mu, base, uniforms, SelectShape{G, M, K, S}, threads, global_scratch, order, index, weights, log_z,
+        ess);
+}
+
+void emulate_race_select(
+    const float* features, const double* mu, const float* base, const double* uniforms, int64_t G, int64_t M, int64_t K,
+    int64_t S, int threads, int global_scratch, int order, int64_t* index, float* weights, float* log_z, float* ess) {
+    run_select<Race>(
+        features, mu, base, uniforms, SelectShape{G, M, K, S}, threads, global_scratch, order, index, weights, log_z,
+        ess);
 }
 
 void emulate_tilted_moments(

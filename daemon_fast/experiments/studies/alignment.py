@@ -14,15 +14,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from daemon_fast import ops
 from daemon_fast.data.texts import Pairs
-from daemon_fast.decode import LOW_ESS
+from daemon_fast.decode import LOW_ESS, select
 from daemon_fast.errors import MissingPackage
 from daemon_fast.experiments import baselines, measures, page
 from daemon_fast.experiments.collected import Collected, Ess, Means
 from daemon_fast.experiments.domain import DomainData
 from daemon_fast.experiments.page import COLOURS, LABELS, Cell, Row, Section, Table, number
-from daemon_fast.seeds import batch_seed
+from daemon_fast.seeds import batch_seed, generator
 
 HEADING = "Alignment"
 BOOTSTRAP = 1000
@@ -96,7 +95,7 @@ def compute(
     seed : of the bootstrap
     """
     human, names, k = held_out.human.double(), held_out.names, held_out.fitted
-    resamples = torch.randint(len(human), (BOOTSTRAP, len(human)), generator=torch.Generator().manual_seed(seed))
+    resamples = torch.randint(len(human), (BOOTSTRAP, len(human)), generator=generator(seed, "bootstrap"))
     # Expectations have less noise than single texts: they don't compete with them.
     gaps = {name: (values.double().mean(0) - human.mean(0)).abs() for name, values in drawn.items()}
     nearest = {name: min(gaps, key=lambda method: float(gaps[method][i])) for i, name in enumerate(names)}
@@ -132,22 +131,22 @@ def compute(
 
 def run(data: DomainData) -> Alignment:
     held_out, mu, seed, pairs = data.held_out, data.energy.mu, data.options.seed, data.held_out_pairs
-    # As `SIRDecoder.choose` draws, from features that are there already.
-    uniforms = torch.rand(len(pairs), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    index, weights, *_ = ops.sir_select(held_out.features[..., : held_out.fitted], mu, uniforms, held_out.base_log_w)
+    # As `SIRDecoder.choose` draws, from features that are there already. MAUVE needs more than one draw to know its own
+    # noise, and the candidates and DAEMON have more.
+    features = held_out.features[..., : held_out.fitted]
+    chosen = select(data.energy, features, held_out.base_log_w, DRAWS, generator(seed, "choose")).index
+    index = chosen[:, 0]
     drawn = {"sampling": held_out.features[:, 0], "daemon": held_out.features[torch.arange(len(pairs)), index]}
-    # MAUVE needs more than one draw to know its own noise, and these two have more.
-    more = torch.multinomial(weights, DRAWS, replacement=True, generator=torch.Generator().manual_seed(seed))
     candidates = data.candidates("held-out", data.proposal, pairs)
     m, tokens, lengths = candidates.shape[1], candidates.tokens.tolist(), candidates.lengths.tolist()
 
-    def texts(chosen: Tensor) -> list[list[int]]:
-        rows = [i * m + j for i, j in enumerate(chosen.tolist())]
+    def texts(index: Tensor) -> list[list[int]]:
+        rows = [i * m + j for i, j in enumerate(index.tolist())]
         return [tokens[r][: lengths[r]] for r in rows]
 
     draws = {
         "sampling": [texts(torch.full_like(index, j)) for j in range(min(DRAWS, m))],
-        "daemon": [texts(chosen) for chosen in (index, *more.T[1:])],
+        "daemon": [texts(column) for column in chosen.T],
     }
     for method in tqdm(baselines.BASELINES, desc=f"{data.domain.name}: baselines"):
         decoded = Pairs(pairs.prefixes, _baseline(data, method))

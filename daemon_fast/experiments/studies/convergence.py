@@ -17,6 +17,7 @@ from daemon_fast.experiments.collected import Collected, Ess, NotDone, attempt
 from daemon_fast.experiments.domain import DomainData
 from daemon_fast.experiments.measures import weighted_mean
 from daemon_fast.experiments.page import Cell, Row, Section, Table, ess_cell
+from daemon_fast.seeds import generator
 
 HEADING = "Convergence of the draw"
 SIZES = (5, 10, 25, 50, 100, 200, 1000)
@@ -60,7 +61,7 @@ class Convergence:
 
 
 def compute(pool: Collected, mu: Tensor, sizes: Sequence[int], seed: int = 0) -> Curve:
-    """Bias and variance of the draw's expected metrics against M, from one large pool of candidates a prefix.
+    """Bias and variance of SIR's expected metrics against M, from one large pool of candidates a prefix.
 
     Groups of M are disjoint parts of the pool, in several random orders. The pool's own weighted mean stands for the
     truth; its bias, of order 1 / pool, is removed by Richardson's extrapolation of pool and half pool. Errors are
@@ -77,8 +78,8 @@ def compute(pool: Collected, mu: Tensor, sizes: Sequence[int], seed: int = 0) ->
     n, m, k = features.shape
     sizes = [size for size in sizes if size <= m // 2]
     spread = features.reshape(-1, k).std(0).clamp_min(1e-12)
-    generator = torch.Generator().manual_seed(seed)
-    orders = [torch.randperm(m, generator=generator) for _ in range(ORDERS)]
+    random = generator(seed, "orders")
+    orders = [torch.randperm(m, generator=random) for _ in range(ORDERS)]
 
     def groups(size: int, order: Tensor) -> tuple[Tensor, float]:
         """[N, groups, K] weighted means, and their mean ESS."""
@@ -153,8 +154,8 @@ def section(result: Convergence) -> Section:
         for name, curve in curves.items()
     ]  # fmt: skip
     return Section(
-        "Bias and variance of the expected metrics against the number of candidates, in standard deviations of the "
-        "candidates; the claim is a slope of -1.",
+        "Bias and variance of the expected metrics by SIR against the number of candidates, in standard deviations of "
+        "the candidates; the claim is a slope of -1.",
         [
             Table(
                 ["", "slope of the bias", "sizes used", "ESS of the pool", "least", "of candidates"],

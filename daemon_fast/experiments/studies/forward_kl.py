@@ -59,7 +59,7 @@ def compute(to_fit: Collected, held_out: Collected) -> ForwardKL:
     InfeasibleTargets, FitDidNotConverge
         The candidates of the fit cannot reach the human means.
     """
-    k, mu = to_fit.fitted, to_fit.fit_mu(0.0)
+    k, mu = to_fit.fitted, to_fit.fit_mu(0.0, draw="sir")  # projections are compared, not draws
     centre = to_fit.human[:, :k].double().mean(0)
     scale = to_fit.features[..., :k].double().flatten(0, 1).std(0).clamp_min(1e-12)
 

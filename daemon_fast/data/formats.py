@@ -1,0 +1,372 @@
+"""The formats of files of records: known by name, or for a pipe by content; what is not known is refused."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import glob
+import gzip
+import io
+import json
+import re
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal
+
+from daemon_fast.errors import DataError, InvalidInput, require
+
+if TYPE_CHECKING:
+    import pyarrow
+
+__all__ = [
+    "KNOWN",
+    "OUTPUTS",
+    "SURROGATE",
+    "Format",
+    "Row",
+    "Source",
+    "arrow",
+    "compressed",
+    "find_sources",
+    "output_format",
+    "parquet_file",
+    "python_values",
+    "rows",
+    "to_json",
+    "write_parquet",
+]
+
+Format = Literal["json", "text", "parquet"]
+FORMATS: dict[str, Format] = {
+    ".jsonl": "json", ".ndjson": "json", ".json": "json", ".txt": "text", ".text": "text", ".parquet": "parquet",
+}  # fmt: skip
+KNOWN = ".jsonl, .ndjson, .json, .txt (these also with .gz or .zst), .parquet"
+OUTPUTS = ".jsonl, .ndjson (these also with .gz or .zst), .parquet, or - for standard output"
+COMPRESSED = (".gz", ".zst")
+GZIP, ZSTANDARD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"  # what such a file begins with
+UTF8_MARK, UTF16_MARKS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
+PARQUET_ROWS = 1024  # that are read together
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can hold it, UTF-8 can't
+STANDARD_INPUT = "standard input"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of records, or standard input (no path).
+
+    Attributes
+    ----------
+    format : None: seen by what comes
+    told : whether the caller has said so, or only its name
+    """
+
+    path: Path | None
+    format: Format | None
+    name: str = STANDARD_INPUT
+    told: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A record before it is looked into: the text of a line, or of an element of a JSON array; or values of Parquet."""
+
+    number: int
+    content: bytes | str | dict[str, Any]
+    is_json: bool = True
+    unit: str = "line"
+
+
+def find_sources(where: str | Path, format: Format | None = None) -> list[Source]:
+    """The files that a name stands for.
+
+    Parameters
+    ----------
+    where : a file, a folder (all files in it, hidden ones and those that begin with "_" left out), a pattern such as
+        "part-*.jsonl.gz", or "-" for standard input
+    format : of all of them; default: by name
+
+    Raises
+    ------
+    DataError
+        No such file, none that matches, or one of unknown format.
+    """
+    name, path = str(where), Path(where)
+    if name == "-":
+        return [Source(None, format, told=format is not None)]
+    if path.is_dir():
+        hidden = (".", "_")
+        paths = sorted(
+            p
+            for p in path.rglob("*")
+            if p.is_file() and not any(s.startswith(hidden) for s in p.relative_to(path).parts)
+        )
+    elif path.exists():
+        paths = [path]
+    elif glob.has_magic(name):
+        paths = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if p.is_file())
+    else:
+        raise DataError(f"{name} can't be read: No such file or directory")
+    if not paths:
+        raise DataError(f"{name}: there is no file in it" if path.is_dir() else f"{name} matches no file")
+    return [Source(p, format or _format_of(p), p.name, format is not None) for p in paths]
+
+
+def _format_of(path: Path) -> Format | None:
+    if not path.is_file():  # a pipe
+        return None
+    name = _uncompressed(path.name)
+    suffix = Path(name).suffix
+    if suffix not in FORMATS or (suffix == ".parquet" and name != path.name.lower()):
+        raise DataError(f"{path}: unknown format. Known by name: {KNOWN}; --format says what another file is")
+    return FORMATS[suffix]
+
+
+def _uncompressed(name: str) -> str:
+    """A file's name in lower case, without what says how it is compressed."""
+    lower = name.lower()
+    return next((lower.removesuffix(suffix) for suffix in COMPRESSED if lower.endswith(suffix)), lower)
+
+
+def output_format(path: str | Path) -> Format:
+    """What a destination is to hold: "json" or "parquet".
+
+    Raises
+    ------
+    InvalidInput
+        Neither.
+    """
+    name = str(path)
+    if name == "-" or _uncompressed(name).endswith((".jsonl", ".ndjson")):
+        return "json"
+    if name.lower().endswith(".parquet"):
+        return "parquet"
+    raise InvalidInput(f"output {path}: unknown format. Known by name: {OUTPUTS}")
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def rows(source: Source) -> Iterator[Row]:
+    """The records of a source, one at a time; blank lines are none.
+
+    Raises
+    ------
+    DataError
+        It can't be read: it is missing, cut off, in another format or encoding.
+    """
+    try:
+        if source.format == "parquet":
+            yield from _parquet_rows(source)
+            return
+        with _opened(source) as file:
+            yield from _text_rows(source, file)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{source.name} can't be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+@contextmanager
+def _opened(source: Source) -> Iterator[IO[bytes]]:
+    """Bytes as they were before compression, without a byte order mark."""
+    if source.path is None:
+        yield _decompressed(source, sys.stdin.buffer)
+        return
+    with source.path.open("rb") as file:
+        yield _decompressed(source, file)
+
+
+def _decompressed(source: Source, file: Any) -> IO[bytes]:
+    buffered = file if hasattr(file, "peek") else io.BufferedReader(file)
+    start = buffered.peek(4)[:4]
+    if start.startswith(GZIP):
+        buffered = io.BufferedReader(gzip.GzipFile(fileobj=buffered))
+    elif start.startswith(ZSTANDARD):
+        buffered = io.BufferedReader(arrow("lib").CompressedInputStream(buffered, "zstd"))
+    if start == PARQUET:
+        raise DataError(f"{source.name} is a Parquet file: its name must end in .parquet")
+    start = buffered.peek(4)[:4]
+    if start.startswith(UTF8_MARK):
+        buffered.read(len(UTF8_MARK))
+    elif start.startswith(UTF16_MARKS):
+        raise DataError(f"{source.name} is UTF-16: convert it to UTF-8")
+    return buffered
+
+
+def _text_rows(source: Source, file: IO[bytes]) -> Iterator[Row]:
+    numbered = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+    first = next(numbered, None)
+    if first is None:
+        return
+    start = first[1].lstrip()
+    looks_like_json = start.startswith((b"{", b"["))
+    is_json = source.format == "json" or (source.format is None and looks_like_json)
+    if source.format == "text" and not source.told and _is_object(start):
+        # Continued as if it were prose, it would give results that look right.
+        raise DataError(f"{source.name} holds JSON, not text: name it .jsonl, or insist by --format text")
+    of_many_lines = source.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".json") and not _is_object(
+        start
+    )
+    if is_json and (start.startswith(b"[") or (start.startswith(b"{") and of_many_lines)):
+        whole = start + b"".join(line for _, line in numbered)
+        yield from _elements(source, whole)
+        return
+    for number, line in chain([first], numbered):
+        yield Row(number, line, is_json)
+
+
+def _is_object(text: bytes) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _elements(source: Source, content: bytes) -> Iterator[Row]:
+    """The elements of a JSON array, or objects one after another, each as the text that it is."""
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source.name} is not UTF-8: byte {error.start} is {content[error.start]:#04x}") from error
+    decoder, blank = json.JSONDecoder(), re.compile(r"[\s,]*")
+    at, number, is_array = 0, 0, text.startswith("[")
+    at += is_array
+    while True:
+        at = blank.match(text, at).end()  # type: ignore[union-attr]
+        if at == len(text) and not is_array:
+            return
+        if is_array and text[at : at + 1] == "]":
+            if text[at + 1 :].strip():
+                raise DataError(f"{source.name} is not JSON: something follows its array")
+            return
+        number += 1
+        try:
+            _, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{source.name} is not JSON in element {number}: {error}") from error
+        # A line break in JSON is white space between tokens: in a string it is written as \n.
+        yield Row(number, text[at:end].replace("\n", " ").replace("\r", " "), unit="element")
+        at = end
+
+
+# ---- Parquet --------------------------------------------------------------------------------------------------------
+
+
+def arrow(module: str) -> Any:
+    """A module of pyarrow."""
+    return require(f"pyarrow.{module}", "Parquet and .zst files need", "'daemon-fast[parquet]'")
+
+
+def parquet_file(source: Source) -> Any:
+    """A `pyarrow.parquet.ParquetFile`."""
+    if source.path is None:
+        raise DataError("Parquet can't be read from standard input: give a file")
+    parquet = arrow("parquet")
+    try:
+        return parquet.ParquetFile(source.path)
+    except ValueError as error:  # what pyarrow raises derives from it
+        raise DataError(f"{source.name} is no Parquet file: {error}") from error
+
+
+def _parquet_rows(source: Source) -> Iterator[Row]:
+    number = 0
+    with parquet_file(source) as file:
+        for batch in file.iter_batches(PARQUET_ROWS):
+            names = batch.schema.names
+            for values in zip(*(python_values(column) for column in batch.columns), strict=True):
+                number += 1
+                yield Row(number, dict(zip(names, values, strict=True)), unit="row")
+
+
+def python_values(column: pyarrow.Array) -> list[Any]:
+    """Values as JSON can have them. What Python has no value for (nanoseconds, years above 9999) is text.
+
+    Text that is not UTF-8, which Arrow doesn't check, is bytes.
+    """
+    types, lib = arrow("types"), arrow("lib")
+    if types.is_temporal(column.type) or types.is_decimal(column.type):
+        try:
+            return column.cast(lib.string()).to_pylist()  # type: ignore[no-any-return]
+        except (ValueError, NotImplementedError):
+            pass
+    try:
+        return column.to_pylist()  # type: ignore[no-any-return]
+    except (ValueError, OverflowError, NotImplementedError, ImportError):
+        return [_python_value(value) for value in column]
+
+
+def _python_value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return scalar.as_buffer().to_pybytes() if hasattr(scalar, "as_buffer") else str(scalar)
+    except (ValueError, OverflowError, NotImplementedError, ImportError):
+        return str(scalar)
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def compressed(path: str | Path, file: IO[bytes]) -> Iterator[IO[bytes]]:
+    """What is written to `file` is compressed as the name of `path` says."""
+    name = str(path).lower()
+    if name.endswith(".gz"):
+        with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as target:  # no name, no time: the same bytes each time
+            yield target  # type: ignore[misc]
+    elif name.endswith(".zst"):
+        with arrow("lib").CompressedOutputStream(_KeptOpen(file), "zstd") as target:
+            yield target
+    else:
+        yield file
+
+
+class _KeptOpen:
+    """What Arrow closes, though more is to be done with it."""
+
+    closed = False
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.write, self.flush = file.write, file.flush
+
+    def close(self) -> None:
+        pass
+
+
+def to_json(value: Any) -> str:
+    """One line of valid JSON in UTF-8, whatever a record may hold.
+
+    NaN and infinity are null, as JSON has neither; a date is ISO 8601, a decimal number text, bytes are base64; half a
+    surrogate pair stays an escape.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_as_json)
+    except ValueError:
+        text = json.dumps(_finite(value), ensure_ascii=False, default=_as_json)
+    return SURROGATE.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, datetime.datetime | datetime.date | datetime.time):
+        return value.isoformat()
+    return str(value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None  # NaN is not below anything
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def write_parquet(file: IO[bytes], schema: Any, tables: Iterable[Any]) -> None:
+    """Tables of one schema, a row group each."""
+    with arrow("parquet").ParquetWriter(file, schema) as writer:
+        for table in tables:
+            writer.write_table(table)
