@@ -348,8 +348,8 @@ def test_a_selection_marks_what_it_cannot_draw(library, rule, threads):
     index, weights = np.full(5, -9), np.full((5, 4), -1, dtype=np.float32)
     log_z, ess = np.full((2, 5), -1, dtype=np.float32)
     call(
-        library, f"emulate_{rule}", features, np.ones(1), base, uniforms, 5, 4, 1, 1, small(threads), small(0), small(0),
-        index, weights, log_z, ess,
+        library, f"emulate_{rule}", features, np.ones(1), base, uniforms, 5, 4, 1, 1, small(threads), small(0),
+        small(0), index, weights, log_z, ess,
     )  # fmt: skip
     assert index.tolist() == [1, -1, -1, -1, -1]
     for out in (weights[:, 0], log_z, ess):
