@@ -6,8 +6,6 @@
 namespace daemon_fast::cuda {
 namespace {
 
-constexpr int kBlocksPerSm = 8;  // of the global-memory path, whose scratch is allocated per block
-
 void fill_plan(const std::vector<int64_t>& from, int64_t limit, const char* name, int32_t* to) {
     if (from.size() > kMaxColumns)
         fail("repetition: ", name, " has ", from.size(), " entries, more than the ", kMaxColumns, " of a CUDA call");
@@ -36,7 +34,7 @@ Tensor repetition(Tensor tokens, Tensor lengths, std::vector<int64_t> ngrams, st
         using Token = decltype(token);
         const auto start = [&](auto threads, auto shared) {
             const RowLayout layout = RowScratch<Token, shared.value>::layout(T);
-            const int64_t blocks = shared.value ? R : std::min(R, kBlocksPerSm * multiprocessors);
+            const int64_t blocks = shared.value ? R : blocks_with_scratch(R, layout.bytes, device);
             std::optional<Tensor> scratch;
             if (!shared.value) scratch = empty_like_with(tokens, {blocks * layout.bytes}, ScalarType::Byte);
             launch(
@@ -48,7 +46,8 @@ Tensor repetition(Tensor tokens, Tensor lengths, std::vector<int64_t> ngrams, st
         };
         using OneWarp = std::integral_constant<int, kOneWarp>;
         using ManyWarps = std::integral_constant<int, kManyWarps>;
-        if (T > kMaxSharedTokens || RowScratch<Token, true>::layout(T).bytes > max_shared_bytes(device))
+        const int64_t bytes = RowScratch<Token, true>::layout(T).bytes;
+        if (T > kMaxSharedTokens || bytes > shared_bytes_for(bytes, repetition_kernel<Token, kManyWarps, true>, device))
             start(ManyWarps(), std::false_type());
         else if (T <= kOneWarpTokens && R >= kOneWarpRows * multiprocessors)
             start(OneWarp(), std::true_type());
