@@ -152,7 +152,10 @@ struct PairKeys {
     __device__ uint32_t operator()(uint32_t t) const {
         return ids[t] * (sizeof(Index) == 2 ? 0x10000u : 0x9e3779b1u) + ids[t + 1];
     }
-    __device__ bool same(uint32_t s, uint32_t t) const { return ids[s] == ids[t] && ids[s + 1] == ids[t + 1]; }
+    __device__ bool same(uint32_t s, uint32_t t) const {
+        const uint32_t first = ids[s], second = ids[s + 1];
+        return first == ids[t] && second == ids[t + 1];
+    }
 };
 
 // Another round. Its number must not run into that of an earlier one.
@@ -182,38 +185,30 @@ __device__ __forceinline__ uint32_t
 settle(Scratch& s, const Keys& keys, uint32_t count, typename Scratch::Index* ids, uint32_t* repeated) {
     using Index = typename Scratch::Index;
     uint32_t repeats = 0, parity = 0;
-    const auto look = [&](auto all) {  // who stayed; who did not is listed
-        uint32_t listed = 0;           // by this warp
-        for (uint32_t begin = 0; begin < count; begin += kThreads) {
-            const uint32_t i = begin + threadIdx.x;
-            bool lost = false;
-            uint32_t t = 0;
-            if (i < count) {
-                t = all.value ? i : s.list[i];
-                const uint32_t id = s.winner(ids[t]);
-                lost = !keys.same(id, t);
-                if (!lost) {
-                    ids[t] = static_cast<Index>(id);
-                    if (id != t) {
-                        mark(repeated, t);
-                        mark(repeated, id);
-                        ++repeats;
-                    }
+    const auto look = [&](auto all) {               // who stayed; who did not is listed
+        constexpr uint32_t kChunk = 32 * kThreads;  // a thread keeps in a word which of its own lost
+        for (uint32_t begin = threadIdx.x; begin < count; begin += kChunk) {
+            const auto position = [&](uint32_t i) -> uint32_t { return all.value ? i : s.list[i]; };
+            uint32_t lost = 0, bit = 1;
+            for (uint32_t i = begin; i < count && bit; i += kThreads, bit <<= 1) {
+                const uint32_t t = position(i), id = s.winner(ids[t]);
+                if (!keys.same(id, t)) {
+                    lost |= bit;
+                    continue;
                 }
+                ids[t] = static_cast<Index>(id);
+                if (id == t) continue;
+                mark(repeated, t);
+                mark(repeated, id);
+                ++repeats;
             }
-            const uint32_t losers = __ballot_sync(kAllLanes, lost);
-            if (losers == 0) continue;
-            const int lane = threadIdx.x % kWarp;
-            uint32_t place = listed;
-            listed += __popc(losers);
-            if (kThreads > kWarp) {
-                if (lane == 0) place = atomicAdd(&s.counter[parity], static_cast<uint32_t>(__popc(losers)));
-                place = __shfl_sync(kAllLanes, place, 0);
-            }
-            if (lost) s.lost[place + __popc(losers & ((1u << lane) - 1))] = static_cast<Index>(t);
+            if (lost == 0) continue;
+            uint32_t place = atomicAdd(&s.counter[parity], static_cast<uint32_t>(__popc(lost)));
+            for (; lost; lost &= lost - 1)
+                s.lost[place++] = static_cast<Index>(position(begin + lowest_bit(lost) * kThreads));
         }
         synchronize<kThreads>();
-        count = kThreads == kWarp ? listed : s.counter[parity];
+        count = s.counter[parity];
         Index* const list = s.list;
         s.list = s.lost;
         s.lost = list;
@@ -303,7 +298,7 @@ __device__ __forceinline__ void count_windows(Scratch& s, const RepetitionPlan& 
         __syncwarp();
         for (int begin = 0; begin < whole; begin += kWarp) {
             const uint32_t id = s.ids[begin + lane], same = __match_any_sync(kAllLanes, id), before = same & below;
-            const uint32_t previous = before ? begin + 31 - __clz(before) : last[id];
+            const uint32_t earlier = last[id], previous = before ? begin + 31 - __clz(before) : earlier;
             const uint32_t distance = begin + lane - previous;
             __syncwarp();                                                          // all have read
             if ((same & above) == 0) last[id] = static_cast<Index>(begin + lane);  // the highest lane with this id
