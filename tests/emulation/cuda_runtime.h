@@ -169,5 +169,6 @@ cudaError_t cudaLaunchKernelEx(
     emulation::ptx::run(
         program, grid, threads, config->dynamicSmemBytes, device.order, addresses, device.counts ? &issues : nullptr);
     for (const auto& [instruction, count] : issues.by_name) device.issued[{name, instruction}] += count;
+    for (const auto& [instruction, count] : issues.of_busiest) device.issued[{name, "busiest " + instruction}] += count;
     return cudaSuccess;
 }

@@ -716,18 +716,28 @@ class Issues {
         if (++ended_ == blockDim.x) flush();
     }
 
-    std::map<std::string, uint64_t> by_name;
+    std::map<std::string, uint64_t> by_name, of_busiest;  // of all warps, and of that with the most
 
  private:
     void flush() {
         ended_ = 0;
-        for (std::vector<uint32_t>& warp : warps_)
-            for (size_t i = 0; i < warp.size(); ++i) by_name[program_.names[i]] += std::exchange(warp[i], 0);
+        for (std::vector<uint32_t>& warp : warps_) {
+            std::map<std::string, uint64_t> own;
+            uint64_t total = 0;
+            for (size_t i = 0; i < warp.size(); ++i) {
+                total += warp[i];
+                own[program_.names[i]] += std::exchange(warp[i], 0);
+            }
+            for (const auto& [name, count] : own) by_name[name] += count;
+            if (total > most_) of_busiest = own;
+            most_ = std::max(most_, total);
+        }
     }
 
     const Program& program_;
     std::vector<std::vector<uint32_t>> warps_;
     unsigned ended_ = 0;
+    uint64_t most_ = 0;
 };
 
 // Counts what it issues, if asked to.
