@@ -164,7 +164,7 @@ def sets(bytes_each: int, make: Callable[[int], tuple[Any, ...]], at_least: int 
 
 
 def cases(ceiling: dict[str, float]) -> list[Case]:
-    from choosing import torch_logprobs, torch_moments, torch_select
+    from choosing import torch_logprobs, torch_moments, torch_race, torch_select
     from common import zipf_tokens
     from repetition import vectorised_torch
 
@@ -187,6 +187,9 @@ def cases(ceiling: dict[str, float]) -> list[Case]:
 
     def groups(g: int) -> Callable[[int], tuple[Any, ...]]:
         return lambda _: (torch.randn(g, 25, 9, device="cuda"), mu, torch.rand(g, dtype=torch.float64, device="cuda"))
+
+    def racing(g: int) -> Callable[[int], tuple[Any, ...]]:
+        return lambda _: (*groups(g)(0)[:2], torch.rand(g, 25, dtype=torch.float64, device="cuda"))
 
     def logits(_: int) -> tuple[Any, ...]:
         values = torch.randn(6400, 50_257, device="cuda", dtype=torch.bfloat16)
@@ -223,6 +226,10 @@ def cases(ceiling: dict[str, float]) -> list[Case]:
              25 * 9 * 4, "<= 5 us", lambda f: f["ours"] <= 5),
         Case("sir_select (4,096, 25, 9)", daemon_fast.sir_select, torch_select,
              sets(4096 * 25 * 9 * 4, groups(4096)), 4096 * 25 * 10 * 4, "<= 5 us", lambda f: f["ours"] <= 5),
+        Case("race_select (1, 25, 9)", daemon_fast.race_select, torch_race, [racing(1)(i) for i in range(16)],
+             25 * 9 * 4 + 25 * 8, "<= 5 us", lambda f: f["ours"] <= 5),
+        Case("race_select (4,096, 25, 9)", daemon_fast.race_select, torch_race,
+             sets(4096 * 25 * 11 * 4, racing(4096)), 4096 * 25 * 12 * 4, "<= 5 us", lambda f: f["ours"] <= 5),
         Case("tokens to choice, M = 25, T = 256", choice, None, [(*few_inputs, uniform) for few_inputs in few],
              25 * 256 * 8, "<= 15 us", lambda f: f["ours"] <= 15),
         Case("tilted_moments 10^6 x 9", lambda x: daemon_fast.tilted_moments(x, mu), lambda x: torch_moments(x, mu),

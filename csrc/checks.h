@@ -104,6 +104,20 @@ inline void check_repetition(
         if (windows[i] < 1) fail("repetition: windows[", i, "] = ", windows[i], " is below the minimum 1");
 }
 
+inline void check_gopher_repetition(
+    const Tensor& characters, const Tensor& text_ends, const std::vector<int64_t>& top,
+    const std::vector<int64_t>& duplicated) {
+    check_dim(characters, 1, "gopher_repetition: characters", "[C]");
+    check_dtype(characters, "gopher_repetition: characters", ScalarType::Int);
+    check_dim(text_ends, 1, "gopher_repetition: text_ends", "[N]");
+    check_dtype(text_ends, "gopher_repetition: text_ends", ScalarType::Long);
+    for (size_t i = 0; i < top.size(); ++i)
+        if (top[i] < 1) fail("gopher_repetition: top[", i, "] = ", top[i], " is below the minimum 1");
+    for (size_t i = 0; i < duplicated.size(); ++i)
+        if (duplicated[i] < 1)
+            fail("gopher_repetition: duplicated[", i, "] = ", duplicated[i], " is below the minimum 1");
+}
+
 // logits [R, V] and a temperature: the arguments that token_logprobs and sample_tokens share.
 inline void check_logits(const std::string& op, const Tensor& logits, double temperature) {
     const std::string name = op + ": logits";

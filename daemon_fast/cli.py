@@ -8,21 +8,25 @@ import functools
 import json
 import math
 import os
+import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import get_completion_class
 
 from daemon_fast.embedded import check_model
-from daemon_fast.errors import DaemonFastError, InvalidInput, Problems, SeveralProblems
+from daemon_fast.errors import DaemonFastError, DataError, InvalidInput, ModelUnavailable, Problems, SeveralProblems
 
 if TYPE_CHECKING:
     from daemon_fast.data.formats import Format
+    from daemon_fast.data.records import Item
     from daemon_fast.decode import SIRDecoder
     from daemon_fast.proposals.load import EngineSpec
 
@@ -170,7 +174,7 @@ force_option = click.option("--force", is_flag=True, help="Overwrite what is the
     cls=_Commands,
     context_settings={"max_content_width": 120, "show_default": True, "help_option_names": ["-h", "--help"]},
     epilog="""\b
-    Metrics: sr_<n>, tr_<w>, div, ent, coh.
+    Metrics: sr_<n>, tr_<w>, div, ent, coh, nats.
     Files in: .jsonl, .ndjson, .json, .txt (these also with .gz or .zst), .parquet; a folder, a pattern, or -.
     Files out: .jsonl, .ndjson (these also with .gz or .zst), .parquet, or -.
     Completion of what you type: eval "$(daemon-fast completion bash)".""",
@@ -252,15 +256,18 @@ def fit(
     from daemon_fast.data.texts import Texts, read_texts
     from daemon_fast.files import check_writable
 
-    texts, tokenizer, engine, found_so_far = Texts(), None, None, len(problems.found)
-    with problems:
-        check_model(model)
-    no_model = len(problems.found) > found_so_far
+    texts, tokenizer, engine = Texts(), None, None
     with problems:
         check_writable(output, force)
     with problems:
         texts = read_texts(data, field, format_)
-    if no_model:  # told at once: what follows imports torch and Transformers
+    with problems:
+        check_model(model)
+    no_model = any(isinstance(problem, ModelUnavailable) for problem in problems.found)
+    context = click.get_current_context()
+    given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    # A mistyped name alone is told at once: what checks the other options imports torch and Transformers.
+    if no_model and given <= {"model", "data", "field", "format_", "output", "force"}:
         problems.report()
     from daemon_fast.fit.from_texts import fit_energy, is_low, prepare
     from daemon_fast.metrics import DEFAULT
@@ -276,11 +283,12 @@ def fit(
     with problems:
         engine = _engine(engine_name, engine_args, served_model, model, device, dtype)
     with problems:
+        check_model(model)
+        tokenizer = load_tokenizer(model)
+    with problems:
         resolve_device(device)
     with problems:
         ProposalSettings(model, "", **sampling)
-    with problems:
-        tokenizer = load_tokenizer(model)
     # Candidates beside OUTPUT can be written where OUTPUT can.
     plan = prepare(
         problems, texts or None, tokenizer, listed, num_candidates, new_tokens, encoder=encoder, directory=work_dir,
@@ -395,8 +403,8 @@ def decode(
         check_writable(output, force)
     from daemon_fast.data.records import DecodeWork, process
 
-    decoder = _decoder(path, batch_size, **options)
     _quiet_transformers()
+    decoder = _decoder(path, batch_size, **options)
     energy = json.loads(path.read_text(encoding="utf-8"))
     used = {"energy": energy, "num_samples": num_samples, "seed": seed, "batch_size": batch_size}
     used |= {name: options[name] for name in ("model", "dtype", "engine_name", "engine_args", "served_model")}
@@ -416,41 +424,149 @@ def decode(
 @main.command()
 @click.argument("file")
 @data_option
-@click.option("--tokenizer", help="Hugging Face id, folder or GGUF file.  [default: words between white space]")
-@click.option("--ngrams", default="2,3,4")
-@click.option("--windows", default="8,16,32")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per text instead of the means.")
+@click.option("--id-field", metavar="NAME", help="Field of a record that --json repeats as its id.  [default: id]")
+@click.option(
+    "--unit",
+    type=click.Choice(["word", "character"]),
+    default="word",
+    help="What is counted: words between white space; or, where text has none, what a reader takes for one character.",
+)
+@click.option("--tokenizer", help="Count its tokens, special ones left out: Hugging Face id, folder or GGUF file.")
+@click.option("--ngrams", default="2,3,4", help="n of each sr_n.")
+@click.option("--windows", default="8,16,32", help="w of each tr_w.")
+@click.option("--gopher", is_flag=True, help="Also the fractions of Gopher's repetition rules.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a record instead of the means.")
+@click.option("--filter", "condition", metavar="CONDITION", help="Write the records that meet it instead of the means.")
+@click.option("--output", type=click.Path(path_type=Path), help="For --json or --filter.  [default: standard output]")
+@force_option
 def metrics(
-    file: str, field: str, format_: Format | None, tokenizer: str | None, ngrams: str, windows: str, as_json: bool
-) -> None:
-    """Repetition metrics of each text of FILE (.jsonl, or one text a line)."""
-    from daemon_fast.data.texts import read_texts
-    from daemon_fast.metrics import repetition_of_texts
+    file: str, field: str, format_: Format | None, id_field: str | None, unit: str, tokenizer: str | None, ngrams: str,
+    windows: str, gopher: bool, as_json: bool, condition: str | None, output: Path | None, force: bool,
+) -> None:  # fmt: skip
+    """Repetition metrics of each text of FILE, a folder, a pattern, or - for standard input, without a model.
 
-    _quiet_transformers()
-    sizes = _sizes(ngrams, "--ngrams"), _sizes(windows, "--windows")
-    texts = read_texts(file, field, format_)
-    names, table = repetition_of_texts(texts, *sizes, tokenizer)
-    status = 1 if texts.problems else 0  # a warning has named them
-    if as_json:
-        for row in table.tolist():
-            click.echo(json.dumps(dict(zip(names, row, strict=True))))
-        sys.exit(status)
-    click.echo(f"{len(table)} texts; means x100, standard error over texts")
-    mean, error = 100 * table.double().mean(0), 100 * table.double().std(0) / len(table) ** 0.5
-    for i, name in enumerate(names):
-        click.echo(f"{name:>8} {mean[i]:8.3f}" + (f" ± {error[i]:.3f}" if len(table) > 1 else ""))
-    sys.exit(status)
+    \b
+    sr_n   n-grams that occurred before in the text, of all its n-grams; 0 if it is shorter than n
+    tr_w   tokens that occur among the w before them
+    --gopher adds what the rules of Gopher limit, as datatrove has them: shares of the text's characters in
+    repeated paragraphs (dup_para_char_frac), lines (dup_line_char_frac) and words (duplicated_5_n_grams to
+    duplicated_10_n_grams) and in the most frequent n-gram (top_2_gram to top_4_gram); shares of paragraphs
+    and lines themselves (dup_para_frac, dup_line_frac); and gopher_violations, how many exceed their limit.
+    Its words are runs of letters and digits, or single other characters; with --unit character, characters.
+
+    By default prints their means over the texts that are not empty, and distinct_n: of the n-grams of all texts taken
+    together those that are distinct. That takes about 70 bytes a token; the rest any size of FILE.
+
+    --json writes an object for each record, in order: its "source"; its "line", "row" (of Parquet) or "element" (of an
+    array), from 1; its "id"; and its metrics. Of an empty text they are null, and "empty" is true. A record that can't
+    be used has an "error" in their place.
+
+    --filter writes the records for which CONDITION holds, as they were read, one of JSON a line: such as
+    "sr_4 <= 0.2 and (tr_8 < 0.5 or gopher_violations == 0)". Metrics that it names are measured. Empty texts never
+    pass, nor do records that can't be used.
+
+    The exit code is 1 if a record can't be used.
+    """
+    from daemon_fast.filters import parse_filter
+    from daemon_fast.text_metrics import DistinctNGrams, Summary, TextMetrics, measure_records
+
+    problems = Problems()
+    with problems:
+        if as_json and condition is not None:
+            raise InvalidInput("--json and --filter both say what is written: give one of them")
+        if output is not None and not as_json and condition is None:
+            raise InvalidInput(f"--output = {str(output)!r} needs --json or --filter: the means go to standard output")
+    with problems:
+        if tokenizer is not None and unit == "character":
+            raise InvalidInput("--tokenizer and --unit character both say what is counted: give one of them")
+    sizes: list[list[int]] = []
+    for text, option in ((ngrams, "--ngrams"), (windows, "--windows")):
+        with problems:
+            sizes.append(_sizes(text, option))
+    with problems:
+        if sizes == [[], []] and not gopher:
+            raise InvalidInput("no metrics: --ngrams and --windows are empty, and there is no --gopher")
+    wanted = None
+    with problems:
+        wanted = None if condition is None else parse_filter(condition)
+    problems.report()
+    if tokenizer is not None:
+        _quiet_transformers()
+    if wanted is not None:
+        measure = TextMetrics.named(wanted.names, unit, tokenizer)
+    else:
+        measure = TextMetrics(sizes[0], sizes[1], unit, tokenizer, gopher)
+    distinct = DistinctNGrams()
+    if not as_json and wanted is None:
+        measure.distinct = distinct
+    summary, written = Summary(), 0
+    with _binary(output, force) as sink:
+        for batch in measure_records(_items(file, field, format_), measure):
+            summary.add(batch)
+            lines = batch.rows(id_field) if as_json else () if wanted is None else batch.passing(wanted)
+            for line in lines:
+                sink.write(f"{line}\n".encode())
+                written += 1
+    if not summary.records or (not as_json and wanted is None and not summary.texts):
+        raise DataError(f"{file} holds no text" + (f": {summary.problems[0]}" if summary.problems else ""))
+    for problem in summary.problems:
+        click.echo(problem, err=True)
+    if more := summary.unusable - len(summary.problems):
+        click.echo(f"and {more} more", err=True)
+    if summary.dense:
+        click.echo(
+            f"warning: {summary.dense} of {summary.texts} texts have more than 12 characters a word, as text without "
+            "spaces has, whose words say little: give --unit character, or --tokenizer",
+            err=True,
+        )
+    found = f"{summary.texts} texts, {summary.empty} empty, {summary.unusable} unusable"
+    if wanted is not None:
+        click.echo(f"{written} of {summary.records} records pass ({found})", err=True)
+    elif not as_json:
+        click.echo(f"{found}; means x100, standard error over texts")
+        for name, mean, error in zip(measure.names, summary.mean, summary.standard_error, strict=True):
+            scale = 1 if name == "gopher_violations" else 100
+            click.echo(f"{name:>21} {scale * mean:8.3f}" + (f" ± {scale * error:.3f}" if summary.texts > 1 else ""))
+        click.echo("of all texts together, x100")
+        for n, (different, total) in zip(measure.ngrams, distinct.counts(measure.ngrams), strict=True):
+            share = f"{100 * different / total:8.3f}" if total else "       -"
+            click.echo(f"{f'distinct_{n}':>21} {share}   {different} of {total}")
+    sys.exit(1 if summary.unusable else 0)
+
+
+def _items(file: str, field: str, format_: Format | None) -> Iterator[Item]:
+    """Records of files, or texts of an embedded collection."""
+    from daemon_fast.data import records
+    from daemon_fast.data.texts import read_texts
+    from daemon_fast.embedded import TEXTS
+
+    if file not in TEXTS:
+        yield from records.read_records(file, field, format=format_)
+        return
+    for number, text in enumerate(read_texts(file), 1):
+        yield records.Item({field: text}, text, None, file, number)
+
+
+@contextmanager
+def _binary(path: Path | None, force: bool) -> Iterator[IO[bytes]]:
+    """Standard output, or a file that appears when it is whole."""
+    from daemon_fast.files import check_writable, replacing, writing
+
+    if path is None:
+        yield sys.stdout.buffer
+        return
+    check_writable(path, force)
+    with writing(f"output {path}"), replacing(path) as file:
+        yield file
 
 
 def _sizes(text: str, option: str) -> list[int]:
-    try:
-        sizes = [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        sizes = [0]
-    if any(size < 1 for size in sizes):
-        raise InvalidInput(f"{option} = {text!r} must be whole numbers >= 1, separated by commas")
-    return sizes
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(re.fullmatch(r"[1-9]\d{0,8}", part) for part in parts) or len(set(parts)) < len(parts):
+        raise InvalidInput(
+            f"{option} = {text!r} must be whole numbers >= 1 and below 10^9, each once, separated by commas"
+        )
+    return [int(part) for part in parts]
 
 
 def _check_new(folder: Path, name: str, force: bool) -> None:

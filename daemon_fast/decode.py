@@ -16,7 +16,7 @@ from daemon_fast.errors import ArtefactError, InvalidInput, LowEffectiveSampleSi
 from daemon_fast.ops import Draw
 from daemon_fast.proposals.base import Prefixes, Proposal, ProposalSettings, as_list
 from daemon_fast.proposals.candidates import Candidates
-from daemon_fast.seeds import batch_seed, generator, stream
+from daemon_fast.seeds import batch_seed, generator
 
 __all__ = ["Decoded", "SIRDecoder"]
 
@@ -141,9 +141,9 @@ class SIRDecoder:
         starts = range(0, len(batch), self.batch_size)
         if not batch:
             raise InvalidInput("there are no prefixes")
-        begin, drawing = time.perf_counter(), stream(seed, "decode")  # not the numbers of the fit's own candidates
+        begin = time.perf_counter()
         parts = [
-            self.proposal.propose(batch[start : start + self.batch_size], batch_seed(drawing, i))
+            self.proposal.propose(batch[start : start + self.batch_size], batch_seed(seed, i))
             for i, start in enumerate(tqdm(starts, desc="decode", unit="batch", disable=not progress))
         ]
         decoded = self.choose(

@@ -23,6 +23,7 @@ __all__ = [
     "Problems",
     "SeveralProblems",
     "TargetsNotMet",
+    "UnboundedTilt",
     "UnknownMetric",
     "require",
 ]
@@ -100,6 +101,10 @@ class TargetsNotMet(UserWarning):
     """A fit ended where expected metrics are not those of human text, or without some of its metrics."""
 
 
+class UnboundedTilt(UserWarning):
+    """exp(-mu · f) grows without bound, so that the exact p_mu may not exist."""
+
+
 class Problems:
     """Collects what is wrong with several arguments, so that a user learns all of it at once.
 
@@ -128,7 +133,9 @@ class Problems:
     ) -> bool:
         if not isinstance(error, DaemonFastError):
             return False
-        self.found += error.problems if isinstance(error, SeveralProblems) else [error]
+        told = set(map(str, self.found))
+        problems = error.problems if isinstance(error, SeveralProblems) else [error]
+        self.found += [problem for problem in problems if str(problem) not in told]
         return True
 
     def report(self) -> None:

@@ -170,10 +170,9 @@ def check_same_run(folder: Path, run: Mapping[str, Any], what: str) -> None:
     """
     run = json.loads(json.dumps(run))
     found = read_manifest(folder)
-    holds_nothing = not any(path.suffix in (".npz", ".jsonl") for path in folder.iterdir())
-    if found is None and not holds_nothing:
+    if found is None and any(path.suffix in (".npz", ".jsonl") for path in folder.iterdir()):
         raise InvalidInput(f"{folder} holds {what} but no readable {MANIFEST}: delete it or choose another")
-    if found is None or holds_nothing:  # a run that ended before its first file binds no other
+    if found is None:
         write_text(folder / MANIFEST, json.dumps(run, indent=2) + "\n")
         return
     for name, value in run.items():

@@ -6,6 +6,7 @@ Built in: `sr_n`, `tr_w`, `div`, `ent` and `coh` (definitions in `daemon_fast.re
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from daemon_fast import ops
 from daemon_fast.errors import ArtefactError, InvalidInput, Problems, UnknownMetric
-from daemon_fast.models import Encoder, load_encoder, load_tokenizer
+from daemon_fast.models import Encoder, load_encoder
 from daemon_fast.proposals.candidates import Candidates
 
 __all__ = [
@@ -27,20 +27,21 @@ __all__ = [
     "FunctionMetric",
     "Information",
     "Metric",
+    "Nats",
     "RepetitionMetric",
     "SequenceRepetition",
     "TokenRepetition",
+    "built_in",
     "column_names",
     "features",
     "from_specs",
     "parse",
-    "repetition_of_texts",
+    "unbounded_tilts",
 ]
 
 Function = Callable[[Candidates], Tensor]
-KNOWN = "sr_<n>, tr_<w>, div, ent, coh"
-DEFAULT = ("sr_2", "sr_3", "sr_4", "tr_8", "tr_16", "tr_32", "coh", "ent")  # what a fit takes unless told
-BATCH_TOKENS = 1 << 22  # of texts whose repetition is counted in one call
+KNOWN = "sr_<n>, tr_<w>, div, ent, coh, nats"
+DEFAULT = ("sr_2", "sr_3", "sr_4", "tr_8", "tr_16", "tr_32", "coh", "nats")  # what a fit takes unless told
 MAX_CACHED_PREFIXES = 4096
 
 
@@ -53,9 +54,16 @@ class Metric(ABC):
         What it is called in tables, artefacts and on the command line.
     names : tuple of str
         One per column that it returns; `(name,)` unless it returns several.
+    bounds : (float, float) or None
+        The lowest and the highest value that there is, in any column; None: unknown. A fit warns where its tilt grows
+        without bound: by a negative coefficient of what has no upper bound, or a positive one of what has no lower.
+    power_of_p : bool
+        exp(-mu · f) is a power of the model's probability: without bound itself, it leaves a distribution.
     """
 
     name: str
+    bounds: tuple[float, float] | None = None
+    power_of_p = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -77,6 +85,7 @@ class Metric(ABC):
 class RepetitionMetric(Metric):
     """A function of n-gram and token repetition. All of one evaluation share a single kernel call."""
 
+    bounds = (0.0, 1.0)
     ngrams: tuple[int, ...] = ()
     windows: tuple[int, ...] = ()
 
@@ -122,19 +131,32 @@ class Diversity(RepetitionMetric):
 
 
 class Information(Metric):
-    """ent: perplexity of the continuation under the language model at temperature 1."""
+    """ent: perplexity of the continuation under the language model at temperature 1.
+
+    An exponential of nats: tilted by a negative coefficient, the exact p_mu puts its mass on gibberish that no M
+    candidates hold, and expectations drift as M grows. To fit, use `nats`.
+    """
 
     name = "ent"
+    bounds = (1.0, math.inf)
 
     def evaluate(self, candidates: Candidates) -> Tensor:
-        _require_tokens(self.name, candidates.lengths)
-        lengths = candidates.lengths
-        counted = torch.arange(candidates.tokens.shape[1], device=lengths.device) < lengths[:, None]
-        nats = -(candidates.token_log_p.double() * counted).sum(-1)
-        # Engines that may not tell give CPU tensors; on CUDA a look would wait for the device.
-        if not nats.is_cuda and nats.isnan().any():
-            raise InvalidInput("metric ent needs log-probabilities at temperature 1, which the engine does not give")
-        return torch.exp(nats / lengths).float()
+        return _nats_per_token(self.name, candidates).exp().float()
+
+
+class Nats(Metric):
+    """nats: mean negative log-probability of a token, -(1/L) log p(x), under the language model at temperature 1.
+
+    exp(-mu · nats) = p(x)^(mu/L): at one length L, tilting by it is p to the power 1 + mu/L, as a change of the
+    temperature of whole texts is, and p_mu exists as long as mu > -L.
+    """
+
+    name = "nats"
+    bounds = (0.0, math.inf)
+    power_of_p = True
+
+    def evaluate(self, candidates: Candidates) -> Tensor:
+        return _nats_per_token(self.name, candidates).float()
 
 
 class Coherence(Metric):
@@ -147,6 +169,7 @@ class Coherence(Metric):
     """
 
     name = "coh"
+    bounds = (-1.0, 1.0)
 
     def __init__(self, encoder: Encoder | str) -> None:
         self._reference = encoder if isinstance(encoder, str) else None
@@ -223,7 +246,7 @@ def parse(names: Iterable[str | Metric | Function], encoder: Encoder | str | Non
     Raises
     ------
     UnknownMetric
-        A name that is none of sr_<n>, tr_<w>, div, ent, coh.
+        A name that is none of sr_<n>, tr_<w>, div, ent, coh, nats.
     InvalidInput
         No metrics, a metric twice, or `coh` without an encoder.
     SeveralProblems
@@ -255,6 +278,8 @@ def _parse_one(name: str | Metric | Function, encoder: Encoder | str | None) -> 
         return Diversity()
     if name == "ent":
         return Information()
+    if name == "nats":
+        return Nats()
     if name == "coh":
         if encoder is None:
             raise InvalidInput("metric coh needs a sentence encoder: pass encoder=")
@@ -283,6 +308,25 @@ def from_specs(specs: Sequence[Mapping[str, Any]], own: Iterable[Metric | Functi
         except InvalidInput as error:
             raise ArtefactError(f"metrics[{i}]: {error}; pass your own metrics as metrics=") from error
     return metrics
+
+
+def built_in(name: str) -> Metric | None:
+    """The metric of this name that needs no encoder or function of yours; None if there is none."""
+    try:
+        return _parse_one(name, encoder=None)
+    except InvalidInput:
+        return None
+
+
+def unbounded_tilts(metrics: Iterable[Metric], mu: Mapping[str, float]) -> list[str]:
+    """Names of columns by which exp(-mu · f) grows without bound. Unknown bounds are taken to be finite."""
+    found = []
+    for metric in metrics:
+        low, high = (0.0, 0.0) if metric.bounds is None or metric.power_of_p else metric.bounds
+        for name in metric.names:
+            if (mu[name] < 0 and high == math.inf) or (mu[name] > 0 and low == -math.inf):
+                found.append(name)
+    return found
 
 
 def column_names(metrics: Iterable[Metric]) -> list[str]:
@@ -336,33 +380,19 @@ def _checked(metric: Metric, value: Tensor, candidates: Candidates) -> Tensor:
     return value
 
 
+def _nats_per_token(name: str, candidates: Candidates) -> Tensor:
+    """[R] float64"""
+    _require_tokens(name, candidates.lengths)
+    lengths = candidates.lengths
+    counted = torch.arange(candidates.tokens.shape[1], device=lengths.device) < lengths[:, None]
+    nats = -(candidates.token_log_p.double() * counted).sum(-1)
+    # Engines that may not tell give CPU tensors; on CUDA a look would wait for the device.
+    if not nats.is_cuda and nats.isnan().any():
+        raise InvalidInput(f"metric {name} needs log-probabilities at temperature 1, which the engine does not give")
+    return nats / lengths
+
+
 def _require_tokens(name: str, lengths: Tensor) -> None:
     if (lengths == 0).any():
         row = int((lengths == 0).nonzero()[0])
         raise InvalidInput(f"metric {name} is not defined for the empty continuation of candidate {row}")
-
-
-def repetition_of_texts(
-    texts: Sequence[str], ngrams: Sequence[int], windows: Sequence[int], tokenizer: str | None
-) -> tuple[list[str], Tensor]:
-    """Column names, and [texts, columns] float32 repetition metrics. Without a tokenizer, tokens are words."""
-    words: dict[str, int] = {}
-    encode = None if tokenizer is None else load_tokenizer(tokenizer)
-    rows: list[list[int]] = []
-    tables: list[Tensor] = []
-    widest = 0
-    for text in tqdm(texts, desc="texts", disable=len(texts) < 10_000):
-        row = [words.setdefault(w, len(words)) for w in text.split()] if encode is None else encode(text)["input_ids"]
-        # Texts of any length go in batches of bounded size: one long text must not widen all of them.
-        if rows and (len(rows) + 1) * max(widest, len(row)) > BATCH_TOKENS:
-            tables.append(_repetition_of_rows(rows, ngrams, windows))
-            rows, widest = [], 0
-        rows.append(row)
-        widest = max(widest, len(row))
-    tables.append(_repetition_of_rows(rows, ngrams, windows))
-    return [f"sr_{n}" for n in ngrams] + [f"tr_{w}" for w in windows], torch.cat(tables)
-
-
-def _repetition_of_rows(rows: list[list[int]], ngrams: Sequence[int], windows: Sequence[int]) -> Tensor:
-    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True)
-    return ops.repetition(tokens, torch.tensor([len(row) for row in rows]), ngrams, windows)

@@ -6,6 +6,7 @@ Written to be read. Nothing here is fast, and nothing on a hot path imports it.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -43,6 +44,13 @@ def information(token_log_p: Vector) -> float:
     return math.exp(-math.fsum(token_log_p) / len(token_log_p))
 
 
+def nats(token_log_p: Vector) -> float:
+    """nats: mean negative log-probability of a token of a continuation under a reference LM."""
+    if len(token_log_p) == 0:
+        raise ValueError("nats a token of an empty continuation are not defined")
+    return -math.fsum(token_log_p) / len(token_log_p)
+
+
 def coherence(prefix_embedding: Vector, continuation_embedding: Vector) -> float:
     """coh: the cosine between the sentence embeddings of the prefix and of the continuation."""
     dot = math.fsum(a * b for a, b in zip(prefix_embedding, continuation_embedding, strict=True))
@@ -55,6 +63,32 @@ def repetition(
     """sr_n for each n, then tr_w for each w, of the first lengths[r] tokens of each row."""
     rows = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
     return [[sequence_repetition(row, n) for n in ngrams] + [token_repetition(row, w) for w in windows] for row in rows]
+
+
+def gopher_repetition(text: str, words: Sequence[str]) -> list[float]:
+    """Shares of a text in repeated paragraphs, lines and word n-grams: the columns of `gopher.GOPHER_THRESHOLDS`.
+
+    As datatrove's `GopherRepetitionFilter` computes them (after Rae et al. 2021, table A1), for its own words too.
+    """
+    fractions = []
+    for parts in (re.split(r"\n{2,}", text.strip()), re.split(r"\n+", text)):
+        repeated = [part for i, part in enumerate(parts) if part in parts[:i]]
+        fractions += [len(repeated) / len(parts), sum(map(len, repeated)) / len(text)]
+    for n in (2, 3, 4):
+        ngrams = [" ".join(words[i : i + n]) for i in range(len(words) - n + 1)]
+        top = max(ngrams, key=ngrams.count, default="")  # of several, the first
+        fractions.append(len(top) * ngrams.count(top) / len(text))
+    for n in range(5, 11):
+        seen, i, characters = set(), 0, 0
+        while i + n <= len(words):
+            ngram = "".join(words[i : i + n])
+            if ngram in seen:
+                characters, i = characters + len(ngram), i + n
+            else:
+                seen.add(ngram)
+                i += 1
+        fractions.append(characters / len(text))
+    return fractions
 
 
 def log_sum_exp(values: Vector) -> float:

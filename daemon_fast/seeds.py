@@ -6,10 +6,14 @@ among the candidates, too, and what is chosen would no longer follow the weights
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
 
 from daemon_fast.errors import InvalidInput
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["batch_seed", "check_seed", "generator", "stream"]
 
@@ -46,6 +50,8 @@ def stream(seed: int, use: str) -> int:
 
 def generator(seed: int, use: str) -> torch.Generator:
     """The random numbers, on the CPU, of one use of a seed."""
+    import torch  # files of records need seeds, and no torch
+
     return torch.Generator().manual_seed(stream(seed, use))
 
 

@@ -117,7 +117,7 @@ def test_an_old_torch_is_named(monkeypatch):
 def test_importing_the_bare_source_tree_says_what_is_wrong(tmp_path):
     shutil.copytree(Path(extension.__file__).parent, tmp_path / "daemon_fast", ignore=shutil.ignore_patterns("*.so"))
     # -S: no site-packages hooks, hence no installed daemon_fast; torch is found by its path alone.
-    code = f"import sys; sys.path += {sys.path!r}; sys.meta_path = sys.meta_path[-3:]; import daemon_fast"
+    code = f"import sys; sys.path += {sys.path!r}; sys.meta_path = sys.meta_path[-3:]; import daemon_fast.ops"
     command = [sys.executable, "-S", "-c", code]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 1

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
+import toy
 
 from daemon_fast import Candidates, metrics, ops, reference
 from daemon_fast.errors import InvalidInput, UnknownMetric
@@ -141,3 +144,24 @@ def test_specs_round_trip():
     parsed = metrics.parse(["sr_2", "tr_8", "div", "ent", "coh"], "all-minilm-l6-v2")
     again = metrics.from_specs([metric.spec for metric in parsed])
     assert [metric.spec for metric in again] == [metric.spec for metric in parsed]
+
+
+def test_nats_is_the_log_of_ent():
+    candidates = toy.as_candidates(toy.SEQUENCES, 1)
+    ent, nats = metrics.features(metrics.parse(["ent", "nats"]), candidates)[0].unbind(1)
+    torch.testing.assert_close(nats.exp(), ent)
+    expected = [reference.nats(row) for row in toy.token_probabilities(toy.SEQUENCES).log().tolist()]
+    np.testing.assert_allclose(nats, expected, rtol=1e-6)
+
+
+def test_a_tilt_without_bound_is_named():
+    class Surprise(metrics.Metric):
+        name, bounds = "surprise", (-math.inf, 3.0)
+
+        def evaluate(self, candidates):
+            return -candidates.lengths.float()
+
+    listed = [*metrics.parse(["sr_2", "ent", "nats", len]), Surprise()]
+    for sign, names in ((-1.0, ["ent"]), (1.0, ["surprise"])):
+        mu = dict.fromkeys(metrics.column_names(listed), sign)
+        assert metrics.unbounded_tilts(listed, mu) == names

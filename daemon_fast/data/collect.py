@@ -15,7 +15,7 @@ import torch
 
 from daemon_fast.data.texts import Pairs
 from daemon_fast.errors import DaemonFastError, InvalidInput
-from daemon_fast.files import check_same_run, digest, read_arrays, read_manifest, write_arrays, writing
+from daemon_fast.files import MANIFEST, check_same_run, digest, read_arrays, read_manifest, write_arrays, writing
 from daemon_fast.progress import progress
 from daemon_fast.proposals.base import Prefix, Proposal
 from daemon_fast.proposals.candidates import Candidates
@@ -25,6 +25,7 @@ __all__ = ["batches", "collect", "human_folder", "kept", "saved_batch_size", "sc
 
 ARRAYS = ("tokens", "lengths", "token_log_p", "token_log_q")  # of candidates
 
+BATCHES = "batch-*.npz"
 SCORE_TEXTS = 64  # human texts of a batch
 
 
@@ -103,7 +104,7 @@ def kept(directory: str | os.PathLike[str] | None, how: str) -> Iterator[None]:
     try:
         yield
     except DaemonFastError as error:
-        if directory is None or not any(Path(directory).glob("batch-*.npz")):
+        if directory is None or not any(Path(directory).glob(BATCHES)):
             raise
         raise type(error)(f"{error}. The candidates are kept in {os.fspath(directory)}: {how}") from error
 
@@ -124,6 +125,8 @@ def _saved(
     if folder is not None:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
+            if not any(folder.glob(BATCHES)):
+                Path(folder, MANIFEST).unlink(missing_ok=True)  # a run that drew nothing binds no other
             check_same_run(folder, manifest, "candidates")
     bar = progress(desc=description, unit=unit, total=sum(len(prefixes) for prefixes, _ in work))
     for i, (prefixes, make) in enumerate(work):

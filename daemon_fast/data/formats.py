@@ -32,6 +32,7 @@ __all__ = [
     "Source",
     "arrow",
     "compressed",
+    "escaped",
     "find_sources",
     "output_format",
     "parquet_file",
@@ -346,7 +347,12 @@ def to_json(value: Any) -> str:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_as_json)
     except ValueError:
         text = json.dumps(_finite(value), ensure_ascii=False, default=_as_json)
-    return SURROGATE.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
+    return SURROGATE.sub(escaped, text)
+
+
+def escaped(half: re.Match[str]) -> str:
+    """Half a surrogate pair as JSON writes it."""
+    return f"\\u{ord(half[0]):04x}"
 
 
 def _as_json(value: Any) -> Any:

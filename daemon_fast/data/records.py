@@ -27,6 +27,7 @@ from daemon_fast.data.formats import (
     Source,
     arrow,
     compressed,
+    escaped,
     find_sources,
     output_format,
     parquet_file,
@@ -177,10 +178,11 @@ def _problem(record: Record, text: Any, field: str) -> str | None:
     if isinstance(text, bytes):
         return f"has no text but bytes in {field!r}: not UTF-8"
     if not isinstance(text, str):
-        return f"has no string field {field!r}"
+        others = [name for name, value in record.items() if isinstance(value, str)]
+        return f"has no string field {field!r}" + (f", but {', '.join(others[:5])}" if others else "")
     if half := SURROGATE.search(text):
         return f"has half a surrogate pair, \\u{ord(half[0]):04x}, as character {half.start()} of {field!r}: no text"
-    return f"has a field {RESULT!r} already" if RESULT in record else None
+    return None
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------
@@ -329,14 +331,17 @@ def _cut_to_whole_chunks(log: Path, chunk_size: int, total: int) -> int:
 
 def _worked(chunk: Sequence[Item], work: Work, number: int) -> list[Record]:
     """A result for each record of a chunk."""
-    usable = [item for item in chunk if item.problem is None]
+    problems = [
+        item.problem or (f"has a field {RESULT!r} already" if RESULT in item.record else None) for item in chunk
+    ]
+    usable = [item for item, problem in zip(chunk, problems, strict=True) if problem is None]
     found = work(usable, number) if usable else []
     if len(found) != len(usable):
         raise InvalidInput(f"work returned {len(found)} results for {len(usable)} records")
     remaining, results = iter(found), []
-    for item in chunk:
-        if item.problem is not None:
-            result: Record = {"error": f"{item.where} {item.problem}"}
+    for item, problem in zip(chunk, problems, strict=True):
+        if problem is not None:
+            result: Record = {"error": f"{item.where} {problem}"}
             if RESULT in item.record:
                 result["previous"] = item.record[RESULT]
         elif "error" in (result := next(remaining)):
@@ -406,7 +411,8 @@ def _columns_to_parquet(sources: Sequence[Source], log: Path, field: str, target
 
     def blocks() -> Iterator[list[Record]]:
         found = _all(sources, field)
-        yield from ([item.record for item in block] for block in iter(lambda: list(islice(found, PARQUET_ROWS)), []))
+        for block in iter(lambda: list(islice(found, PARQUET_ROWS)), []):
+            yield [_whole_characters(item.record) for item in block]
 
     types = _column_types(blocks)
     as_text = [name for name, kind in types.items() if kind is None]
@@ -422,6 +428,15 @@ def _columns_to_parquet(sources: Sequence[Source], log: Path, field: str, target
             yield lib.Table.from_arrays(columns, schema=schema)
 
     write_parquet(target, schema, tables())
+
+
+def _whole_characters(value: Any) -> Any:
+    """Half a surrogate pair, which Arrow can't hold, is written as JSON escapes it: no other record loses its type."""
+    if isinstance(value, str):
+        return SURROGATE.sub(escaped, value)
+    if isinstance(value, dict):
+        return {_whole_characters(key): _whole_characters(item) for key, item in value.items()}
+    return [_whole_characters(item) for item in value] if isinstance(value, list) else value
 
 
 def _flat(result: Record) -> Record:

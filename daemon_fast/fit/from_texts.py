@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from daemon_fast.errors import (
     TargetsNotMet,
 )
 from daemon_fast.files import check_folder
-from daemon_fast.fit import FitResult, Ridge, check_ridge, fit, rule
+from daemon_fast.fit import FitResult, Ridge, check_draw, check_ridge, default_draw, fit, warn_of_unbounded
 from daemon_fast.fit.advice import advice
 from daemon_fast.fit.dual import Problem
 from daemon_fast.fit.newton import newton
@@ -80,7 +81,8 @@ def fit_energy(
     num_prefixes : N, of which candidates are drawn
     num_targets : human continuations that give the targets; default: those of the prefixes
     prefix_tokens : where texts are cut
-    normalization, draw, ridge, bootstrap : see `daemon_fast.fit`
+    normalization, ridge, bootstrap : see `daemon_fast.fit`
+    draw : "race" or "sir", see there; default: the race, and SIR with global weights
     base : "proposal": that is tilted, as in the paper; "model": p_theta at temperature 1 is
     seed : of the choice of texts, the candidates and the bootstrap
     batch_size : prefixes drawn together
@@ -108,7 +110,7 @@ def fit_energy(
     Examples
     --------
     >>> proposal = TransformersProposal.load(num_candidates=25, min_new_tokens=64, max_new_tokens=64, temperature=0.97)
-    >>> fit_energy(proposal, "wikipedia", ["sr_2", "sr_4", "ent"]).save("energy.json")
+    >>> fit_energy(proposal, "wikipedia", ["sr_2", "sr_4", "nats"]).save("energy.json")
     """
     problems = Problems()
     texts: Sequence[str] | Pairs | None = None
@@ -202,16 +204,29 @@ def prepare(
         if value not in get_args(options):
             problems.found.append(InvalidInput(f"{name} = {value!r} must be one of {', '.join(get_args(options))}"))
     with problems:
-        rule(draw, normalization)
+        check_draw(draw or default_draw(normalization), normalization)
     parsed: list[Metric] = []
     with problems:
         parsed = metrics_module.parse(metrics, encoder)
     for metric in parsed:
         with problems:
             metric.prepare()
+    k, texts = len(metrics_module.column_names(parsed)), num_targets or num_prefixes
+    if 1 <= num_prefixes < k:
+        problems.found.append(
+            InvalidInput(f"num_prefixes = {num_prefixes} is fewer than the {k} metrics to fit: give at least as many")
+        )
+    if num_candidates == 1 and normalization == "per_prefix":
+        problems.found.append(
+            InvalidInput("num_candidates = 1 leaves per-prefix weights nothing to choose: use 2 or more, or 'global'")
+        )
     with problems:
-        _check_sizes(len(metrics_module.column_names(parsed)), num_candidates, num_prefixes, normalization)
-    texts = num_targets or num_prefixes
+        check_fits(
+            f"a fit of num_candidates = {num_candidates} of num_prefixes = {num_prefixes}",
+            {f"{k} metrics": num_prefixes * num_candidates * k * (4 + 8)},  # float32, and float64 while it is fitted
+            torch.device("cpu"),
+            "num_candidates or num_prefixes",
+        )
     if ridge == "cv" and 1 <= min(num_prefixes, texts) < FOLDS:
         problems.found.append(InvalidInput(cv_needs(num_prefixes, texts)))
     if directory is not None:
@@ -225,19 +240,6 @@ def prepare(
             pairs = split(human, tokenizer, prefix_tokens, new_tokens, max(num_prefixes, texts), seed)
     problems.report()
     return Plan(parsed, pairs[:num_prefixes], pairs[:texts])
-
-
-def _check_sizes(k: int, num_candidates: int, num_prefixes: int, normalization: Normalization) -> None:
-    if 1 <= num_prefixes < k:
-        raise InvalidInput(f"num_prefixes = {num_prefixes} is fewer than the {k} metrics to fit: give at least as many")
-    if num_candidates == 1 and normalization == "per_prefix":
-        raise InvalidInput("num_candidates = 1 leaves per-prefix weights nothing to choose: use 2 or more, or 'global'")
-    check_fits(
-        f"a fit of num_candidates = {num_candidates} of num_prefixes = {num_prefixes}",
-        {f"{k} metrics": num_prefixes * num_candidates * k * (4 + 8)},  # float32, and float64 while it is fitted
-        torch.device("cpu"),
-        "num_candidates or num_prefixes",
-    )
 
 
 class Measured(NamedTuple):
@@ -294,23 +296,26 @@ def _fitted(
     names, samples = metrics_module.column_names(varying), InMemory(Block(features, measured.base_log_w))
     try:
         result = fit(
-            features, human, measured.base_log_w, normalization=normalization, draw=draw, ridge=ridge, names=names,
+            features, human, measured.base_log_w, normalization=normalization,
+            draw=draw or default_draw(normalization), ridge=ridge, names=names,
             bootstrap=bootstrap, seed=seed, progress=True,
         )  # fmt: skip
     except InfeasibleTargets as error:
         raise InfeasibleTargets(f"{constant}; {error}" if missed else str(error)) from error
     if missed and ridge == 0:
-        raise InfeasibleTargets(f"{constant}. Leave out {' and '.join(missed)}, or take ridge = 'cv', which does")
+        raise InfeasibleTargets(f"{constant}. Leave out {', '.join(missed)}; or take ridge = 'cv', which does")
     if missed:
         warnings.warn(f"left out, with their targets missed: metrics that are {constant}", TargetsNotMet, stacklevel=3)
     if result.unmet:
         exact = Problem.standardised(samples, result.targets, normalization, tuple(names), 0.0)
         try:
-            newton(exact)
+            newton(replace(exact, draw="sir"))
             why = "ridge = 0 meets them with these candidates"
         except FitError as error:
             why = f"they are {error}. {advice(exact, human, soft=False)}"
         warnings.warn(f"targets not met: {_missed_by(result, human)}; {why}", TargetsNotMet, stacklevel=3)
+    own = [metric for metric in varying if metrics_module.built_in(metric.name) is None]  # fit has told of the others
+    warn_of_unbounded(own, dict(zip(names, result.mu.tolist(), strict=True)), stacklevel=4)
     if is_low(result.ess_mean, result.num_candidates):
         warnings.warn(
             f"the effective sample size is {result.ess_mean:.2f} of {result.num_candidates} candidates on average: the "
@@ -358,7 +363,8 @@ def _missed_by(result: FitResult, human: Tensor) -> str:
     found = []
     for k, name in enumerate(result.names):
         if name in result.unmet:
-            target, error = float(result.targets[k]), float(human[:, k].double().std()) / len(human) ** 0.5
+            target, n = float(result.targets[k]), len(human)
+            error = float(human[:, k].double().std()) / n**0.5 if n > 1 else math.inf
             reached = target + float(result.residual[k])
             found.append(f"{name} (target {target:.4g}, standard error {error:.2g}, reached {reached:.4g})")
     return ", ".join(found)

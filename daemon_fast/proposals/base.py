@@ -205,8 +205,12 @@ def tokenize(
         raise InvalidInput("there are no prefixes")
     if any(isinstance(prefix, str) for prefix in listed) and tokenizer is None:
         raise InvalidInput("a prefix is a string, and this proposal was made without a tokenizer: give token ids")
-    rows = [prompt_ids(prefix, tokenizer) if isinstance(prefix, str) else prefix for prefix in listed]
-    for i, row in enumerate(rows):
+    rows = []
+    for i, prefix in enumerate(listed):
+        if isinstance(prefix, str):
+            check_text(prefix, f"prefix {i}")
+        row = prompt_ids(prefix, tokenizer) if isinstance(prefix, str) else prefix
+        rows.append(row)
         if not row:
             raise InvalidInput(f"prefix {i} is empty: a language model needs at least one token to continue")
         if context is not None and len(row) + max_new_tokens > context:
@@ -217,6 +221,21 @@ def tokenize(
         if bad := [token for token in row if not 0 <= token < vocab_size]:
             raise InvalidInput(f"prefix {i} has token {bad[0]}, outside the vocabulary of {vocab_size}")
     return rows
+
+
+def check_text(text: str, name: str) -> None:
+    """That a string is text: a lone surrogate, half of a character, is one that no tokenizer reads.
+
+    Raises
+    ------
+    InvalidInput
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInput(
+            f"{name} has the lone surrogate {text[error.start]!r} at position {error.start}: half a character"
+        ) from error
 
 
 def prompt_ids(text: str, tokenizer: Any) -> list[int]:

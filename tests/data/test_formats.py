@@ -167,7 +167,7 @@ def test_fields_within_others(tmp_path, field, text):
     (tmp_path / "a.jsonl").write_text(json.dumps(record))
     (item,) = read_records(tmp_path / "a.jsonl", field)
     assert item.text == (text or "")
-    assert item.problem == (None if text else f"has no string field {field!r}")
+    assert item.problem == (None if text else f"has no string field {field!r}, but c.d")
 
 
 @pytest.mark.parametrize("name", ["out.ndjson", "out.jsonl.gz", "out.JSONL.zst"])

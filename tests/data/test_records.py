@@ -235,9 +235,7 @@ def test_columns_give_back_what_was_put_in_or_are_json_text(tmp_path):
     from pyarrow import parquet, types
 
     source, out = write(tmp_path / "in.jsonl", [*ODD, '{"text": "e", "n": NaN}']), tmp_path / "out.parquet"
-    with pytest.warns(
-        UserWarning, match="written as JSON text, as their values have no common type: big, s, none, mix"
-    ):
+    with pytest.warns(UserWarning, match="written as JSON text, as their values have no common type: big, none, mixed"):
         process(source, out, shout, {}, chunk_size=2)
     table = parquet.read_table(out)
     found = table.to_pylist()
@@ -245,11 +243,12 @@ def test_columns_give_back_what_was_put_in_or_are_json_text(tmp_path):
     assert types.is_floating(table.schema.field("n").type)
     assert [row["n"] for row in found[:3]] == [1.1, 0.0, None]
     assert str(found[4]["n"]) == "nan"
-    for name in ("big", "s", "none", "mixed", "late", "map", "exact"):
+    for name in ("big", "none", "mixed", "late", "map", "exact"):
         for line, row in zip(ODD, found, strict=False):
             before = json.loads(line).get(name)
             assert (None if row[name] is None else json.loads(row[name])) == before
     assert found[3]["flag"] is True
+    assert (found[0]["s"], found[1]["s"]) == ("\\ud800", None)  # as JSON writes it: Arrow has no form for it
 
 
 def test_columns_that_differ_between_parts_of_a_file(tmp_path):
@@ -299,7 +298,8 @@ def test_from_parquet_to_parquet_every_column_is_the_same(tmp_path):
     before = parquet.read_table(tmp_path / "in.parquet")
     for name in ("first", "second"):
         summary = process(tmp_path / "in.parquet", tmp_path / f"{name}.parquet", shout, {}, chunk_size=2)
-        assert summary.errors == ["in.parquet, row 2 has no string field 'text'"]
+        (error,) = summary.errors
+        assert error.startswith("in.parquet, row 2 has no string field 'text'")
     after = parquet.read_table(tmp_path / "first.parquet")
     for column in before.schema:
         assert after.schema.field(column.name).equals(column, check_metadata=True)
@@ -327,7 +327,7 @@ def test_from_parquet_to_json_every_value_has_a_form(tmp_path):
     assert (first["nested"], first["latin"]) == ({"a": [{"b": "eA=="}]}, "Y2Fm6Q==")
     assert "out of range" in first["far"]
     assert (second["half"], third["half"]) == (None, None)
-    assert second["daemon"]["error"] == "in.parquet, row 2 has no string field 'text'"
+    assert second["daemon"]["error"].startswith("in.parquet, row 2 has no string field 'text'")
 
 
 def test_text_that_is_not_utf_8_in_parquet_is_that_records_error(tmp_path):

@@ -7,9 +7,17 @@ import tiny
 import torch
 import toy
 
-from daemon_fast import Energy, SIRDecoder, TransformersProposal, fit_energy, metrics
+from daemon_fast import Energy, SIRDecoder, TransformersProposal, fit_energy, metrics, reference
 from daemon_fast.data import Pairs
-from daemon_fast.errors import DataError, InfeasibleTargets, InvalidInput, UnknownMetric
+from daemon_fast.data.collect import collect
+from daemon_fast.errors import (
+    DataError,
+    InfeasibleTargets,
+    InvalidInput,
+    SeveralProblems,
+    TargetsNotMet,
+    UnknownMetric,
+)
 
 NAMES = ["sr_2", "tr_2"]
 
@@ -24,16 +32,20 @@ def pairs_of_the_toy(n=200, seed=1):
 @pytest.mark.parametrize("normalization", ["per_prefix", "global"])
 def test_expected_metrics_of_the_fits_own_candidates_are_those_of_the_human_texts(normalization):
     pairs, proposal = pairs_of_the_toy(), toy.ToyProposal(num_candidates=12)
-    energy = fit_energy(proposal, pairs, NAMES, num_prefixes=200, ridge=0, normalization=normalization, batch_size=7)
+    options = {"ridge": 0, "normalization": normalization, "draw": "sir", "batch_size": 7}
+    energy = fit_energy(proposal, pairs, NAMES, num_prefixes=200, **options)
     want = metrics.features(energy.metrics, toy.as_candidates(torch.tensor(pairs.continuations), 200)).mean((0, 1))
     torch.testing.assert_close(energy.targets, want.double())
     # Drawn a second time, batch by batch and seed by seed: the same candidates.
-    decoded = SIRDecoder(energy, toy.ToyProposal(num_candidates=12), batch_size=7)(["x"] * 200, seed=0)
+    drawn, _ = collect(toy.ToyProposal(num_candidates=12), pairs.prefixes, None, seed=0, batch_size=7)
+    decoded = SIRDecoder(energy, toy.ToyProposal(num_candidates=12)).choose(drawn)
     if normalization == "per_prefix":
-        expected = (decoded.weights.double()[..., None] * decoded.candidate_features.double()).sum(1).mean(0)
+        chances = torch.tensor([reference.race_probabilities(row) for row in decoded.weights.tolist()])
+        expected = (chances.double()[..., None] * decoded.candidate_features.double()).sum(1).mean(0)
         torch.testing.assert_close(expected, energy.targets, atol=1e-6, rtol=0)
     assert max(map(abs, energy.diagnostics.residual)) < 1e-9
-    assert (energy.normalization, energy.base) == (normalization, "proposal")
+    draw = "race" if normalization == "per_prefix" else "sir"
+    assert (energy.normalization, energy.draw, energy.base) == (normalization, draw, "proposal")
     assert (energy.diagnostics.num_prefixes, energy.diagnostics.num_targets) == (200, 200)
 
 
@@ -108,7 +120,7 @@ def test_the_model_itself_can_be_what_is_tilted(proposal):
 
 def test_bad_calls(proposal):
     with pytest.raises(UnknownMetric):
-        fit_energy(proposal, TEXTS, ["perplexity"])
+        fit_energy(proposal, TEXTS, ["perplexity"], num_prefixes=10, prefix_tokens=4)
     with pytest.raises(DataError, match=r"30 of 30 texts have the 12 tokens .* that 96 pairs need"):
         fit_energy(proposal, TEXTS, ["sr_1"], prefix_tokens=4)
     with pytest.raises(InfeasibleTargets):
@@ -116,3 +128,63 @@ def test_bad_calls(proposal):
     untold = TransformersProposal(proposal.model, None, num_candidates=2, max_new_tokens=2)
     with pytest.raises(InvalidInput, match="need a proposal with a tokenizer"):
         fit_energy(untold, TEXTS, ["sr_1"])
+
+
+def test_all_problems_are_told_before_anything_is_drawn(tmp_path):
+    drawn = toy.ToyProposal(1)
+    with pytest.raises(SeveralProblems) as raised:
+        fit_energy(
+            drawn, pairs_of_the_toy(3), ["foo", "bar"], num_targets=0, ridge=-1, seed=-1, bootstrap=-1, batch_size=0,
+            normalization="all", base="text", directory=tmp_path / "file" / "kept",
+        )  # fmt: skip
+    lines = str(raised.value).splitlines()
+    for message in (
+        "num_targets = 0", "batch_size = 0", "bootstrap = -1", "seed = -1", "ridge = -1", "normalization = 'all'",
+        "base = 'text'", "unknown metric 'foo'", "unknown metric 'bar'",
+    ):  # fmt: skip
+        assert sum(message in line for line in lines) == 1, message
+    with pytest.raises(SeveralProblems, match=r"(?s)num_prefixes = 3 is fewer than the 4 .*num_candidates = 1 .*"):
+        fit_energy(drawn, pairs_of_the_toy(3), ["sr_1", "sr_2", "tr_1", "tr_2"], ridge=-1)
+    with pytest.raises(InvalidInput, match="ridge = 'cv' needs at least 5 prefixes"):
+        fit_energy(toy.ToyProposal(2), pairs_of_the_toy(3), ["sr_1"])
+    assert drawn.calls == 0
+
+
+def three(candidates):
+    return torch.full(candidates.lengths.shape, 3.0)
+
+
+def above_three(candidates):
+    """3 for what the model draws, 4 for human text, which comes one a prefix."""
+    return torch.full(candidates.lengths.shape, 4.0 if candidates.shape[1] == 1 else 3.0)
+
+
+def test_a_metric_that_nothing_varies_is_left_out_with_a_warning():
+    pairs, proposal = pairs_of_the_toy(), toy.ToyProposal(12)
+    with pytest.warns(UserWarning, match=r"left out.* same for all candidates, and for human text: three \(3\)"):
+        energy = fit_energy(proposal, pairs, ["sr_2", three, "tr_2"], ridge=0)
+    assert energy.names == ["sr_2", "tr_2"]
+    assert energy.diagnostics.unmet == []
+    assert torch.equal(energy.mu, fit_energy(proposal, pairs, ["sr_2", "tr_2"], ridge=0).mu)
+    with pytest.raises(InvalidInput, match="no metric is left"), pytest.warns(UserWarning, match="three"):
+        fit_energy(proposal, pairs, [three], ridge=0)
+
+
+def test_a_metric_that_never_varies_and_misses_its_target_is_infeasible_or_named(tmp_path):
+    pairs, proposal = pairs_of_the_toy(), toy.ToyProposal(12)
+    options = {"ridge": 0, "directory": tmp_path}
+    with pytest.raises(InfeasibleTargets, match=r"above_three \(3, target 4\)\. Leave out above_three.* kept in"):
+        fit_energy(proposal, pairs, ["sr_2", above_three], **options)
+    drawn = proposal.calls
+    with pytest.warns(TargetsNotMet, match=r"above_three \(3, target 4\)"):
+        energy = fit_energy(proposal, pairs, ["sr_2", above_three], **{**options, "ridge": "cv"})
+    assert (energy.names, energy.diagnostics.unmet) == (["sr_2"], ["above_three"])
+    assert proposal.calls == drawn  # candidates are kept and reused
+
+
+def test_a_lone_surrogate_is_named_by_its_text(proposal):
+    texts = [*TEXTS[:7], TEXTS[7] + " \ud835", *TEXTS[8:]]
+    with pytest.raises(InvalidInput, match=r"texts\[7\] has the lone surrogate '.ud835'"):
+        fit_energy(proposal, texts, ["sr_1"], num_prefixes=10, prefix_tokens=4)
+    with pytest.raises(InvalidInput, match=r"texts\[2\] is a NoneType"):
+        fit_energy(proposal, [*TEXTS[:2], None, *TEXTS[3:]], ["sr_1"], num_prefixes=10, prefix_tokens=4)

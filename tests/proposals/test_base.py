@@ -88,3 +88,8 @@ def test_nothing_is_no_prefix():
     assert as_list([]) == as_list(torch.zeros(0, 3).long()) == []
     with pytest.raises(InvalidInput, match="there are no prefixes"):
         tokenize([], tiny.tokenizer(), tiny.VOCABULARY, None, 1)
+
+
+def test_half_a_character_is_no_text():
+    with pytest.raises(InvalidInput, match=r"prefix 1 has the lone surrogate '\\ud835' at position 2"):
+        tokenize(["w1", "w2\ud835"], tiny.tokenizer(), tiny.VOCABULARY, None, 1)
