@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -30,7 +31,7 @@ DEVICE = "cpu:0"  # where its tensors are, in words that tests can tell from "cp
 # The run under sanitizers, in a process of its own, also counts which lines run.
 SANITIZED = "EMULATION_SANITIZED" in os.environ
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-attributes"]
-CHECKED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "--coverage", "-DEMULATION_COVERAGE"]
+CHECKED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "--coverage"]
 
 
 def sources() -> list[Path]:
@@ -38,13 +39,13 @@ def sources() -> list[Path]:
 
 
 @functools.cache
-def folder() -> Path:
+def folder(sanitized: bool = SANITIZED) -> Path:
     """Where objects and library of this state of the sources go."""
-    state = hashlib.sha256(f"{torch.__version__} {FLAGS} {SANITIZED and CHECKED}".encode())
+    state = hashlib.sha256(f"{torch.__version__} {FLAGS} {sanitized and CHECKED}".encode())
     for path in sorted([*ROOT.glob("csrc/**/*"), *HERE.glob("**/*")]):
         if path.is_file():
             state.update(path.read_bytes())
-    return ROOT / "build" / ("emulation-sanitized" if SANITIZED else "emulation") / state.hexdigest()[:16]
+    return ROOT / "build" / ("emulation-sanitized" if sanitized else "emulation") / state.hexdigest()[:16]
 
 
 def compile_all() -> Path:
@@ -111,6 +112,21 @@ def launched() -> set[str]:
     return names
 
 
+def blocks() -> int:
+    """Of the last launch."""
+    return load().emulation_blocks()
+
+
+def grants() -> int:
+    """How often kernels asked for more shared memory on the current device."""
+    return load().emulation_grants()
+
+
+def error() -> int:
+    """Which error the next call of the CUDA runtime would find."""
+    return load().emulation_error()
+
+
 def compiled() -> set[str]:
     """The kernels in the module."""
     listed = subprocess.run(["nm", "--defined-only", compile_all()], check=True, capture_output=True, text=True)
@@ -123,6 +139,21 @@ class _Operators(TorchDispatchMode):
         if func.namespace == "daemon_fast" and not types and all(a.is_cpu for a in args if isinstance(a, torch.Tensor)):
             func = getattr(torch.ops.daemon_fast_emulated, func._opname).default
         return func(*args, **(kwargs or {}))
+
+
+def coverage() -> dict[str, dict[int, int]]:
+    """How often each line of csrc/cuda ran in the sanitized processes that have ended, by file and number."""
+    counts: dict[str, dict[int, int]] = {}
+    for path in folder(sanitized=True).glob("*.gcda"):
+        command = ["gcov", "--json-format", "--stdout", str(path)]
+        report = subprocess.run(command, cwd=path.parent, check=True, capture_output=True, text=True).stdout
+        for file in json.loads(report)["files"]:
+            name = Path(file["file"]).resolve()
+            if name.parent == ROOT / "csrc/cuda":
+                lines = counts.setdefault(name.name, {})
+                for line in file["lines"]:
+                    lines[line["line_number"]] = lines.get(line["line_number"], 0) + line["count"]
+    return counts
 
 
 @contextlib.contextmanager

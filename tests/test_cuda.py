@@ -1,9 +1,7 @@
-"""What only a GPU can show: graphs, streams, synchronisation, devices, marked results. Parity is in each operator's
+"""What only a GPU can show: graphs, streams, synchronisation, devices. Parity is in each operator's
 own tests, which run on the GPU too."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
@@ -117,59 +115,6 @@ def test_on_another_device_than_the_current(inputs):
     assert torch.equal(there.index.cpu(), expected.index.cpu())
     with pytest.raises(RuntimeError, match="lengths must be on the same device"):
         daemon_fast.repetition(inputs[0], inputs[1].to("cuda:1"))
-
-
-def test_empty_inputs(cuda):
-    def empty(*shape, dtype=torch.float32):
-        return torch.empty(*shape, dtype=dtype, device=cuda)
-
-    assert daemon_fast.repetition(empty(0, 5, dtype=torch.int64)).shape == (0, 6)
-    assert daemon_fast.repetition(empty(3, 0, dtype=torch.int64)).tolist() == [[0.0] * 6] * 3
-    assert daemon_fast.token_logprobs(empty(0, 9), empty(0, dtype=torch.int64)).log_p.shape == (0,)
-    assert daemon_fast.importance_weights(empty(0, 9)).weights.shape == (0, 9)
-    assert daemon_fast.sir_select(empty(0, 9, 2), empty(2, dtype=F64), empty(0, dtype=F64)).index.shape == (0,)
-
-
-def test_what_the_host_cannot_see_is_marked_and_never_silent(cuda):
-    tokens = torch.zeros(3, 4, dtype=torch.int64, device=cuda)
-    out = daemon_fast.repetition(tokens, torch.tensor([4, 5, -1], device=cuda))
-    assert out.isnan().all(dim=1).tolist() == [False, True, True]
-
-    logits = torch.zeros(3, 4, device=cuda)
-    out = torch.stack(daemon_fast.token_logprobs(logits, torch.tensor([3, 4, -1], device=cuda), 0.9))
-    assert out.isnan().all(dim=0).tolist() == [False, True, True]
-
-    uniforms = torch.tensor([0.5, 1.0, -1.0], dtype=F64, device=cuda)
-    assert (daemon_fast.sample_tokens(logits, uniforms, 0.9).ids < 0).tolist() == [False, True, True]
-
-    log_w = torch.tensor([[0.0, 1.0], [-math.inf, -math.inf], [math.nan, 0.0], [math.inf, 0.0]], device=cuda)
-    for part in daemon_fast.importance_weights(log_w):
-        assert part.reshape(4, -1).isnan().all(dim=1).tolist() == [False, True, True, True]
-
-    features, mu = torch.zeros(4, 2, 1, device=cuda), torch.ones(1, dtype=F64, device=cuda)
-    uniforms = torch.tensor([0.5, 0.5, 0.5, 1.0], dtype=F64, device=cuda)
-    log_w[3] = 0
-    out = daemon_fast.sir_select(features, mu, uniforms, log_w)
-    assert out.index.tolist() == [1, -1, -1, -1]
-    assert out.log_z.isnan().tolist() == [False, True, True, False]
-
-    races = torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [0.5, 1.0]], dtype=F64, device=cuda)
-    out = daemon_fast.race_select(features, mu, races, log_w)
-    assert out.index.tolist() == [1, -1, -1, -1]
-    assert out.log_z.isnan().tolist() == [False, True, True, False]
-
-    for normalization in ("per_prefix", "global"):
-        for part in daemon_fast.tilted_moments(features, mu, log_w, normalization):
-            assert part.isnan().all()
-
-
-def test_more_than_a_launch_can_hold_is_named(cuda):
-    tokens = torch.zeros(1, 4, dtype=torch.int64, device=cuda)
-    with pytest.raises(RuntimeError, match="ngrams has 33 entries, more than the 32"):
-        daemon_fast.repetition(tokens, ngrams=list(range(1, 34)))
-    features, mu = torch.zeros(2, 2, 400, device=cuda), torch.zeros(400, dtype=F64, device=cuda)
-    with pytest.raises(RuntimeError, match="K = 400, whose moments need"):
-        daemon_fast.tilted_moments(features, mu)
 
 
 def test_fit_on_a_gpu_equals_that_on_the_cpu(cuda):

@@ -1,15 +1,16 @@
 // What the tests set of the emulated device, and read from it; and the part of torch that a CPU build of it lacks.
 #include "cuda_runtime.h"
 
-#if defined(EMULATION_COVERAGE)
-extern "C" void __gcov_dump();
-#endif
-
 extern "C" {
 
-AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
-    *stream = &emulation::device;
-    return emulation::result("current_stream", cudaSuccess) == cudaSuccess ? AOTI_TORCH_SUCCESS : AOTI_TORCH_FAILURE;
+AOTITorchError aoti_torch_get_device_index(AtenTensorHandle, int32_t* index) {
+    *index = emulation::device.index;
+    return AOTI_TORCH_SUCCESS;
+}
+
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t index, void** stream) {
+    *stream = index == emulation::device.index ? &emulation::device : nullptr;
+    return emulation::broken("current_stream") ? AOTI_TORCH_FAILURE : AOTI_TORCH_SUCCESS;
 }
 
 AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
@@ -21,10 +22,14 @@ AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) {
     return AOTI_TORCH_SUCCESS;
 }
 
+// Another device than the one before, on which nothing has run.
 void emulation_device(
     int64_t multiprocessors, int64_t shared_optin, int order, bool ptx, bool runs, const char* broken) {
     static std::string name;
     emulation::Device& device = emulation::device;
+    ++device.index;
+    device.granted.clear();
+    device.grants = 0;
     device.multiprocessors = multiprocessors;
     device.shared_optin = shared_optin;
     device.order = order;
@@ -76,10 +81,8 @@ int64_t emulation_grants() {  // how often kernels asked for more shared memory
     return emulation::device.grants;
 }
 
-void emulation_coverage() {
-#if defined(EMULATION_COVERAGE)
-    __gcov_dump();
-#endif
+int emulation_error() {  // what the next call of the runtime would find
+    return emulation::device.last_error;
 }
 
 }  // extern "C"

@@ -52,6 +52,7 @@ struct Kernel {
 
 // Set by the tests; an H100 by default.
 struct Device {
+    int index = 0, current = -1;  // of this device; of what the runtime takes for the current one
     int64_t multiprocessors = 132, shared_optin = 227 * 1024;
     int order = 0;                 // of threads: see Block::run
     bool runs = true;              // false: launches are checked only
@@ -84,8 +85,12 @@ inline const Kernel& limits(const std::string& kernel) {
     return found->second;
 }
 
+inline bool broken(const char* call) {
+    return device.broken && std::strcmp(device.broken, call) == 0;
+}
+
 inline cudaError_t result(const char* call, cudaError_t error) {
-    if (device.broken && std::strcmp(device.broken, call) == 0) error = cudaErrorInvalidDevice;
+    if (broken(call)) error = cudaErrorInvalidDevice;
     if (error != cudaSuccess) device.last_error = error;
     return error;
 }
@@ -101,6 +106,7 @@ inline cudaError_t refusal(const std::string& name, const cudaLaunchConfig_t& co
     if (static_cast<int64_t>(config.dynamicSmemBytes) > dynamic) return cudaErrorInvalidValue;
     const int64_t warps = (block.x + kWarp - 1) / kWarp;  // registers are given out 8 to a lane
     if ((kernel.registers + 7) / 8 * 8 * kWarp * warps > kRegisters) return cudaErrorLaunchOutOfResources;
+    if (device.current != device.index) return cudaErrorInvalidDevice;
     if (config.stream != &device) return cudaErrorInvalidResourceHandle;  // the legacy stream can't be captured
     return cudaSuccess;
 }
@@ -122,11 +128,13 @@ inline cudaError_t cudaGetLastError() {
     return std::exchange(emulation::device.last_error, cudaSuccess);
 }
 
-inline cudaError_t cudaSetDevice(int) {
+inline cudaError_t cudaSetDevice(int index) {
+    emulation::device.current = index;
     return emulation::result("cudaSetDevice", cudaSuccess);
 }
 
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int index) {
+    if (index != emulation::device.index) return emulation::result("cudaDeviceGetAttribute", cudaErrorInvalidDevice);
     const bool shared = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin;
     *value = static_cast<int>(shared ? emulation::device.shared_optin : emulation::device.multiprocessors);
     return emulation::result("cudaDeviceGetAttribute", cudaSuccess);
@@ -140,7 +148,8 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const v
 
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
     const std::string name = emulation::name_of(kernel);
-    const bool fits = bytes >= 0 && emulation::limits(name).static_shared + bytes <= emulation::device.shared_optin;
+    const bool fits = emulation::device.current == emulation::device.index &&
+                      emulation::limits(name).static_shared + bytes <= emulation::device.shared_optin;
     const cudaError_t error = emulation::result("cudaFuncSetAttribute", fits ? cudaSuccess : cudaErrorInvalidValue);
     ++emulation::device.grants;
     if (error == cudaSuccess) emulation::device.granted[name] = bytes;
