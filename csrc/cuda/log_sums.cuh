@@ -11,6 +11,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
+
 #include "cuda/device.cuh"
 
 namespace daemon_fast::cuda {
@@ -32,12 +34,12 @@ constexpr float kLog2E = 1.44269504f;  // its rounding is harmless: it multiplie
 struct Temperature {
     float inverse;
     float scale;   // log2(e) / temperature
-    float lowest;  // where 2^(x * scale) leaves the normal numbers
+    float lowest;  // where 2^(x * scale) leaves the normal numbers, and never -inf
 
     explicit Temperature(double temperature)
         : inverse(static_cast<float>(1.0 / temperature)),
           scale(static_cast<float>(1.4426950408889634 / temperature)),
-          lowest(static_cast<float>(-126 * 0.6931471805599453 * temperature)) {}
+          lowest(static_cast<float>(std::max(-126 * 0.6931471805599453 * temperature, -3e38))) {}
 };
 
 __device__ __forceinline__ float to_float(float x) {

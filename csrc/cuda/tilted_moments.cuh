@@ -99,7 +99,6 @@ __device__ void chunk_moments(
 __device__ __forceinline__ double chunk_scatter(const MomentTile& tile, int count, int stride, uint32_t pair) {
     const double *a = tile.features + (pair >> 16), *b = tile.features + (pair & 0xffff);
     double scatter = 0;
-#pragma unroll 5
     for (int j = 0; j < count; ++j, a += stride, b += stride) scatter += tile.weights[j] * *a * *b;
     return scatter;
 }
