@@ -62,6 +62,17 @@ void emulation_launched(void (*name)(const char*)) {
     for (const std::string& kernel : emulation::device.launched) name(kernel.c_str());
 }
 
+// Counts what the PTX of later launches issues, or stops that.
+void emulation_count(bool counts) {
+    emulation::device.counts = counts;
+    emulation::device.issued.clear();
+}
+
+// Calls back with kernel, instruction, and how often it was issued to a warp.
+void emulation_issued(void (*each)(const char*, const char*, uint64_t)) {
+    for (const auto& [key, count] : emulation::device.issued) each(key.first.c_str(), key.second.c_str(), count);
+}
+
 int64_t emulation_blocks() {  // of the last launch
     return emulation::device.last_grid.x;
 }

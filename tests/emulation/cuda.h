@@ -466,6 +466,9 @@ inline int __ffs(int value) {
     return __builtin_ffs(value);
 }
 
+using std::max;
+using std::min;
+
 inline int32_t __float_as_int(float value) {
     int32_t bits;
     std::memcpy(&bits, &value, sizeof bits);

@@ -64,6 +64,8 @@ struct Device {
     cudaError_t last_error = cudaSuccess;
     std::set<std::string> launched;
     Dim last_grid;
+    bool counts = false;                                             // what PTX issues, by kernel and instruction:
+    std::map<std::pair<std::string, std::string>, uint64_t> issued;  // here
 };
 inline Device device;
 
@@ -172,6 +174,10 @@ cudaError_t cudaLaunchKernelEx(
     std::vector<const void*> addresses;
     std::apply([&](const auto&... value) { (addresses.push_back(&value), ...); }, values);
     const emulation::ptx::Program& program = emulation::limits(name).program;
-    emulation::ptx::run(program, grid, threads, config->dynamicSmemBytes, device.order, addresses);
+    emulation::ptx::Issues issues(program, threads);
+    emulation::ptx::run(
+        program, grid, threads, config->dynamicSmemBytes, device.order, addresses, device.counts ? &issues : nullptr);
+    for (const auto& [instruction, count] : issues.by_name) device.issued[{name, instruction}] += count;
+    for (const auto& [instruction, count] : issues.of_busiest) device.issued[{name, "busiest " + instruction}] += count;
     return cudaSuccess;
 }

@@ -7,10 +7,12 @@
 #include <cuda_fp16.h>
 
 #include <cctype>
+#include <map>
 #include <set>
 #include <sstream>
 #include <type_traits>
 #include <unordered_map>
+#include <utility>
 
 #include "cuda.h"
 
@@ -32,6 +34,7 @@ struct Op {
 
 struct Program {
     std::vector<Op> ops;
+    std::vector<std::string> names;              // of the ops
     std::unordered_map<std::string, int> slots;  // registers, constants and parameters
     std::vector<uint64_t> constants;             // what slots hold at first
     std::vector<int> parameters;                 // slots of their addresses
@@ -647,6 +650,7 @@ class Reader {
         op.run = find(name, operands);
         if (!op.run) throw std::logic_error("PTX: no such instruction: " + text);
         program_->ops.push_back(op);
+        program_->names.push_back(text.substr(0, space));
     }
 
     // Operands by their commas, those in braces and d|p one by one.
@@ -699,9 +703,47 @@ class Reader {
     std::vector<std::pair<size_t, std::string>> branches_;
 };
 
+// How often each instruction was issued to warps. The lanes of a warp are taken to stay together where they can: it
+// issues an instruction as often as the lane that runs it most often.
+class Issues {
+ public:
+    Issues(const Program& program, unsigned threads)
+        : program_(program), warps_((threads + kWarp - 1) / kWarp, std::vector<uint32_t>(program.ops.size())) {}
+
+    void add(const std::vector<uint32_t>& lane) {
+        std::vector<uint32_t>& warp = warps_[threadIdx.x / kWarp];
+        for (size_t i = 0; i < lane.size(); ++i) warp[i] = std::max(warp[i], lane[i]);
+        if (++ended_ == blockDim.x) flush();
+    }
+
+    std::map<std::string, uint64_t> by_name, of_busiest;  // of all warps, and of that with the most
+
+ private:
+    void flush() {
+        ended_ = 0;
+        for (std::vector<uint32_t>& warp : warps_) {
+            std::map<std::string, uint64_t> own;
+            uint64_t total = 0;
+            for (size_t i = 0; i < warp.size(); ++i) {
+                total += warp[i];
+                own[program_.names[i]] += std::exchange(warp[i], 0);
+            }
+            for (const auto& [name, count] : own) by_name[name] += count;
+            if (total > most_) of_busiest = own;
+            most_ = std::max(most_, total);
+        }
+    }
+
+    const Program& program_;
+    std::vector<std::vector<uint32_t>> warps_;
+    unsigned ended_ = 0;
+    uint64_t most_ = 0;
+};
+
+// Counts what it issues, if asked to.
 inline void run(
     const Program& program, unsigned grid, unsigned threads, size_t dynamic_bytes, int order,
-    const std::vector<const void*>& parameters) {
+    const std::vector<const void*>& parameters, Issues* issues = nullptr) {
     const int64_t bytes = Reader::dynamic_offset(program) + static_cast<int64_t>(dynamic_bytes);
     std::vector<Thread> states(threads, Thread{program.constants, bytes, 0});
     const auto set = [&](Thread& thread, const char* name, uint64_t value) {
@@ -719,10 +761,13 @@ inline void run(
     launch(grid, threads, static_cast<size_t>(bytes), order, [&] {
         Thread& thread = states[threadIdx.x];
         set(thread, "%ctaid.x", blockIdx.x);
+        std::vector<uint32_t> counts(issues ? program.ops.size() : 0);
         for (thread.next = 0; thread.next >= 0;) {
+            if (issues) ++counts[static_cast<size_t>(thread.next)];
             const Op& op = program.ops[static_cast<size_t>(thread.next++)];
             if (op.guard < 0 || thread.get<bool>(op.guard) != op.negated) op.run(thread, op);
         }
+        if (issues) issues->add(counts);
     });
 }
 
