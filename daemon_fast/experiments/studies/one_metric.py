@@ -63,10 +63,8 @@ def section(result: OneMetric) -> Section:
     name = result.metric
     found = {"human": result.human, "plain sampling": result.sampling, "DAEMON": result.daemon}
     rows: list[Row] = [[who, *page.means([name], means)] for who, means in found.items()]
-    tables, notes = (
-        [Table(["", name], rows, f"Mean x100 ± standard error, held-out prefixes. mu = {result.mu:.4g}.")],
-        [],
-    )
+    caption, notes = f"Mean x100 ± standard error, held-out prefixes. mu = {result.mu:.4g}.", []
+    tables = [Table(["", name], rows, caption)]
     if isinstance(result.perplexity, NotDone):
         notes.append(f"Perplexity: not done: {result.perplexity.reason}")
     else:
