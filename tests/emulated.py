@@ -23,7 +23,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import daemon_fast
-from daemon_fast import _C
+from daemon_fast import _C, ops
 
 ROOT = Path(__file__).parents[1]
 HERE = Path(__file__).parent / "emulation"
@@ -77,6 +77,7 @@ def load() -> ctypes.CDLL:
     if shutil.which("g++") is None:
         pytest.skip("no g++")
     library = compile_all()
+    assert ops  # imported because it registers the operators
     define = torch.library.Library("daemon_fast_emulated", "DEF")
     for name in torch._C._dispatch_get_all_op_names():
         if name.startswith("daemon_fast::"):
@@ -137,7 +138,9 @@ def compiled() -> set[str]:
 class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "daemon_fast" and not types and all(a.is_cpu for a in args if isinstance(a, torch.Tensor)):
-            func = getattr(torch.ops.daemon_fast_emulated, func._opname).default
+            here = f"daemon_fast_emulated::{func._opname}"
+            if torch._C._dispatch_has_kernel_for_dispatch_key(here, "CPU"):  # not every operator has a kernel for CUDA
+                func = getattr(torch.ops.daemon_fast_emulated, func._opname).default
         return func(*args, **(kwargs or {}))
 
 

@@ -17,8 +17,8 @@ import daemon_fast
 from daemon_fast import _C, extension
 
 OPERATORS = (
-    "repetition", "token_logprobs", "token_logprobs_backward", "sample_tokens", "importance_weights", "sir_select",
-    "race_select", "tilted_moments",
+    "repetition", "token_logprobs", "token_logprobs_backward", "sample_tokens", "append_tokens", "importance_weights",
+    "sir_select", "race_select", "tilted_moments",
 )  # fmt: skip
 
 

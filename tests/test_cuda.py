@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import daemon_fast
+from daemon_fast import ops
 
 pytestmark = pytest.mark.gpu
 F64 = torch.float64
@@ -52,13 +53,29 @@ def test_tokens_to_choice_in_one_graph(inputs):
             assert torch.equal(a, b)
 
 
+def appended(ids, log_p, log_q, slot):
+    """The buffers of 3 steps after one."""
+    device, rows = ids.device, len(ids)
+    buffers = (
+        torch.zeros(3, rows, dtype=torch.int64, device=device), torch.zeros(3, rows, device=device),
+        torch.zeros(3, rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device),
+        torch.ones(rows, dtype=torch.bool, device=device),
+    )  # fmt: skip
+    rows, eos = torch.arange(rows, device=device), torch.arange(9, device=device)
+    ops.append_tokens(
+        *buffers, ids=ids, ids_log_p=log_p, ids_log_q=log_q, slot=slot, rows=rows, eos=eos, count_eos=True
+    )
+    return buffers
+
+
 def test_every_operator_in_a_graph(cuda):
     logits, ids = torch.randn(8, 5000, device=cuda), torch.randint(5000, (8,), device=cuda)
     features, mu = torch.randn(30, M, K, device=cuda), torch.randn(K, dtype=F64, device=cuda)
-    uniforms = torch.rand(8, dtype=F64, device=cuda)
+    uniforms, slot = torch.rand(8, dtype=F64, device=cuda), torch.ones(1, dtype=torch.int64, device=cuda)
 
     def run():
         return [
+            *appended(*daemon_fast.sample_tokens(logits, uniforms, 0.97), slot),
             *daemon_fast.token_logprobs(logits, ids, 0.97),
             torch.ops.daemon_fast.token_logprobs_backward(logits[:, 0], logits[:, 1], logits, ids, 0.97),
             *daemon_fast.sample_tokens(logits, uniforms, 0.97),
@@ -79,13 +96,14 @@ def test_every_operator_in_a_graph(cuda):
 
 def test_no_operator_waits_for_the_device(inputs, cuda):
     logits, ids = torch.randn(8, 5000, device=cuda), torch.randint(5000, (8,), device=cuda)
-    features = torch.randn(30, M, K, device=cuda)
+    features, slot = torch.randn(30, M, K, device=cuda), torch.ones(1, dtype=torch.int64, device=cuda)
     torch.cuda.set_sync_debug_mode("error")
     try:
         choose(*inputs)
         daemon_fast.token_logprobs(logits, ids, 0.97)
         torch.ops.daemon_fast.token_logprobs_backward(logits[:, 0], logits[:, 1], logits, ids, 0.97)
-        daemon_fast.sample_tokens(logits, features[:8, 0, 0].abs().double() % 1, 0.97)
+        drawn = daemon_fast.sample_tokens(logits, features[:8, 0, 0].abs().double() % 1, 0.97)
+        appended(*drawn, slot)
         daemon_fast.importance_weights(features[..., 0])
         daemon_fast.race_select(features, inputs[2], features[..., 0].abs().double() % 1)
         daemon_fast.tilted_moments(features, inputs[2])

@@ -57,6 +57,12 @@ def calls():
                     for grads in (normal(2, 3), torch.zeros(2, 3)):
                         yield "token_logprobs_backward", *grads, logits, ids, temperature
                 yield "sample_tokens", logits, uniforms(3), temperature
+    for rows in (1, 128, 129):
+        buffers = [torch.zeros(4, rows, dtype=kind) for kind in (torch.int64, torch.float32, torch.float32)]
+        state = torch.zeros(rows, dtype=torch.int64), torch.arange(rows) % 3 > 0
+        ids, slot, order = torch.arange(rows) % 5 - 1, torch.tensor([2]), torch.randperm(rows, generator=generator)
+        for eos in (torch.tensor([3, 0]), torch.zeros(0, dtype=torch.int64)):
+            yield "append_tokens", *buffers, *state, ids, normal(rows), normal(rows), slot, order, eos, rows > 1
     for M in (1, 25, 40, 65, 1024, 2789, 6125, 30_000):
         for feature in (torch.float32, F64):
             yield "importance_weights", normal(2, M).to(feature)
@@ -78,13 +84,17 @@ def calls():
 
 def outputs(call):
     name, *arguments = call
+    if name == "append_tokens":  # in place
+        arguments = [x.clone() if isinstance(x, torch.Tensor) else x for x in arguments]
     out = getattr(_ops, name)(*arguments)
+    if out is None:
+        return arguments[:5]
     return (out,) if isinstance(out, torch.Tensor) else out
 
 
 def compare(call, got, want):
     for a, b in zip(got, want, strict=True):
-        if call[0] == "repetition" or a.dtype == torch.int64:
+        if call[0] in ("repetition", "append_tokens") or a.dtype == torch.int64:
             assert torch.equal(a, b), call[0]
         else:
             tolerance = max(RTOL[a.dtype], RTOL[call[1].dtype] if "logprobs" not in call[0] else 0)
@@ -142,6 +152,17 @@ def test_gradients_that_are_not_defined(cuda_code):
         for grads in ((one, none), (none, one)):
             grad = _ops.token_logprobs_backward(*grads, logits, ids, temperature)
             assert undefined(grad) == [False, True, True, True, False, False, False]
+
+
+def test_tokens_appended_outside(cuda_code):
+    for slot, rows, lengths in ((3, [2, 0], [-1, 0, -1]), (0, [2, 3], [0, 0, 1]), (-1, [-1, 1], [0, -1, 0])):
+        buffers = [torch.zeros(3, 3, dtype=torch.int64), torch.zeros(3, 3), torch.zeros(3, 3)]
+        buffers += [torch.zeros(3, dtype=torch.int64), torch.ones(3, dtype=torch.bool)]
+        given = torch.tensor([5, 6]), torch.zeros(2), torch.zeros(2), torch.tensor([slot]), torch.tensor(rows)
+        buffers = on(cuda_code, *buffers)
+        _ops.append_tokens(*buffers, *on(cuda_code, *given, torch.tensor([0])), True)
+        assert buffers[3].tolist() == lengths
+        assert buffers[0].sum() == (5 if slot == 0 else 0)
 
 
 def test_sampled_tokens_that_are_not_defined(cuda_code):

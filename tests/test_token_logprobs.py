@@ -68,10 +68,10 @@ def test_rows_may_be_strided(device):
         check(rows, torch.tensor([0, 49, 7]), 0.9, device)
 
 
-def test_every_number_of_half_precision_is_read_as_it_is(device):
+def test_every_number_of_half_precision_is_read_as_it_is(real_device):
     for dtype in (torch.float16, torch.bfloat16):
-        every = torch.arange(-(2**15), 2**15, device=device).to(torch.int16).view(dtype)
-        logits, ids = torch.stack([every, torch.zeros_like(every)], dim=1), torch.ones(2**16, device=device).long()
+        every = torch.arange(-(2**15), 2**15, device=real_device).to(torch.int16).view(dtype)
+        logits, ids = torch.stack([every, torch.zeros_like(every)], dim=1), torch.ones(2**16, device=real_device).long()
         wide = daemon_fast.token_logprobs(logits.float(), ids, 0.5)
         for got, want in zip(daemon_fast.token_logprobs(logits, ids, 0.5), wide, strict=True):
             torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)

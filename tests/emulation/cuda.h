@@ -17,9 +17,10 @@
 // Not caught
 // - the GPU's weak memory order (here every access is seen at once by all), data races within one stretch between
 //   barriers that no order of whole stretches shows, and anything between blocks that run at the same time;
-// - memory spaces, alignment of vector loads (UBSan sees some), registers, occupancy, launch limits, streams;
-// - CUB and the device's math functions: stand-ins of the same interface take their place (cub/, cuda_fp16.h and
-//   cuda_bf16.h in this folder), so that only our use of them is tested.
+// - with the source, what CUB, the device's math functions and the compiler make of it: stand-ins with the same
+//   interface, and CUB's order of operations, take their place (cub/, cuda_fp16.h and cuda_bf16.h in this folder). The
+//   module's PTX (ptx.h) has all that as it ships, alignments and bounds of shared memory too, but no sanitizer;
+// - occupancy, and the rounding of approximate instructions.
 #pragma once
 
 #include <ucontext.h>
