@@ -10,6 +10,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import combinations_with_replacement
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ __all__ = [
     "Nats",
     "RepetitionMetric",
     "SequenceRepetition",
+    "Spread",
     "TokenRepetition",
     "built_in",
     "column_names",
@@ -235,6 +237,51 @@ class FunctionMetric(Metric):
         return self._function(candidates)
 
 
+class Spread(Metric):
+    """Second moments of other metrics: squares and products of their deviations from human means, in human units.
+
+    With z = (f - mean) / scale clipped at ±2.5, the columns are z_i² ("sr_4^2") and z_i z_j ("sr_4*nats"). Their human
+    means as targets give what is drawn the spread of human text, and not only its mean. Clipping keeps a few texts from
+    deciding them, and the tilt bounded.
+
+    Parameters
+    ----------
+    of : k names of columns that are evaluated beside it
+    mean, scale : [k] of human text; scale > 0
+    """
+
+    name = "spread"
+    clip = 2.5
+    bounds = (-(clip**2), clip**2)
+
+    def __init__(self, of: Sequence[str], mean: Sequence[float], scale: Sequence[float]) -> None:
+        if not of or len(set(of)) < len(of) or not len(of) == len(mean) == len(scale) or min(scale) <= 0:
+            raise InvalidInput(
+                f"spread of {list(of)} needs distinct names, and a mean and a scale > 0 of each: got "
+                f"mean = {list(mean)}, scale = {list(scale)}"
+            )
+        self.of, self._mean, self._scale = tuple(of), list(map(float, mean)), list(map(float, scale))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(f"{a}^2" if a == b else f"{a}*{b}" for a, b in combinations_with_replacement(self.of, 2))
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        return {"name": self.name, "of": list(self.of), "mean": self._mean, "scale": self._scale}
+
+    def combine(self, columns: Mapping[str, Tensor]) -> Tensor:
+        """[..., k (k + 1) / 2] from the columns of the others, each [...]."""
+        z = [
+            ((columns[name].double() - mean) / scale).clamp(-self.clip, self.clip)
+            for name, mean, scale in zip(self.of, self._mean, self._scale, strict=True)
+        ]
+        return torch.stack([a * b for a, b in combinations_with_replacement(z, 2)], -1).float()
+
+    def evaluate(self, candidates: Candidates) -> Tensor:
+        raise InvalidInput(f"metric spread is of {', '.join(self.of)}: evaluate it beside them, by `metrics.features`")
+
+
 def parse(names: Iterable[str | Metric | Function], encoder: Encoder | str | None = None) -> list[Metric]:
     """Metrics from names, metric objects and plain callables.
 
@@ -303,11 +350,21 @@ def from_specs(specs: Sequence[Mapping[str, Any]], own: Iterable[Metric | Functi
         if name in by_name:
             metrics.append(by_name[name])
             continue
+        if name == Spread.name:
+            metrics.append(_spread(spec, i))
+            continue
         try:
             metrics.append(_parse_one(name, spec.get("encoder")))
         except InvalidInput as error:
             raise ArtefactError(f"metrics[{i}]: {error}; pass your own metrics as metrics=") from error
     return metrics
+
+
+def _spread(spec: Mapping[str, Any], i: int) -> Spread:
+    try:
+        return Spread(spec["of"], spec["mean"], spec["scale"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtefactError(f"metrics[{i}] is no spread with of, mean and scale: {error}") from error
 
 
 def built_in(name: str) -> Metric | None:
@@ -349,11 +406,18 @@ def features(metrics: Sequence[Metric], candidates: Candidates) -> Tensor:
     """
     shared = [metric for metric in metrics if isinstance(metric, RepetitionMetric)]
     columns = dict(zip(map(id, shared), _repetition_columns(shared, candidates) if shared else [], strict=True))
-    values = []
-    for metric in metrics:
-        value = columns[id(metric)] if id(metric) in columns else torch.as_tensor(metric.evaluate(candidates))
-        values.append(_checked(metric, value, candidates))
-    return torch.cat(values, dim=1).reshape(*candidates.shape, -1)
+    by_name: dict[str, Tensor] = {}
+    for metric in sorted(metrics, key=lambda metric: isinstance(metric, Spread)):
+        if isinstance(metric, Spread):
+            if missing := [name for name in metric.of if name not in by_name]:
+                raise InvalidInput(f"metric spread is of {missing[0]!r}, which is not among the metrics")
+            value = metric.combine(by_name)
+        else:
+            value = columns[id(metric)] if id(metric) in columns else torch.as_tensor(metric.evaluate(candidates))
+        checked = _checked(metric, value, candidates)
+        by_name |= dict(zip(metric.names, checked.unbind(1), strict=True))
+    values = [by_name[name] for name in column_names(metrics)]
+    return torch.stack(values, dim=1).reshape(*candidates.shape, -1)
 
 
 def _repetition_columns(metrics: Sequence[RepetitionMetric], candidates: Candidates) -> list[Tensor]:

@@ -10,7 +10,7 @@ import torch
 import toy
 
 from daemon_fast import Candidates, metrics, ops, reference
-from daemon_fast.errors import InvalidInput, UnknownMetric
+from daemon_fast.errors import ArtefactError, InvalidInput, UnknownMetric
 
 
 class HashEncoder:
@@ -165,3 +165,22 @@ def test_a_tilt_without_bound_is_named():
     for sign, names in ((-1.0, ["ent"]), (1.0, ["surprise"])):
         mu = dict.fromkeys(metrics.column_names(listed), sign)
         assert metrics.unbounded_tilts(listed, mu) == names
+
+
+def test_spread_is_of_clipped_deviations_in_human_units():
+    drawn = toy.as_candidates(toy.SEQUENCES[:6], 2)
+    spread = metrics.Spread(["sr_1", "nats"], [0.5, 1.0], [0.1, 0.5])
+    found = metrics.features([spread, *metrics.parse(["nats", "sr_1"])], drawn)
+    assert metrics.column_names([spread]) == ["sr_1^2", "sr_1*nats", "nats^2"]
+    for row in found.reshape(6, 5).tolist():
+        nats, sr = row[3:]
+        z = [max(-2.5, min(2.5, (sr - 0.5) / 0.1)), max(-2.5, min(2.5, (nats - 1.0) / 0.5))]
+        assert row[:3] == pytest.approx([z[0] * z[0], z[0] * z[1], z[1] * z[1]], abs=1e-5)
+    again = metrics.from_specs([metric.spec for metric in (spread, *metrics.parse(["nats", "sr_1"]))])
+    assert torch.equal(metrics.features(again, drawn), found)
+    with pytest.raises(InvalidInput, match="spread is of 'nats', which is not among the metrics"):
+        metrics.features([spread, *metrics.parse(["sr_1"])], drawn)
+    with pytest.raises(InvalidInput, match="scale > 0"):
+        metrics.Spread(["sr_1"], [0.5], [0.0])
+    with pytest.raises(ArtefactError, match=r"metrics\[0\]"):
+        metrics.from_specs([{"name": "spread", "of": ["sr_1"]}])

@@ -60,6 +60,7 @@ def fit_energy(
     normalization: Normalization = "per_prefix",
     draw: Draw = "sir",
     base: Base = "proposal",
+    spread: Sequence[str] = (),
     ridge: Ridge = "cv",
     bootstrap: int = 0,
     seed: int = 0,
@@ -83,6 +84,7 @@ def fit_energy(
     prefix_tokens : where texts are cut
     normalization, draw, ridge, bootstrap : see `daemon_fast.fit`
     base : "proposal": that is tilted, as in the paper; "model": p_theta at temperature 1 is
+    spread : names among the metrics, whose squares and products are to have human means, too: see `metrics.Spread`
     seed : of the choice of texts, the candidates and the bootstrap
     batch_size : prefixes drawn together
     directory : keeps candidates batch by batch, so that a run that is cut off goes on there. None: nothing is kept
@@ -123,15 +125,15 @@ def fit_energy(
     plan = prepare(
         problems, texts, tokenizer, metrics, sampling.num_candidates, sampling.max_new_tokens,
         encoder=encoder, num_prefixes=num_prefixes, num_targets=num_targets, prefix_tokens=prefix_tokens,
-        normalization=normalization, draw=draw, base=base, ridge=ridge, bootstrap=bootstrap, seed=seed,
-        batch_size=batch_size, directory=directory,
+        normalization=normalization, draw=draw, base=base, spread=spread, ridge=ridge, bootstrap=bootstrap,
+        seed=seed, batch_size=batch_size, directory=directory,
     )  # fmt: skip
     measured = measure(
         proposal, plan.pairs, plan.metrics, targets=plan.targets, base=base, seed=seed, batch_size=batch_size,
         directory=directory,
     )  # fmt: skip
     with kept(directory, REUSED):
-        result, fitted = _fitted(measured, plan.metrics, normalization, draw, ridge, bootstrap, seed)
+        result, fitted = _fitted(measured, plan.metrics, spread, normalization, draw, ridge, bootstrap, seed)
     return result.energy(fitted, proposal.settings, base, seed, len(plan.targets))
 
 
@@ -163,6 +165,7 @@ def prepare(
     normalization: Normalization = "per_prefix",
     draw: Draw = "sir",
     base: Base = "proposal",
+    spread: Sequence[str] = (),
     ridge: Ridge = "cv",
     bootstrap: int = 0,
     seed: int = 0,
@@ -210,7 +213,11 @@ def prepare(
     for metric in parsed:
         with problems:
             metric.prepare()
-    k, texts = len(metrics_module.column_names(parsed)), num_targets or num_prefixes
+    names, texts = metrics_module.column_names(parsed), num_targets or num_prefixes
+    for name in spread:
+        if name not in names or list(spread).count(name) > 1:
+            problems.found.append(InvalidInput(f"spread has {name!r}: it must be a metric of {', '.join(names)}, once"))
+    k = len(names) + len(spread) * (len(spread) + 1) // 2
     if 1 <= num_prefixes < k:
         problems.found.append(
             InvalidInput(f"num_prefixes = {num_prefixes} is fewer than the {k} metrics to fit: give at least as many")
@@ -280,6 +287,7 @@ def measure(
 def _fitted(
     measured: Measured,
     metrics: list[Metric],
+    spread: Sequence[str],
     normalization: Normalization,
     draw: Draw,
     ridge: Ridge,
@@ -292,6 +300,8 @@ def _fitted(
     if not varying:
         raise InfeasibleTargets(constant) if missed else InvalidInput("no metric is left to fit")
     features, human = measured.features[..., columns], measured.human[:, columns]
+    if spread:
+        varying, features, human = _with_spread(varying, features, human, spread)
     names, samples = metrics_module.column_names(varying), InMemory(Block(features, measured.base_log_w))
     try:
         result = fit(
@@ -324,6 +334,25 @@ def _fitted(
             stacklevel=3,
         )
     return replace(result, unmet=(*missed, *result.unmet)), varying
+
+
+def _with_spread(
+    metrics: list[Metric], features: Tensor, human: Tensor, spread: Sequence[str]
+) -> tuple[list[Metric], Tensor, Tensor]:
+    """Metrics, [N, M, K] and [N', K] with second moments beside them, in units of this human text."""
+    names = metrics_module.column_names(metrics)
+    of = [name for name in spread if name in names and human[:, names.index(name)].std() > 0]
+    if without := [name for name in spread if name not in of]:
+        warnings.warn(f"left out of spread: {', '.join(without)}, which human text does not vary in", stacklevel=4)
+    if not of:
+        return metrics, features, human
+    values = human[:, [names.index(name) for name in of]].double()
+    moments = metrics_module.Spread(of, values.mean(0).tolist(), values.std(0).tolist())
+
+    def widened(table: Tensor) -> Tensor:
+        return torch.cat([table, moments.combine(dict(zip(names, table.unbind(-1), strict=True)))], -1)
+
+    return [*metrics, moments], widened(features), widened(human)
 
 
 def _varying(
