@@ -32,7 +32,7 @@ def pairs_of_the_toy(n=200, seed=1):
 @pytest.mark.parametrize(("normalization", "draw"), [("per_prefix", "sir"), ("per_prefix", "race"), ("global", "sir")])
 def test_expected_metrics_of_the_fits_own_candidates_are_those_of_the_human_texts(normalization, draw):
     pairs, proposal = pairs_of_the_toy(), toy.ToyProposal(num_candidates=12)
-    options = {"ridge": 0, "normalization": normalization, "draw": "sir", "batch_size": 7}
+    options = {"ridge": 0, "normalization": normalization, "draw": draw, "batch_size": 7}
     energy = fit_energy(proposal, pairs, NAMES, num_prefixes=200, **options)
     want = metrics.features(energy.metrics, toy.as_candidates(torch.tensor(pairs.continuations), 200)).mean((0, 1))
     torch.testing.assert_close(energy.targets, want.double())
