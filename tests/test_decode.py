@@ -219,6 +219,28 @@ def test_a_row_that_a_gpu_marks_as_undrawable_is_an_error(monkeypatch):
         SIRDecoder(energy(proposal), proposal)(["x"] * 3)
 
 
+@pytest.mark.parametrize("draw", ["sir", "race"])
+def test_several_draws_have_the_law_of_one_and_a_mean_that_varies_less(draw):
+    size, samples, texts = 8, 4, 20_000
+    drawn = torch.multinomial(toy.PROBABILITIES, size, replacement=True, generator=torch.Generator().manual_seed(2))
+    proposal = toy.ToyProposal(num_candidates=size)
+    decoder = SIRDecoder(energy(proposal, draw=draw), proposal)
+    candidates = toy.as_candidates(toy.SEQUENCES[drawn].repeat(texts, 1), texts)
+    decoded = decoder.choose(candidates, num_samples=samples)
+    weights = decoded.weights[0].double()
+    chances = np.array(reference.race_probabilities(weights.tolist())) if draw == "race" else weights.numpy()
+    for column in decoded.index.T:  # each by itself
+        counts = np.bincount(column.numpy(), minlength=size)
+        assert stats.chisquare(counts[chances > 0], texts * chances[chances > 0]).pvalue > 1e-3
+    energies = (decoded.candidate_features.double() @ MU).gather(1, decoded.index)
+    alone = float(chances @ (decoded.candidate_features[0].double() @ MU).numpy() ** 2)
+    alone -= float(chances @ (decoded.candidate_features[0].double() @ MU).numpy()) ** 2
+    assert float(energies.mean(1).var()) < alone / samples / 2
+    # What one candidate is drawn more or less often than S times its chance, is less than one.
+    often = torch.stack([(decoded.index == j).sum(1) for j in range(size)], 1).numpy()
+    assert (abs(often - samples * chances) < 1).all()
+
+
 def test_without_replacement_draws_are_those_of_successive_sampling():
     weights = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
     proposal = toy.ToyProposal(num_candidates=4)
