@@ -148,6 +148,15 @@ def sample_tokens(logits: Matrix, uniforms: Sequence[float], temperature: float)
     return ids
 
 
+def append_tokens(
+    rows: list[list[tuple[int, float, float]]], ids: Sequence[int], log_p: Vector, log_q: Vector, eos: Sequence[int]
+) -> None:
+    """Append (id, log p, log q) to each row that no end-of-text id has ended."""
+    for row, i, p, q in zip(rows, ids, log_p, log_q, strict=True):
+        if not any(before in eos for before, _, _ in row):
+            row.append((i, p, q))
+
+
 def importance_weights(log_w: Matrix) -> tuple[list[list[float]], list[float], list[float]]:
     """Normalised weights of each row, log((1/M) Σ w), and the effective sample size (Σ w)² / Σ w²."""
     weights, log_mean, ess = [], [], []
