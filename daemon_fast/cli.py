@@ -227,9 +227,7 @@ def _quiet_transformers() -> None:
 @click.option("--top-k", default=0, help="0: all.")
 @click.option("--top-p", default=1.0)
 @click.option("--normalization", type=click.Choice(["per_prefix", "global"]), default="per_prefix")
-@click.option(
-    "--draw", type=click.Choice(["race", "sir"]), help="What chooses among candidates. [default: race; sir if global]"
-)
+@click.option("--draw", type=click.Choice(["race", "sir"]), default="sir", help="What chooses among candidates.")
 @click.option("--base", type=click.Choice(["proposal", "model"]), default="proposal", help="What is tilted.")
 @click.option(
     "--spread", metavar="NAMES", default="", callback=lambda _context, _option, value: _listed(value),
