@@ -397,7 +397,7 @@ def decode(
     from daemon_fast.files import check_writable
 
     # Known before a model is loaded: `process` finds out again, with all that it takes to read them.
-    find_sources(source, format_)
+    find_sources(source, format_, output)
     output_format(output)
     if output != "-":
         check_writable(output, force)
@@ -501,7 +501,7 @@ def metrics(
         measure.distinct = distinct
     summary, written = Summary(), 0
     with _binary(output, force) as sink:
-        for batch in measure_records(_items(file, field, format_), measure):
+        for batch in measure_records(_items(file, field, format_, output), measure):
             summary.add(batch)
             lines = batch.rows(id_field) if as_json else () if wanted is None else batch.passing(wanted)
             for line in lines:
@@ -534,14 +534,14 @@ def metrics(
     sys.exit(1 if summary.unusable else 0)
 
 
-def _items(file: str, field: str, format_: Format | None) -> Iterator[Item]:
+def _items(file: str, field: str, format_: Format | None, output: Path | None) -> Iterator[Item]:
     """Records of files, or texts of an embedded collection."""
     from daemon_fast.data import records
     from daemon_fast.data.texts import read_texts
     from daemon_fast.embedded import TEXTS
 
     if file not in TEXTS:
-        yield from records.read_records(file, field, format=format_)
+        yield from records.read_records(file, field, format=format_, output=output)
         return
     for number, text in enumerate(read_texts(file), 1):
         yield records.Item({field: text}, text, None, file, number)
