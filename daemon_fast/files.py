@@ -171,13 +171,16 @@ def check_same_run(folder: Path, run: Mapping[str, Any], what: str) -> None:
     ------
     InvalidInput
         The folder belongs to another run, or holds files without a readable manifest.
+    DataError
+        The manifest can't be written.
     """
     run = json.loads(json.dumps(run))
     found = read_manifest(folder)
     if found is None and any(path.suffix in (".npz", ".jsonl") for path in folder.iterdir()):
         raise InvalidInput(f"{folder} holds {what} but no readable {MANIFEST}: delete it or choose another")
     if found is None:
-        write_text(folder / MANIFEST, json.dumps(run, indent=2) + "\n")
+        with writing(folder / MANIFEST):
+            write_text(folder / MANIFEST, json.dumps(run, indent=2) + "\n")
         return
     for name, value in run.items():
         if found.get(name) != value:

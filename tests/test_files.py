@@ -63,6 +63,15 @@ def test_arrays_round_trip_and_damage_is_none(tmp_path):
         assert files.read_arrays(path) is None
 
 
+def test_a_full_disk_is_named_when_a_run_begins(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "write_text", full)
+    with pytest.raises(DataError, match=r"manifest.json can't be written: the disk is full"):
+        files.check_same_run(tmp_path, {"seed": 1}, "parts")
+
+
 def test_a_folder_belongs_to_one_run(tmp_path):
     files.check_same_run(tmp_path, {"seed": 1, "sizes": (1, 2)}, "parts")
     files.check_same_run(tmp_path, {"seed": 1, "sizes": (1, 2)}, "parts")
