@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import io
 import json
 import math
 import os
@@ -71,7 +72,15 @@ class _Commands(click.Group):
 
     command_class = _Command
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        with _output_errors(ctx):  # of --help and --version
+            return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
+        with _output_errors(ctx):
+            return self._invoke(ctx)
+
+    def _invoke(self, ctx: click.Context) -> Any:
         try:
             try:
                 return super().invoke(ctx)
@@ -90,13 +99,19 @@ class _Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("interrupted; run the same command again to go on from here", err=True)
             sys.exit(130)
-        except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.ENOSPC):
-                raise
-            _drop_stdout()
-            if error.errno == errno.EPIPE:  # who read it, head, say, has enough
-                sys.exit(141)
-            _fail(ctx, "standard output can't be written: the disk is full")
+
+
+@contextmanager
+def _output_errors(context: click.Context) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        _drop_stdout()
+        if error.errno == errno.EPIPE:  # who read it, head, say, has enough
+            sys.exit(141)
+        _fail(context, "standard output can't be written: the disk is full")
 
 
 def _fail(context: click.Context, *problems: object) -> NoReturn:
@@ -183,6 +198,8 @@ force_option = click.option("--force", is_flag=True, help="Overwrite what is the
 def main() -> None:
     """Decode language models so that expected metrics equal those of human text (DAEMON, arXiv 2310.01041)."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a text, or a file's name, that the terminal's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 
 
@@ -194,7 +211,7 @@ def _engine(
 
     try:
         parsed = json.loads(arguments or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(f"--engine-args is not JSON: {error}") from error
     if not isinstance(parsed, dict):
         raise InvalidInput(f"--engine-args = {arguments} must be a JSON object")
