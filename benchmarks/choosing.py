@@ -28,6 +28,15 @@ def torch_select(
     return index, weights, log_z, 1 / weights.square().sum(1)
 
 
+def torch_race(
+    features: torch.Tensor, mu: torch.Tensor, uniforms: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    log_w = -(features.double() @ mu)
+    log_z = log_w.logsumexp(1)
+    weights = (log_w - log_z[:, None]).exp()
+    return (log_w - uniforms.log()).argmax(1), weights, log_z, 1 / weights.square().sum(1)
+
+
 def torch_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     logits, at = logits.float(), ids[:, None]
     return logits.log_softmax(1).gather(1, at), (logits / 0.97).log_softmax(1).gather(1, at)
@@ -78,6 +87,7 @@ def main() -> None:
     mu = normal(K).double()
     few, many = normal(1, M, K), normal(4096, M, K)
     uniform, uniforms = torch.rand(1, generator=generator).double(), torch.rand(4096, generator=generator).double()
+    races = torch.rand(4096, M, generator=generator).double()
     logits, ids = normal(100, VOCABULARY), torch.randint(VOCABULARY, (100,), generator=generator)
     narrow = logits.bfloat16()
     draws = torch.rand(M, generator=generator).double()
@@ -98,6 +108,14 @@ def main() -> None:
         f"sir_select [4096, {M}, {K}]": (
             lambda _: daemon_fast.sir_select(many, mu, uniforms),
             lambda _: torch_select(many, mu, uniforms),
+        ),
+        f"race_select [1, {M}, {K}]": (
+            lambda _: daemon_fast.race_select(few, mu, races[:1]),
+            lambda _: torch_race(few, mu, races[:1]),
+        ),
+        f"race_select [4096, {M}, {K}]": (
+            lambda _: daemon_fast.race_select(many, mu, races),
+            lambda _: torch_race(many, mu, races),
         ),
         f"token_logprobs [100, {VOCABULARY}] float32": (
             lambda _: daemon_fast.token_logprobs(logits, ids, 0.97),
@@ -155,6 +173,8 @@ def check(
     """Both sides compute the same."""
     ours, plain = daemon_fast.sir_select(features, mu, uniform), torch_select(features, mu, uniform)
     assert torch.equal(ours.index, plain[0])
+    races = torch.rand(1, M, generator=torch.Generator().manual_seed(0)).double()
+    assert torch.equal(daemon_fast.race_select(features, mu, races).index, torch_race(features, mu, races)[0])
     torch.testing.assert_close(ours.weights.double(), plain[1], rtol=1e-5, atol=1e-7)
     for a, b in zip(daemon_fast.token_logprobs(logits, ids, 0.97), torch_logprobs(logits, ids), strict=True):
         torch.testing.assert_close(a, b[:, 0], rtol=1e-5, atol=1e-5)

@@ -113,7 +113,7 @@ def finish(name: str, text: str, figures: Any) -> None:
     """Print the report; with --save also write it, and its figures as JSON, to benchmarks/results/."""
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--save", action="store_true", help="write to benchmarks/results/")
-    save = arguments.parse_args().save
+    save = arguments.parse_known_args()[0].save
     described = ", ".join(f"{key} {value}" for key, value in machine().items())
     report = f"{text}\n\n{described}\n"
     print(report)

@@ -5,6 +5,7 @@ Run: python benchmarks/kernels.py [--save]
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import shutil
@@ -19,6 +20,7 @@ from daemon_fast import _C
 
 class Kernel(NamedTuple):
     architecture: str
+    symbol: str
     name: str
     registers: int
     shared_bytes: int  # static; the launch adds dynamic shared memory
@@ -33,21 +35,25 @@ def cuobjdump() -> str | None:
     return shutil.which("cuobjdump") or next((str(place) for place in places if place.exists()), None)
 
 
+@functools.cache
+def demangled(symbol: str) -> str:
+    text = subprocess.run(["c++filt", symbol], check=True, capture_output=True, text=True).stdout
+    return re.sub(r"\(.*|^void ", "", text.strip().replace("daemon_fast::cuda::", ""))
+
+
 def kernels(tool: str) -> list[Kernel]:
     """All kernels of the module for real architectures."""
     dump = subprocess.run([tool, "--dump-resource-usage", _C.__file__], check=True, capture_output=True, text=True)
-    demangle = shutil.which("c++filt")
-    text = subprocess.run([demangle], input=dump.stdout, check=True, capture_output=True, text=True).stdout
-    found, architecture, name = [], "", ""
-    for line in text.splitlines():
+    found, architecture, symbol = [], "", ""
+    for line in dump.stdout.splitlines():
         if match := re.match(r"arch = (\w+)", line):
             architecture = match[1]
-        elif match := re.match(r" Function (?:void )?(.*):$", line):
-            name = re.sub(r"\(.*", "", match[1].replace("daemon_fast::cuda::", ""))
+        elif match := re.match(r" Function (\w+):$", line):
+            symbol = match[1]
         elif "REG:" in line:
             numbers = {key: int(value) for key, value in re.findall(r"(REG|SHARED|STACK|LOCAL):(\d+)", line)}
             values = (numbers[key] for key in ("REG", "SHARED", "STACK", "LOCAL"))
-            found.append(Kernel(architecture, name, *values))
+            found.append(Kernel(architecture, symbol, demangled(symbol), *values))
     return found
 
 
@@ -57,7 +63,8 @@ def main() -> None:
         raise SystemExit("no cuobjdump: pip install nvidia-cuda-cuobjdump")
     found = kernels(tool)
     header = ["arch", "kernel", "registers", "static shared bytes", "stack bytes", "local bytes"]
-    finish("kernels", "# Resources of the CUDA kernels\n\n" + table(header, found), [k._asdict() for k in found])
+    rows = [(kernel.architecture, *kernel[2:]) for kernel in found]
+    finish("kernels", "# Resources of the CUDA kernels\n\n" + table(header, rows), [k._asdict() for k in found])
 
 
 if __name__ == "__main__":

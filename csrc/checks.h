@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <optional>
@@ -155,6 +156,41 @@ inline void check_token_logprobs_backward(
         check_size(*grad, 0, logits.size(0), (op + name).c_str(), "logits.shape[0]");
         check_same_device(*grad, logits, (op + name).c_str());
     }
+}
+
+inline void check_append_tokens(
+    const Tensor& tokens, const Tensor& log_p, const Tensor& log_q, const Tensor& lengths, const Tensor& running,
+    const Tensor& ids, const Tensor& ids_log_p, const Tensor& ids_log_q, const Tensor& slot, const Tensor& rows,
+    const Tensor& eos) {
+    const auto check = [&](const Tensor& x, const std::string& name, ScalarType type, const char* layout) {
+        const std::string what = "append_tokens: " + name;
+        check_dim(x, layout == std::string("[T, R]") ? 2 : 1, what.c_str(), layout);
+        check_dtype(x, what.c_str(), type);
+        check_same_device(x, tokens, what.c_str());
+        if (!x.is_contiguous()) fail(what, " must be contiguous");
+    };
+    check(tokens, "tokens", ScalarType::Long, "[T, R]");
+    check(log_p, "log_p", ScalarType::Float, "[T, R]");
+    check(log_q, "log_q", ScalarType::Float, "[T, R]");
+    check(lengths, "lengths", ScalarType::Long, "[R]");
+    check(running, "running", ScalarType::Bool, "[R]");
+    check(ids, "ids", ScalarType::Long, "[D]");
+    check(ids_log_p, "ids_log_p", ScalarType::Float, "[D]");
+    check(ids_log_q, "ids_log_q", ScalarType::Float, "[D]");
+    check(slot, "slot", ScalarType::Long, "[1]");
+    check(rows, "rows", ScalarType::Long, "[D]");
+    check(eos, "eos", ScalarType::Long, "[E]");
+    for (int64_t d = 0; d < 2; ++d) {
+        const std::string expected = "tokens.shape[" + std::to_string(d) + "]";
+        check_size(log_p, d, tokens.size(d), "append_tokens: log_p", expected.c_str());
+        check_size(log_q, d, tokens.size(d), "append_tokens: log_q", expected.c_str());
+    }
+    check_size(lengths, 0, tokens.size(1), "append_tokens: lengths", "tokens.shape[1]");
+    check_size(running, 0, tokens.size(1), "append_tokens: running", "tokens.shape[1]");
+    check_size(ids_log_p, 0, ids.size(0), "append_tokens: ids_log_p", "ids.shape[0]");
+    check_size(ids_log_q, 0, ids.size(0), "append_tokens: ids_log_q", "ids.shape[0]");
+    check_size(rows, 0, ids.size(0), "append_tokens: rows", "ids.shape[0]");
+    check_size(slot, 0, 1, "append_tokens: slot", "size");
 }
 
 inline void check_importance_weights(const Tensor& log_w) {

@@ -189,7 +189,7 @@ force_option = click.option("--force", is_flag=True, help="Overwrite what is the
     cls=_Commands,
     context_settings={"max_content_width": 120, "show_default": True, "help_option_names": ["-h", "--help"]},
     epilog="""\b
-    Metrics: sr_<n>, tr_<w>, div, ent, coh.
+    Metrics: sr_<n>, tr_<w>, div, ent, coh, nats.
     Files in: .jsonl, .ndjson, .json, .txt (these also with .gz or .zst), .parquet; a folder, a pattern, or -.
     Files out: .jsonl, .ndjson (these also with .gz or .zst), .parquet, or -.
     Completion of what you type: eval "$(daemon-fast completion bash)".""",
@@ -249,6 +249,10 @@ def _quiet_transformers() -> None:
 )
 @click.option("--base", type=click.Choice(["proposal", "model"]), default="proposal", help="What is tilted.")
 @click.option(
+    "--spread", metavar="NAMES", default="", callback=lambda _context, _option, value: _listed(value),
+    help="Comma-separated metrics whose squares and products are to have human means, too.",
+)  # fmt: skip
+@click.option(
     "--ridge", default="cv", callback=lambda _context, _option, value: _ridge(value),
     help="Penalty on mu. 0: targets are met exactly on these prefixes; cv: cross-validation chooses.",
 )  # fmt: skip
@@ -292,7 +296,7 @@ def fit(
     from daemon_fast.proposals.base import ProposalSettings
 
     _quiet_transformers()
-    listed = DEFAULT if names is None else [name.strip() for name in names.split(",") if name.strip()]
+    listed = DEFAULT if names is None else _listed(names)
     sampling: dict[str, Any] = {
         "num_candidates": num_candidates, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens,
         "temperature": temperature, "top_k": top_k, "top_p": top_p,
@@ -327,6 +331,10 @@ def fit(
     )
     # Warnings have named them.
     sys.exit(1 if texts.problems or found.unmet or is_low(found.ess_mean, num_candidates) else 0)
+
+
+def _listed(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _ridge(text: str) -> float | str:

@@ -87,6 +87,27 @@ def _sample_tokens(device: str) -> str:
     return _compare(tuple(got), (ids, *reference.token_logprobs(logits.tolist(), ids, 0.97)))
 
 
+def _append_tokens(device: str) -> str:
+    buffers = (
+        torch.zeros(2, 3, dtype=torch.int64, device=device), torch.zeros(2, 3, device=device),
+        torch.zeros(2, 3, device=device), torch.zeros(3, dtype=torch.int64, device=device),
+        torch.ones(3, dtype=torch.bool, device=device),
+    )  # fmt: skip
+    rows, eos = torch.arange(3, device=device), torch.tensor([0], device=device)
+    lists: list[list[tuple[int, float, float]]] = [[], [], []]
+    for slot, ids in enumerate(([4, 0, 5], [0, 6, 7])):
+        drawn, place = torch.tensor(ids, device=device), torch.tensor([slot], device=device)
+        ops.append_tokens(
+            *buffers, ids=drawn, ids_log_p=-drawn.float(), ids_log_q=drawn.float(), slot=place, rows=rows, eos=eos,
+            count_eos=True,
+        )  # fmt: skip
+        reference.append_tokens(lists, ids, [-float(i) for i in ids], list(map(float, ids)), [0])
+    columns = [[[*column, 0][:2] for column in zip(*row, strict=True)] for row in lists]
+    expected = [[column[k] for column in columns] for k in range(3)]
+    lengths, running = [len(row) for row in lists], [row[-1][0] != 0 for row in lists]
+    return _compare((*(x.T for x in buffers[:3]), *buffers[3:]), (*expected, lengths, running))
+
+
 def _importance_weights(device: str) -> str:
     log_w = torch.tensor([[0.0, 1.0, -math.inf], [1e4, -1e4, 1e4]])
     return _compare(tuple(ops.importance_weights(log_w.to(device))), reference.importance_weights(log_w.tolist()))
@@ -121,6 +142,7 @@ CHECKS: dict[str, Callable[[str], str]] = {
     "gopher_repetition": _gopher_repetition,
     "token_logprobs": _token_logprobs,
     "sample_tokens": _sample_tokens,
+    "append_tokens": _append_tokens,
     "importance_weights": _importance_weights,
     "sir_select": _sir_select,
     "race_select": _race_select,

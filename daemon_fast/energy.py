@@ -174,7 +174,7 @@ class Energy:
         for i, spec in enumerate(document["metrics"]):
             if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
                 raise ArtefactError(f"metrics[{i}] must be an object with a name, got {_short(spec)}")
-            if unknown := sorted(set(spec) - {"name", "encoder", "columns", "custom"}):
+            if unknown := sorted(set(spec) - {"name", "encoder", "columns", "custom", "of", "mean", "scale"}):
                 raise ArtefactError(f"field {_short(f'metrics[{i}].{unknown[0]}')} is unknown")
             if not isinstance(spec.get("encoder"), str | None):
                 raise ArtefactError(f"metrics[{i}].encoder must be a string or null, got {_short(spec['encoder'])}")

@@ -23,6 +23,7 @@ __all__ = [
     "Problems",
     "SeveralProblems",
     "TargetsNotMet",
+    "UnboundedTilt",
     "UnknownMetric",
     "require",
 ]
@@ -98,6 +99,10 @@ class LowEffectiveSampleSize(UserWarning):
 
 class TargetsNotMet(UserWarning):
     """A fit ended where expected metrics are not those of human text, or without some of its metrics."""
+
+
+class UnboundedTilt(UserWarning):
+    """exp(-mu · f) grows without bound, so that the exact p_mu may not exist."""
 
 
 class Problems:

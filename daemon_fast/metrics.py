@@ -6,9 +6,11 @@ Built in: `sr_n`, `tr_w`, `div`, `ent` and `coh` (definitions in `daemon_fast.re
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import combinations_with_replacement
 from typing import Any
 
 import torch
@@ -26,18 +28,22 @@ __all__ = [
     "FunctionMetric",
     "Information",
     "Metric",
+    "Nats",
     "RepetitionMetric",
     "SequenceRepetition",
+    "Spread",
     "TokenRepetition",
+    "built_in",
     "column_names",
     "features",
     "from_specs",
     "parse",
+    "unbounded_tilts",
 ]
 
 Function = Callable[[Candidates], Tensor]
-KNOWN = "sr_<n>, tr_<w>, div, ent, coh"
-DEFAULT = ("sr_2", "sr_3", "sr_4", "tr_8", "tr_16", "tr_32", "coh", "ent")  # what a fit takes unless told
+KNOWN = "sr_<n>, tr_<w>, div, ent, coh, nats"
+DEFAULT = ("sr_2", "sr_3", "sr_4", "tr_8", "tr_16", "tr_32", "coh", "nats")  # what a fit takes unless told
 MAX_CACHED_PREFIXES = 4096
 
 
@@ -50,9 +56,16 @@ class Metric(ABC):
         What it is called in tables, artefacts and on the command line.
     names : tuple of str
         One per column that it returns; `(name,)` unless it returns several.
+    bounds : (float, float) or None
+        The lowest and the highest value that there is, in any column; None: unknown. A fit warns where its tilt grows
+        without bound: by a negative coefficient of what has no upper bound, or a positive one of what has no lower.
+    power_of_p : bool
+        exp(-mu · f) is a power of the model's probability: without bound itself, it leaves a distribution.
     """
 
     name: str
+    bounds: tuple[float, float] | None = None
+    power_of_p = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -74,6 +87,7 @@ class Metric(ABC):
 class RepetitionMetric(Metric):
     """A function of n-gram and token repetition. All of one evaluation share a single kernel call."""
 
+    bounds = (0.0, 1.0)
     ngrams: tuple[int, ...] = ()
     windows: tuple[int, ...] = ()
 
@@ -119,19 +133,32 @@ class Diversity(RepetitionMetric):
 
 
 class Information(Metric):
-    """ent: perplexity of the continuation under the language model at temperature 1."""
+    """ent: perplexity of the continuation under the language model at temperature 1.
+
+    An exponential of nats: tilted by a negative coefficient, the exact p_mu puts its mass on gibberish that no M
+    candidates hold, and expectations drift as M grows. To fit, use `nats`.
+    """
 
     name = "ent"
+    bounds = (1.0, math.inf)
 
     def evaluate(self, candidates: Candidates) -> Tensor:
-        _require_tokens(self.name, candidates.lengths)
-        lengths = candidates.lengths
-        counted = torch.arange(candidates.tokens.shape[1], device=lengths.device) < lengths[:, None]
-        nats = -(candidates.token_log_p.double() * counted).sum(-1)
-        # Engines that may not tell give CPU tensors; on CUDA a look would wait for the device.
-        if not nats.is_cuda and nats.isnan().any():
-            raise InvalidInput("metric ent needs log-probabilities at temperature 1, which the engine does not give")
-        return torch.exp(nats / lengths).float()
+        return _nats_per_token(self.name, candidates).exp().float()
+
+
+class Nats(Metric):
+    """nats: mean negative log-probability of a token, -(1/L) log p(x), under the language model at temperature 1.
+
+    exp(-mu · nats) = p(x)^(mu/L): at one length L, tilting by it is p to the power 1 + mu/L, as a change of the
+    temperature of whole texts is, and p_mu exists as long as mu > -L.
+    """
+
+    name = "nats"
+    bounds = (0.0, math.inf)
+    power_of_p = True
+
+    def evaluate(self, candidates: Candidates) -> Tensor:
+        return _nats_per_token(self.name, candidates).float()
 
 
 class Coherence(Metric):
@@ -144,6 +171,7 @@ class Coherence(Metric):
     """
 
     name = "coh"
+    bounds = (-1.0, 1.0)
 
     def __init__(self, encoder: Encoder | str) -> None:
         self._reference = encoder if isinstance(encoder, str) else None
@@ -209,6 +237,51 @@ class FunctionMetric(Metric):
         return self._function(candidates)
 
 
+class Spread(Metric):
+    """Second moments of other metrics: squares and products of their deviations from human means, in human units.
+
+    With z = (f - mean) / scale clipped at ±2.5, the columns are z_i² ("sr_4^2") and z_i z_j ("sr_4*nats"). Their human
+    means as targets give what is drawn the spread of human text, and not only its mean. Clipping keeps a few texts from
+    deciding them, and the tilt bounded.
+
+    Parameters
+    ----------
+    of : k names of columns that are evaluated beside it
+    mean, scale : [k] of human text; scale > 0
+    """
+
+    name = "spread"
+    clip = 2.5
+    bounds = (-(clip**2), clip**2)
+
+    def __init__(self, of: Sequence[str], mean: Sequence[float], scale: Sequence[float]) -> None:
+        if not of or len(set(of)) < len(of) or not len(of) == len(mean) == len(scale) or min(scale) <= 0:
+            raise InvalidInput(
+                f"spread of {list(of)} needs distinct names, and a mean and a scale > 0 of each: got "
+                f"mean = {list(mean)}, scale = {list(scale)}"
+            )
+        self.of, self._mean, self._scale = tuple(of), list(map(float, mean)), list(map(float, scale))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(f"{a}^2" if a == b else f"{a}*{b}" for a, b in combinations_with_replacement(self.of, 2))
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        return {"name": self.name, "of": list(self.of), "mean": self._mean, "scale": self._scale}
+
+    def combine(self, columns: Mapping[str, Tensor]) -> Tensor:
+        """[..., k (k + 1) / 2] from the columns of the others, each [...]."""
+        z = [
+            ((columns[name].double() - mean) / scale).clamp(-self.clip, self.clip)
+            for name, mean, scale in zip(self.of, self._mean, self._scale, strict=True)
+        ]
+        return torch.stack([a * b for a, b in combinations_with_replacement(z, 2)], -1).float()
+
+    def evaluate(self, candidates: Candidates) -> Tensor:
+        raise InvalidInput(f"metric spread is of {', '.join(self.of)}: evaluate it beside them, by `metrics.features`")
+
+
 def parse(names: Iterable[str | Metric | Function], encoder: Encoder | str | None = None) -> list[Metric]:
     """Metrics from names, metric objects and plain callables.
 
@@ -220,7 +293,7 @@ def parse(names: Iterable[str | Metric | Function], encoder: Encoder | str | Non
     Raises
     ------
     UnknownMetric
-        A name that is none of sr_<n>, tr_<w>, div, ent, coh.
+        A name that is none of sr_<n>, tr_<w>, div, ent, coh, nats.
     InvalidInput
         No metrics, a metric twice, or `coh` without an encoder.
     SeveralProblems
@@ -252,6 +325,8 @@ def _parse_one(name: str | Metric | Function, encoder: Encoder | str | None) -> 
         return Diversity()
     if name == "ent":
         return Information()
+    if name == "nats":
+        return Nats()
     if name == "coh":
         if encoder is None:
             raise InvalidInput("metric coh needs a sentence encoder: pass encoder=")
@@ -275,11 +350,40 @@ def from_specs(specs: Sequence[Mapping[str, Any]], own: Iterable[Metric | Functi
         if name in by_name:
             metrics.append(by_name[name])
             continue
+        if name == Spread.name:
+            metrics.append(_spread(spec, i))
+            continue
         try:
             metrics.append(_parse_one(name, spec.get("encoder")))
         except InvalidInput as error:
             raise ArtefactError(f"metrics[{i}]: {error}; pass your own metrics as metrics=") from error
     return metrics
+
+
+def _spread(spec: Mapping[str, Any], i: int) -> Spread:
+    try:
+        return Spread(spec["of"], spec["mean"], spec["scale"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtefactError(f"metrics[{i}] is no spread with of, mean and scale: {error}") from error
+
+
+def built_in(name: str) -> Metric | None:
+    """The metric of this name that needs no encoder or function of yours; None if there is none."""
+    try:
+        return _parse_one(name, encoder=None)
+    except InvalidInput:
+        return None
+
+
+def unbounded_tilts(metrics: Iterable[Metric], mu: Mapping[str, float]) -> list[str]:
+    """Names of columns by which exp(-mu · f) grows without bound. Unknown bounds are taken to be finite."""
+    found = []
+    for metric in metrics:
+        low, high = (0.0, 0.0) if metric.bounds is None or metric.power_of_p else metric.bounds
+        for name in metric.names:
+            if (mu[name] < 0 and high == math.inf) or (mu[name] > 0 and low == -math.inf):
+                found.append(name)
+    return found
 
 
 def column_names(metrics: Iterable[Metric]) -> list[str]:
@@ -302,11 +406,18 @@ def features(metrics: Sequence[Metric], candidates: Candidates) -> Tensor:
     """
     shared = [metric for metric in metrics if isinstance(metric, RepetitionMetric)]
     columns = dict(zip(map(id, shared), _repetition_columns(shared, candidates) if shared else [], strict=True))
-    values = []
-    for metric in metrics:
-        value = columns[id(metric)] if id(metric) in columns else torch.as_tensor(metric.evaluate(candidates))
-        values.append(_checked(metric, value, candidates))
-    return torch.cat(values, dim=1).reshape(*candidates.shape, -1)
+    by_name: dict[str, Tensor] = {}
+    for metric in sorted(metrics, key=lambda metric: isinstance(metric, Spread)):
+        if isinstance(metric, Spread):
+            if missing := [name for name in metric.of if name not in by_name]:
+                raise InvalidInput(f"metric spread is of {missing[0]!r}, which is not among the metrics")
+            value = metric.combine(by_name)
+        else:
+            value = columns[id(metric)] if id(metric) in columns else torch.as_tensor(metric.evaluate(candidates))
+        checked = _checked(metric, value, candidates)
+        by_name |= dict(zip(metric.names, checked.unbind(1), strict=True))
+    values = [by_name[name] for name in column_names(metrics)]
+    return torch.stack(values, dim=1).reshape(*candidates.shape, -1)
 
 
 def _repetition_columns(metrics: Sequence[RepetitionMetric], candidates: Candidates) -> list[Tensor]:
@@ -331,6 +442,18 @@ def _checked(metric: Metric, value: Tensor, candidates: Candidates) -> Tensor:
         row = int((~finite).nonzero()[0])
         raise InvalidInput(f"metric {metric.name} is {value[row].tolist()} for candidate {row}: it must be finite")
     return value
+
+
+def _nats_per_token(name: str, candidates: Candidates) -> Tensor:
+    """[R] float64"""
+    _require_tokens(name, candidates.lengths)
+    lengths = candidates.lengths
+    counted = torch.arange(candidates.tokens.shape[1], device=lengths.device) < lengths[:, None]
+    nats = -(candidates.token_log_p.double() * counted).sum(-1)
+    # Engines that may not tell give CPU tensors; on CUDA a look would wait for the device.
+    if not nats.is_cuda and nats.isnan().any():
+        raise InvalidInput(f"metric {name} needs log-probabilities at temperature 1, which the engine does not give")
+    return nats / lengths
 
 
 def _require_tokens(name: str, lengths: Tensor) -> None:

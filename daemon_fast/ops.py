@@ -22,6 +22,7 @@ from torch import Tensor
 from daemon_fast import extension
 
 __all__ = [
+    "append_tokens",
     "importance_weights",
     "race_select",
     "repetition",
@@ -308,6 +309,74 @@ def _(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Ten
     )
 
 
+def append_tokens(
+    tokens: Tensor,  # [T, R] int64
+    log_p: Tensor,  # [T, R] float32
+    log_q: Tensor,  # [T, R] float32
+    lengths: Tensor,  # [R] int64
+    running: Tensor,  # [R] bool
+    *,
+    ids: Tensor,  # [D] int64
+    ids_log_p: Tensor,  # [D] float32
+    ids_log_q: Tensor,  # [D] float32
+    slot: Tensor,  # [1] int64
+    rows: Tensor,  # [D] int64
+    eos: Tensor,  # [E] int64
+    count_eos: bool,
+) -> None:
+    """Append a step's drawn ids to the candidates that still run, in place: all bookkeeping of a step in one kernel.
+
+    Parameters
+    ----------
+    tokens, log_p, log_q : [T, R] int64, float32, float32
+        Get the ids and their log-probabilities at `slot`. A row that has ended stays as it is.
+    lengths : [R] int64
+        Grow by one; for an end-of-text token only if `count_eos`.
+    running : [R] bool
+        Whether a row goes on: False from its end-of-text token on.
+    ids, ids_log_p, ids_log_q : [D] int64, float32, float32
+        What `sample_tokens` returned. An id below 0, which marks a row without a distribution on CUDA, ends its row: it
+        counts nothing, its token is 0, and its log-probabilities, NaN, are kept.
+    slot : [1] int64, from 0 to T - 1
+        In a tensor, so that a captured CUDA graph finds another one at each replay.
+    rows : [D] int64, from 0 to R - 1, no two alike
+        Of each id.
+    eos : [E] int64
+        Ids that end a text; may be empty.
+
+    Raises
+    ------
+    RuntimeError
+        Wrong shape, dtype or device, a tensor that is not contiguous, a slot or row outside. On CUDA a slot outside
+        makes its rows' lengths -1, and an id whose row is outside is left out.
+    """
+    _ops.append_tokens(tokens, log_p, log_q, lengths, running, ids, ids_log_p, ids_log_q, slot, rows, eos, count_eos)
+
+
+@_fake_of("append_tokens")
+def _(
+    tokens: Tensor, log_p: Tensor, log_q: Tensor, lengths: Tensor, running: Tensor, ids: Tensor, ids_log_p: Tensor,
+    ids_log_q: Tensor, slot: Tensor, rows: Tensor, eos: Tensor, count_eos: bool,
+) -> None:  # fmt: skip
+    _check("append_tokens: tokens", tokens, "[T, R]", torch.int64)
+    for name, tensor in (("log_p", log_p), ("log_q", log_q)):
+        _check(f"append_tokens: {name}", tensor, "[T, R]", torch.float32)
+        for d in (0, 1):
+            _check_size(f"append_tokens: {name}", tensor, d, tokens.shape[d], f"tokens.shape[{d}]")
+    for name, tensor, dtype in (("lengths", lengths, torch.int64), ("running", running, torch.bool)):
+        _check(f"append_tokens: {name}", tensor, "[R]", dtype)
+        _check_size(f"append_tokens: {name}", tensor, 0, tokens.shape[1], "tokens.shape[1]")
+    _check("append_tokens: ids", ids, "[D]", torch.int64)
+    for name, tensor, dtype in (
+        ("ids_log_p", ids_log_p, torch.float32), ("ids_log_q", ids_log_q, torch.float32), ("rows", rows, torch.int64)
+    ):  # fmt: skip
+        _check(f"append_tokens: {name}", tensor, "[D]", dtype)
+        _check_size(f"append_tokens: {name}", tensor, 0, ids.shape[0], "ids.shape[0]")
+    _check("append_tokens: slot", slot, "[1]", torch.int64)
+    _check_size("append_tokens: slot", slot, 0, 1, "size")
+    _check("append_tokens: eos", eos, "[E]", torch.int64)
+
+
 def importance_weights(
     log_w: Tensor,  # [G, M] float32 or float64
 ) -> ImportanceWeights:
@@ -477,7 +546,8 @@ def tilted_moments(
     ------
     RuntimeError
         Wrong shape or dtype, another normalization, no prefixes, NaN or +inf in a log-weight, or no finite one where
-        one is needed. On CUDA, all results are NaN in the last two cases; and K above about 150 does not fit.
+        one is needed. On CUDA, all results are NaN in the last two cases; and K above 98 on an A100, 118 on an H100
+        does not fit.
         In a backward pass: there is no gradient.
     """
     return Moments(*_call("tilted_moments", features, mu, base_log_w, normalization))

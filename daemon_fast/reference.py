@@ -44,6 +44,13 @@ def information(token_log_p: Vector) -> float:
     return math.exp(-math.fsum(token_log_p) / len(token_log_p))
 
 
+def nats(token_log_p: Vector) -> float:
+    """nats: mean negative log-probability of a token of a continuation under a reference LM."""
+    if len(token_log_p) == 0:
+        raise ValueError("nats a token of an empty continuation are not defined")
+    return -math.fsum(token_log_p) / len(token_log_p)
+
+
 def coherence(prefix_embedding: Vector, continuation_embedding: Vector) -> float:
     """coh: the cosine between the sentence embeddings of the prefix and of the continuation."""
     dot = math.fsum(a * b for a, b in zip(prefix_embedding, continuation_embedding, strict=True))
@@ -139,6 +146,15 @@ def sample_tokens(logits: Matrix, uniforms: Sequence[float], temperature: float)
                 break
         ids.append(chosen)
     return ids
+
+
+def append_tokens(
+    rows: list[list[tuple[int, float, float]]], ids: Sequence[int], log_p: Vector, log_q: Vector, eos: Sequence[int]
+) -> None:
+    """Append (id, log p, log q) to each row that no end-of-text id has ended."""
+    for row, i, p, q in zip(rows, ids, log_p, log_q, strict=True):
+        if not any(before in eos for before, _, _ in row):
+            row.append((i, p, q))
 
 
 def importance_weights(log_w: Matrix) -> tuple[list[list[float]], list[float], list[float]]:

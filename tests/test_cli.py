@@ -226,7 +226,7 @@ def test_decode_from_and_to_pipes(energy, tmp_path):
 def test_doctor():
     result = run("doctor")
     assert result.exit_code == 0, result.output
-    assert result.stdout.count("ok on cpu") == 8
+    assert result.stdout.count("ok on cpu") == 9
     assert torch.__version__ in result.stdout
 
 

@@ -1,14 +1,13 @@
-"""What only a GPU can show: graphs, streams, synchronisation, devices, marked results. Parity is in each operator's
+"""What only a GPU can show: graphs, streams, synchronisation, devices. Parity is in each operator's
 own tests, which run on the GPU too."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
 
 import daemon_fast
+from daemon_fast import ops
 
 pytestmark = pytest.mark.gpu
 F64 = torch.float64
@@ -54,13 +53,29 @@ def test_tokens_to_choice_in_one_graph(inputs):
             assert torch.equal(a, b)
 
 
+def appended(ids, log_p, log_q, slot):
+    """The buffers of 3 steps after one."""
+    device, rows = ids.device, len(ids)
+    buffers = (
+        torch.zeros(3, rows, dtype=torch.int64, device=device), torch.zeros(3, rows, device=device),
+        torch.zeros(3, rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device),
+        torch.ones(rows, dtype=torch.bool, device=device),
+    )  # fmt: skip
+    rows, eos = torch.arange(rows, device=device), torch.arange(9, device=device)
+    ops.append_tokens(
+        *buffers, ids=ids, ids_log_p=log_p, ids_log_q=log_q, slot=slot, rows=rows, eos=eos, count_eos=True
+    )
+    return buffers
+
+
 def test_every_operator_in_a_graph(cuda):
     logits, ids = torch.randn(8, 5000, device=cuda), torch.randint(5000, (8,), device=cuda)
     features, mu = torch.randn(30, M, K, device=cuda), torch.randn(K, dtype=F64, device=cuda)
-    uniforms = torch.rand(8, dtype=F64, device=cuda)
+    uniforms, slot = torch.rand(8, dtype=F64, device=cuda), torch.ones(1, dtype=torch.int64, device=cuda)
 
     def run():
         return [
+            *appended(*daemon_fast.sample_tokens(logits, uniforms, 0.97), slot),
             *daemon_fast.token_logprobs(logits, ids, 0.97),
             torch.ops.daemon_fast.token_logprobs_backward(logits[:, 0], logits[:, 1], logits, ids, 0.97),
             *daemon_fast.sample_tokens(logits, uniforms, 0.97),
@@ -81,13 +96,14 @@ def test_every_operator_in_a_graph(cuda):
 
 def test_no_operator_waits_for_the_device(inputs, cuda):
     logits, ids = torch.randn(8, 5000, device=cuda), torch.randint(5000, (8,), device=cuda)
-    features = torch.randn(30, M, K, device=cuda)
+    features, slot = torch.randn(30, M, K, device=cuda), torch.ones(1, dtype=torch.int64, device=cuda)
     torch.cuda.set_sync_debug_mode("error")
     try:
         choose(*inputs)
         daemon_fast.token_logprobs(logits, ids, 0.97)
         torch.ops.daemon_fast.token_logprobs_backward(logits[:, 0], logits[:, 1], logits, ids, 0.97)
-        daemon_fast.sample_tokens(logits, features[:8, 0, 0].abs().double() % 1, 0.97)
+        drawn = daemon_fast.sample_tokens(logits, features[:8, 0, 0].abs().double() % 1, 0.97)
+        appended(*drawn, slot)
         daemon_fast.importance_weights(features[..., 0])
         daemon_fast.race_select(features, inputs[2], features[..., 0].abs().double() % 1)
         daemon_fast.tilted_moments(features, inputs[2])
@@ -117,59 +133,6 @@ def test_on_another_device_than_the_current(inputs):
     assert torch.equal(there.index.cpu(), expected.index.cpu())
     with pytest.raises(RuntimeError, match="lengths must be on the same device"):
         daemon_fast.repetition(inputs[0], inputs[1].to("cuda:1"))
-
-
-def test_empty_inputs(cuda):
-    def empty(*shape, dtype=torch.float32):
-        return torch.empty(*shape, dtype=dtype, device=cuda)
-
-    assert daemon_fast.repetition(empty(0, 5, dtype=torch.int64)).shape == (0, 6)
-    assert daemon_fast.repetition(empty(3, 0, dtype=torch.int64)).tolist() == [[0.0] * 6] * 3
-    assert daemon_fast.token_logprobs(empty(0, 9), empty(0, dtype=torch.int64)).log_p.shape == (0,)
-    assert daemon_fast.importance_weights(empty(0, 9)).weights.shape == (0, 9)
-    assert daemon_fast.sir_select(empty(0, 9, 2), empty(2, dtype=F64), empty(0, dtype=F64)).index.shape == (0,)
-
-
-def test_what_the_host_cannot_see_is_marked_and_never_silent(cuda):
-    tokens = torch.zeros(3, 4, dtype=torch.int64, device=cuda)
-    out = daemon_fast.repetition(tokens, torch.tensor([4, 5, -1], device=cuda))
-    assert out.isnan().all(dim=1).tolist() == [False, True, True]
-
-    logits = torch.zeros(3, 4, device=cuda)
-    out = torch.stack(daemon_fast.token_logprobs(logits, torch.tensor([3, 4, -1], device=cuda), 0.9))
-    assert out.isnan().all(dim=0).tolist() == [False, True, True]
-
-    uniforms = torch.tensor([0.5, 1.0, -1.0], dtype=F64, device=cuda)
-    assert (daemon_fast.sample_tokens(logits, uniforms, 0.9).ids < 0).tolist() == [False, True, True]
-
-    log_w = torch.tensor([[0.0, 1.0], [-math.inf, -math.inf], [math.nan, 0.0], [math.inf, 0.0]], device=cuda)
-    for part in daemon_fast.importance_weights(log_w):
-        assert part.reshape(4, -1).isnan().all(dim=1).tolist() == [False, True, True, True]
-
-    features, mu = torch.zeros(4, 2, 1, device=cuda), torch.ones(1, dtype=F64, device=cuda)
-    uniforms = torch.tensor([0.5, 0.5, 0.5, 1.0], dtype=F64, device=cuda)
-    log_w[3] = 0
-    out = daemon_fast.sir_select(features, mu, uniforms, log_w)
-    assert out.index.tolist() == [1, -1, -1, -1]
-    assert out.log_z.isnan().tolist() == [False, True, True, False]
-
-    races = torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [0.5, 1.0]], dtype=F64, device=cuda)
-    out = daemon_fast.race_select(features, mu, races, log_w)
-    assert out.index.tolist() == [1, -1, -1, -1]
-    assert out.log_z.isnan().tolist() == [False, True, True, False]
-
-    for normalization in ("per_prefix", "global"):
-        for part in daemon_fast.tilted_moments(features, mu, log_w, normalization):
-            assert part.isnan().all()
-
-
-def test_more_than_a_launch_can_hold_is_named(cuda):
-    tokens = torch.zeros(1, 4, dtype=torch.int64, device=cuda)
-    with pytest.raises(RuntimeError, match="ngrams has 33 entries, more than the 32"):
-        daemon_fast.repetition(tokens, ngrams=list(range(1, 34)))
-    features, mu = torch.zeros(2, 2, 400, device=cuda), torch.zeros(400, dtype=F64, device=cuda)
-    with pytest.raises(RuntimeError, match="K = 400, whose moments need"):
-        daemon_fast.tilted_moments(features, mu)
 
 
 def test_fit_on_a_gpu_equals_that_on_the_cpu(cuda):

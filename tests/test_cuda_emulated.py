@@ -1,396 +1,393 @@
-"""The shipped CUDA kernels, compiled by g++ and run on the CPU (see emulation/cuda.h), against the definitions.
+"""The CUDA code on the CPU: host code, launches and kernels, as they are (see emulated.py and emulation/cuda.h).
 
-No GPU is needed; what such a run can't show is said in that header. Each kernel runs with its threads in several
-orders, and once more under AddressSanitizer and UndefinedBehaviorSanitizer.
+What it computes is compared with the definitions in each operator's own tests. Here: every kernel that is compiled, in
+several orders of its threads, at each limit of a device, under sanitizers, and every line.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
-import numpy as np
+import emulated
+import kernels
 import pytest
+import torch
 
-from daemon_fast import reference
+import daemon_fast
+from daemon_fast.ops import _ops
 
-HERE = Path(__file__).parent
-SANITIZED = "EMULATION_SANITIZED" in os.environ
-# First warp ahead, last warp ahead, two shuffles of all threads. Values are compared in all of them; which memory a
-# kernel touches, which is what sanitizers see, does not depend on the order.
-ORDERS = [3] if SANITIZED else [0, 1, 2, 3]
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++")
-    out = tmp_path_factory.mktemp("emulation") / "emulation.so"
-    command = [compiler, "-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    command += ["-shared", "-fPIC", *(SANITIZERS if SANITIZED else [])]
-    command += ["-I", str(HERE.parent / "csrc"), "-I", str(HERE / "emulation"), "-o", str(out)]
-    subprocess.run([*command, str(HERE / "emulation/kernels.cpp")], check=True)
-    return ctypes.CDLL(str(out))
+F64 = torch.float64
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+RTOL = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7, F64: 1e-10}
 
 
-@pytest.mark.skipif(SANITIZED, reason="this is the sanitized run")
-def test_all_of_these_under_sanitizers():
-    if shutil.which("g++") is None:
-        pytest.skip("no g++")
-    find = ["g++", "-print-file-name=libasan.so"]
-    runtime = subprocess.run(find, check=True, capture_output=True, text=True).stdout.strip()
-    env = {**os.environ, "EMULATION_SANITIZED": "1", "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+def calls():
+    """Operator and arguments: every kernel, at sizes on both sides of each choice that the launches make."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    def uniforms(*shape):
+        return torch.rand(*shape, generator=generator, dtype=F64)
+
+    for token in (torch.int64, torch.int32):
+        for T in (1, 33, 700, 7000, 20_000, 66_000):
+            tokens = torch.randint(-20, 20, (3, T + 1), generator=generator).to(token)[:, :T]
+            lengths = torch.tensor([T, T // 2, 0])
+            for length in (lengths, lengths.int()):
+                yield "repetition", tokens, length, [1, 2, 3, 5, T + 1], [1, 8, T]
+        for T, alphabet in ((0, 1), (1, 1), (32, 9), (150, 1), (150, 10), (300, 10**9), (512, 300)):  # a warp a row
+            tokens = torch.randint(-alphabet, alphabet, (5, T), generator=generator).to(token)
+            lengths = torch.tensor([T, T // 2, 0, max(T - 1, 0), min(T, 1)])
+            yield "repetition", tokens, lengths, [1, 2, 3, 4], [1, 8, 16, 32, max(T, 1)]
+    for logit in FLOATS:
+        for V in (1, 9, 2500):
+            logits = (normal(3, V + 3) * 4).to(logit)[:, 3:]  # rows start anywhere between boundaries
+            logits[1, : V // 2] = -math.inf
+            for temperature in (1.0, 0.9):
+                for id_type in (torch.int64, torch.int32):
+                    ids = torch.tensor([0, V - 1, V // 2], dtype=id_type)
+                    yield "token_logprobs", logits, ids, temperature
+                    for grads in (normal(2, 3), torch.zeros(2, 3)):
+                        yield "token_logprobs_backward", *grads, logits, ids, temperature
+                yield "sample_tokens", logits, uniforms(3), temperature
+    for rows in (1, 128, 129):
+        buffers = [torch.zeros(4, rows, dtype=kind) for kind in (torch.int64, torch.float32, torch.float32)]
+        state = torch.zeros(rows, dtype=torch.int64), torch.arange(rows) % 3 > 0
+        ids, slot, order = torch.arange(rows) % 5 - 1, torch.tensor([2]), torch.randperm(rows, generator=generator)
+        for eos in (torch.tensor([3, 0]), torch.zeros(0, dtype=torch.int64)):
+            yield "append_tokens", *buffers, *state, ids, normal(rows), normal(rows), slot, order, eos, rows > 1
+    for M in (1, 25, 40, 65, 1024, 2789, 6125, 30_000):
+        for feature in (torch.float32, F64):
+            yield "importance_weights", normal(2, M).to(feature)
+            features, mu = normal(2, M, 3).to(feature), torch.tensor([0.5, -1.0, 0.0], dtype=F64)
+            for base in (None, normal(2, M), normal(2, M).double()):
+                if base is not None and M > 1:
+                    base[0, ::2] = -math.inf
+                yield "sir_select", features, mu, uniforms(2, 3), base
+                yield "race_select", features, mu, uniforms(2, 3, M), base
+                for normalization in ("per_prefix", "global"):
+                    yield (
+                        "tilted_moments",
+                        features[:, :2000],
+                        mu,
+                        None if base is None else base[:, :2000],
+                        normalization,
+                    )
 
 
-def pointer(array):
-    return None if array is None else array.ctypes.data_as(ctypes.c_void_p)
+def outputs(call):
+    name, *arguments = call
+    if name == "append_tokens":  # in place
+        arguments = [x.clone() if isinstance(x, torch.Tensor) else x for x in arguments]
+    out = getattr(_ops, name)(*arguments)
+    if out is None:
+        return arguments[:5]
+    return (out,) if isinstance(out, torch.Tensor) else out
 
 
-def call(library, name, *arguments):
-    kinds = {int: ctypes.c_int64, float: ctypes.c_double, np.ndarray: pointer, type(None): pointer}
-    getattr(library, name)(*(kinds.get(type(a), lambda a: a)(a) for a in arguments))
+def compare(call, got, want):
+    for a, b in zip(got, want, strict=True):
+        if call[0] in ("repetition", "append_tokens") or a.dtype == torch.int64:
+            assert torch.equal(a, b), call[0]
+        else:
+            tolerance = max(RTOL[a.dtype], RTOL[call[1].dtype] if "logprobs" not in call[0] else 0)
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=2e-6 if a.dtype != F64 else 1e-12, msg=call[0])
 
 
-def small(value):
-    return ctypes.c_int(value)
+# First warp ahead, last warp ahead, a shuffle of all threads.
+@pytest.mark.parametrize("order", [0] if emulated.SANITIZED else [0, 1, 2])
+@pytest.mark.parametrize("ptx", [False] if emulated.SANITIZED else [False, True])
+def test_every_kernel_gives_what_the_cpu_gives(order, ptx):
+    if ptx and not emulated.has_ptx():
+        pytest.skip("built without CUDA, or no cuobjdump")
+    for call in calls():
+        want = outputs(call)
+        with emulated.operators(order=order, ptx=ptx, multiprocessors=1):  # for which 4 rows are many
+            compare(call, outputs(call), want)
+    assert emulated.launched() == emulated.compiled()
 
 
-# ---- repetition -------------------------------------------------------------------------------------------------
+# ---- what the host can't see ------------------------------------------------------------------------------------
 
 
-def repetition(library, tokens, lengths, ngrams, windows, *, index_bytes=2, threads=0, scratch=0, order=0, stride=None):
-    out = np.full((len(lengths), len(ngrams) + len(windows)), -1, dtype=np.float32)
-    n, w = np.asarray(ngrams, dtype=np.int32), np.asarray(windows, dtype=np.int32)
-    call(
-        library, "emulate_repetition", tokens, small(tokens.itemsize), small(index_bytes),
-        tokens.strides[0] // tokens.itemsize, lengths, small(int(lengths.dtype == np.int64)), *tokens.shape,
-        n, small(len(n)), w, small(len(w)), small(threads), small(scratch), small(order), out,
-    )  # fmt: skip
-    return out
+def on(device, *tensors):
+    return [tensor.to(device) for tensor in tensors]
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("threads", [32, 96])
-@pytest.mark.parametrize("alphabet", [1, 2, 10, 10**9])
-def test_repetition(library, alphabet, threads, order):
-    rng = np.random.default_rng(alphabet + order)
-    for T, dtype, index_bytes in ((1, np.int32, 2), (2, np.int64, 4), (31, np.int32, 4), (32, np.int64, 2),
-                                  (33, np.int64, 2), (65, np.int32, 2), (150, np.int64, 2)):  # fmt: skip
-        tokens = rng.integers(-alphabet, alphabet, size=(5, T)).astype(dtype)
-        lengths = np.array([T, 0, 1, T // 2, max(T - 1, 0)], dtype=np.int32)
-        ngrams, windows = [1, 2, 3, 4, T + 1], [1, 8, 16, 32, T]
-        got = repetition(
-            library, tokens, lengths, ngrams, windows, index_bytes=index_bytes, threads=threads, order=order
-        )
-        want = reference.repetition(tokens.tolist(), lengths.tolist(), ngrams, windows)
-        np.testing.assert_array_equal(got, np.array(want, dtype=np.float32))
+def undefined(out):
+    """Rows of an output that are all NaN, as a list; the others must have none."""
+    rows = torch.isnan(out.reshape(len(out), -1).float())
+    assert torch.equal(rows.all(1), rows.any(1))
+    return rows.all(1).tolist()
 
 
-@pytest.mark.parametrize("order", ORDERS[:3])
-def test_repetition_of_long_rows_in_global_memory(library, order):
-    tokens = np.random.default_rng(0).zipf(1.3, size=(5, 1100)) % 200
-    lengths = np.array([1100, 700, 3, 0, 1099])
-    got = repetition(library, tokens, lengths, [2, 3, 4], [8, 32], scratch=1, order=order)
-    want = reference.repetition(tokens.tolist(), lengths.tolist(), [2, 3, 4], [8, 32])
-    np.testing.assert_array_equal(got, np.array(want, dtype=np.float32))
-
-
-def test_repetition_of_strided_rows_and_bad_lengths(library):
-    wide = np.random.default_rng(0).integers(0, 5, size=(4, 50))
-    tokens = wide[:, :40]
-    lengths = np.array([40, 41, -1, 7])
-    got = repetition(library, tokens, lengths, [2], [8])
-    want = reference.repetition(tokens[[0, 3]].tolist(), [40, 7], [2], [8])
-    np.testing.assert_array_equal(got[[0, 3]], np.array(want, dtype=np.float32))
-    assert np.isnan(got[[1, 2]]).all()
-
-
-# ---- token_logprobs ---------------------------------------------------------------------------------------------
-
-
-def bfloat16(values):
-    return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
-
-
-def widened(bits):
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def token_logprobs(library, logits, ids, temperature, *, order=0):
-    kind = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.uint16): 2}[logits.dtype]
-    log_p, log_q = np.full((2, len(logits)), 7, dtype=np.float32)
-    call(
-        library, "emulate_token_logprobs", logits, small(kind), logits.strides[0] // logits.itemsize,
-        np.asarray(ids, dtype=np.int64), *logits.shape, float(temperature), small(order), log_p, log_q,
-    )  # fmt: skip
-    return log_p, log_q
-
-
-@pytest.mark.parametrize("order", ORDERS[:3])
-@pytest.mark.parametrize("temperature", [1.0, 0.97, 3.0])
-@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
-def test_token_logprobs(library, kind, temperature, order):
-    rng = np.random.default_rng(order)
-    for V in (1, 2, 7, 8, 9, 63, 64, 511, 2100):
-        wide = (rng.standard_normal((4, V + 3)) * 5).astype(np.float32)  # rows start anywhere between boundaries
-        wide[1, : V // 2] = -np.inf
-        stored = bfloat16(wide) if kind == "bfloat16" else wide.astype(kind)
-        exact = widened(stored) if kind == "bfloat16" else stored
-        ids = [0, V - 1, V // 2, V // 3]
-        for offset in (0, 3):
-            got = token_logprobs(library, stored[:, offset : offset + V], ids, temperature, order=order)
-            values = exact[:, offset : offset + V].astype(np.float64)
-            log_p = values[range(4), ids] - np.log(np.exp(values - values.max(1, keepdims=True)).sum(1)) - values.max(1)
-            cold = values / temperature
-            log_q = cold[range(4), ids] - np.log(np.exp(cold - cold.max(1, keepdims=True)).sum(1)) - cold.max(1)
-            np.testing.assert_allclose(got[0], log_p, rtol=1e-6, atol=2e-6)
-            np.testing.assert_allclose(got[1], log_q, rtol=1e-6, atol=2e-6)
-
-
-def test_token_logprobs_that_are_not_defined(library):
-    logits = np.random.default_rng(0).standard_normal((7, 600)).astype(np.float32)
-    logits[1] = -np.inf
-    logits[2, 555] = np.nan
-    logits[3, :] = -np.inf
-    logits[3, 100] = np.nan
+def test_token_logprobs_that_are_not_defined(cuda_code):
+    logits = torch.randn(7, 600, generator=torch.Generator().manual_seed(0))
+    logits[1] = -math.inf
+    logits[2, 555] = math.nan
+    logits[3, :] = -math.inf
+    logits[3, 100] = math.nan
     logits[3, 300] = 0  # far from the NaN, which its thread sees among nothing but -inf
-    ids = [5, 5, 5, 5, -1, 600, 5]
+    logits, ids = on(cuda_code, logits, torch.tensor([5, 5, 5, 5, -1, 600, 5]))
     for temperature in (1.0, 0.9):
-        for out in token_logprobs(library, logits, ids, temperature):
-            assert np.isnan(out).tolist() == [False, True, True, True, True, True, False]
+        for out in daemon_fast.token_logprobs(logits, ids, temperature):
+            assert undefined(out) == [False, True, True, True, True, True, False]
 
 
-def token_logprobs_backward(library, grad_log_p, grad_log_q, logits, ids, temperature, *, order=0):
-    kind = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.uint16): 2}[logits.dtype]
-    grad = np.full(logits.shape, 7, dtype=logits.dtype)
-    call(
-        library, "emulate_token_logprobs_backward", np.asarray(grad_log_p, dtype=np.float32),
-        np.asarray(grad_log_q, dtype=np.float32), logits, small(kind), logits.strides[0] // logits.itemsize,
-        np.asarray(ids, dtype=np.int64), *logits.shape, float(temperature), small(order), grad,
-    )  # fmt: skip
-    return grad
-
-
-@pytest.mark.parametrize("order", ORDERS[:3])
-@pytest.mark.parametrize("temperature", [1.0, 0.97, 3.0])
-@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
-def test_token_logprobs_backward(library, kind, temperature, order):
-    rng = np.random.default_rng(order)
-    grad_log_p, grad_log_q = np.array([1.5, 0, -0.7, 0], dtype=np.float32), np.array([0.3, -2, 0, 0], dtype=np.float32)
-    for V in (1, 2, 7, 8, 9, 63, 64, 511, 2100):
-        wide = (rng.standard_normal((4, V + 3)) * 5).astype(np.float32)
-        wide[1, : V // 2] = -np.inf
-        stored = bfloat16(wide) if kind == "bfloat16" else wide.astype(kind)
-        ids = [0, V - 1, V // 2, V // 3]
-        for offset in (0, 3):
-            logits = stored[:, offset : offset + V]
-            grad = token_logprobs_backward(library, grad_log_p, grad_log_q, logits, ids, temperature, order=order)
-            exact, got = (widened(x) if kind == "bfloat16" else x.astype(np.float32) for x in (logits, grad))
-            want = reference.token_logprobs_backward(grad_log_p, grad_log_q, exact.astype(np.float64), ids, temperature)
-            rounding = {"float32": 2e-6, "float16": 2**-11, "bfloat16": 2**-8}[kind]
-            np.testing.assert_allclose(got, np.array(want), rtol=rounding, atol=2e-6)
-
-
-def test_token_logprobs_backward_that_is_not_defined(library):
-    logits = np.random.default_rng(0).standard_normal((7, 600)).astype(np.float32)
-    logits[1] = -np.inf
-    logits[2, 555] = np.nan
-    logits[6, :3] = -np.inf
-    ids, none, one = [5, 5, 5, 600, -1, 5, 5], [0] * 7, [1, 1, 1, 1, 0, 0, 1]
+def test_gradients_that_are_not_defined(cuda_code):
+    logits = torch.randn(7, 600, generator=torch.Generator().manual_seed(0))
+    logits[1] = -math.inf
+    logits[2, 555] = math.nan
+    logits[6, :3] = -math.inf
+    logits, ids = on(cuda_code, logits, torch.tensor([5, 5, 5, 600, -1, 5, 5]))
+    none, one = on(cuda_code, torch.zeros(7), torch.tensor([1.0, 1, 1, 1, 0, 0, 1]))
     for temperature in (1.0, 0.9):
         for grads in ((one, none), (none, one)):
-            grad = token_logprobs_backward(library, *grads, logits, ids, temperature)
-            assert np.isnan(grad).all(1).tolist() == [False, True, True, True, False, False, False]
-            assert np.isfinite(grad[[0, 4, 5, 6]]).all()
+            grad = _ops.token_logprobs_backward(*grads, logits, ids, temperature)
+            assert undefined(grad) == [False, True, True, True, False, False, False]
 
 
-def sample_tokens(library, logits, uniforms, temperature, *, order=0):
-    kind = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.uint16): 2}[logits.dtype]
-    ids = np.full(len(logits), 7, dtype=np.int64)
-    log_p, log_q = np.full((2, len(logits)), 7, dtype=np.float32)
-    call(
-        library, "emulate_sample_tokens", logits, small(kind), logits.strides[0] // logits.itemsize,
-        np.asarray(uniforms, dtype=np.float64), *logits.shape, float(temperature), small(order), ids, log_p, log_q,
-    )  # fmt: skip
-    return ids, log_p, log_q
+def test_tokens_appended_outside(cuda_code):
+    for slot, rows, lengths in ((3, [2, 0], [-1, 0, -1]), (0, [2, 3], [0, 0, 1]), (-1, [-1, 1], [0, -1, 0])):
+        buffers = [torch.zeros(3, 3, dtype=torch.int64), torch.zeros(3, 3), torch.zeros(3, 3)]
+        buffers += [torch.zeros(3, dtype=torch.int64), torch.ones(3, dtype=torch.bool)]
+        given = torch.tensor([5, 6]), torch.zeros(2), torch.zeros(2), torch.tensor([slot]), torch.tensor(rows)
+        buffers = on(cuda_code, *buffers)
+        _ops.append_tokens(*buffers, *on(cuda_code, *given, torch.tensor([0])), True)
+        assert buffers[3].tolist() == lengths
+        assert buffers[0].sum() == (5 if slot == 0 else 0)
 
 
-@pytest.mark.parametrize("order", ORDERS[:3])
-@pytest.mark.parametrize("temperature", [1.0, 0.9])
-@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
-def test_sample_tokens(library, kind, temperature, order):
-    rng = np.random.default_rng(order)
-    for V in (1, 2, 7, 63, 255, 256, 257, 700):
-        wide = (rng.standard_normal((6, V + 3)) * 3).astype(np.float32)
-        wide[1, : V // 2] = -np.inf
-        wide[2, V // 2 + 1 :] = -np.inf
-        stored = bfloat16(wide) if kind == "bfloat16" else wide.astype(kind)
-        exact = (widened(stored) if kind == "bfloat16" else stored)[:, :V].astype(np.float64)
-        uniforms = np.array([0.0, 0.0, 1 - 2**-53, *rng.random(3)])
-        ids, log_p, log_q = sample_tokens(library, stored[:, :V], uniforms, temperature, order=order)
-        want = np.array(reference.sample_tokens(exact.tolist(), uniforms.tolist(), temperature))
-        cold = exact / temperature
-        p = np.exp(cold - cold.max(1, keepdims=True))
-        p /= p.sum(1, keepdims=True)
-        edge = np.take_along_axis(p.cumsum(1), np.minimum(ids, want)[:, None], 1)[:, 0]
-        assert ((ids == want) | (np.abs(edge - uniforms) < 1e-6)).all()
-        assert (exact[range(6), ids] > -np.inf).all()
-        got = token_logprobs(library, stored[:, :V], ids, temperature)
-        np.testing.assert_allclose((log_p, log_q), got, rtol=1e-6, atol=1e-6)
+def test_sampled_tokens_that_are_not_defined(cuda_code):
+    logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(0))
+    logits[1] = -math.inf
+    logits[2, 255] = math.nan
+    logits[3, 7] = math.inf
+    logits, uniforms = on(cuda_code, logits, torch.tensor([0.5, 0.5, 0.5, 0.5, 1.0, -0.1], dtype=F64))
+    ids, log_p, log_q = daemon_fast.sample_tokens(logits, uniforms, 0.9)
+    assert (ids < 0).tolist() == undefined(log_p) == undefined(log_q) == [False, *[True] * 5]
 
 
-def test_sample_tokens_that_are_not_defined(library):
-    logits = np.random.default_rng(0).standard_normal((6, 300)).astype(np.float32)
-    logits[1] = -np.inf
-    logits[2, 255] = np.nan
-    logits[3, 7] = np.inf
-    ids, log_p, log_q = sample_tokens(library, logits, [0.5, 0.5, 0.5, 0.5, 1.0, -0.1], 0.9)
-    assert (ids[1:] == -1).all()
-    assert ids[0] >= 0
-    assert np.isnan(log_p).tolist() == np.isnan(log_q).tolist() == [False, *[True] * 5]
-
-
-# ---- weights and draws ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("scratch", [0, 1])
-@pytest.mark.parametrize(("M", "threads"), [(1, 32), (25, 32), (33, 32), (127, 128), (300, 128)])
-def test_importance_weights(library, M, threads, scratch, order):
-    rng = np.random.default_rng(M)
-    log_w = rng.standard_normal((6, M)) * 3
-    log_w[1] += 1e4
-    log_w[2] -= 1e4
-    log_w[3, :-1] = -np.inf
-    log_w[4] = -np.inf
-    log_w[5, M // 2] = np.nan
-    weights, log_mean, ess = np.full((6, M), -1.0), np.full(6, -1.0), np.full(6, -1.0)
-    call(
-        library, "emulate_importance_weights", log_w, 6, M, small(threads), small(scratch), small(order),
-        weights, log_mean, ess,
-    )  # fmt: skip
-    want = reference.importance_weights(log_w[:4].tolist())
-    for got, expected in zip((weights, log_mean, ess), want, strict=True):
-        np.testing.assert_allclose(got[:4], expected, rtol=1e-12)
-        assert np.isnan(got[4:]).all()
-
-
+@pytest.mark.parametrize("M", [4, 100, 2000])
 @pytest.mark.parametrize("rule", ["sir_select", "race_select"])
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(("scratch", "base_given"), [(0, False), (0, True), (1, True)])
-@pytest.mark.parametrize(("M", "threads"), [(1, 32), (25, 32), (64, 32), (70, 128), (260, 128)])
-def test_selection(library, M, threads, scratch, base_given, order, rule):
-    rng = np.random.default_rng(M)
-    G, K, S = 5, 9, 3
-    features = rng.standard_normal((G, M, K)).astype(np.float32)
-    mu = rng.standard_normal(K)
-    base = rng.standard_normal((G, M)).astype(np.float32) if base_given else None
-    if base_given and M > 1:
-        base[1, ::2] = -np.inf
-    uniforms = rng.random((G, S) if rule == "sir_select" else (G, S, M))
-    uniforms[:, 0].T[:] = [0, 1 - 2**-53, 0.5, 1 - 2**-53, 0]
-    index, weights = np.full((G, S), -9), np.full((G, M), -1, dtype=np.float32)
-    log_z, ess = np.full((2, G), -1, dtype=np.float32)
-    call(
-        library, f"emulate_{rule}", features, mu, base, uniforms, G, M, K, S, small(threads), small(scratch),
-        small(order), index, weights, log_z, ess,
-    )  # fmt: skip
-    rows = None if base is None else base.tolist()
-    for s in range(S):
-        want = getattr(reference, rule)(features.tolist(), mu.tolist(), uniforms[:, s].tolist(), rows)
-        assert index[:, s].tolist() == want[0]
-    np.testing.assert_allclose(weights, want[1], rtol=1e-6)
-    np.testing.assert_allclose(log_z, want[2], rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(ess, want[3], rtol=1e-6)
-
-
-@pytest.mark.parametrize("threads", [32, 128])
-def test_uniforms_hit_the_edges_of_the_cumulative_weights(library, threads):
-    base = np.tile(np.float32([-np.inf, 0, -np.inf, 0]), (6, 1))
-    uniforms = np.array([0.0, 0.25, 0.5 - 2**-53, 0.5, 0.75, 1 - 2**-53])
-    index, weights = np.full(6, -9), np.zeros((6, 4), dtype=np.float32)
-    log_z, ess = np.zeros((2, 6), dtype=np.float32)
-    call(
-        library, "emulate_sir_select", np.zeros((6, 4, 1), dtype=np.float32), np.zeros(1), base, uniforms, 6, 4, 1, 1,
-        small(threads), small(0), small(0), index, weights, log_z, ess,
-    )  # fmt: skip
-    assert index.tolist() == [1, 1, 1, 3, 3, 3]
-
-
-@pytest.mark.parametrize("rule", ["sir_select", "race_select"])
-def test_a_selection_marks_what_it_cannot_draw(library, rule):
-    features = np.zeros((5, 4, 1), dtype=np.float32)
-    features[1, 2] = np.nan
-    base = np.zeros((5, 4), dtype=np.float32)
-    base[2] = -np.inf
-    uniforms = np.array([0.3, 0.3, 0.3, 1.0, np.nan])
+def test_draws_that_are_not_defined(cuda_code, rule, M):
+    features, base = torch.zeros(5, M, 1), torch.zeros(5, M)
+    features[1, 2] = math.nan
+    base[2] = -math.inf
+    base[:, 0] = -math.inf
+    uniforms = torch.tensor([0.0, 0.3, 0.3, 1.0, math.nan], dtype=F64)
     if rule == "race_select":
-        uniforms = np.where(np.arange(4) == 3, uniforms[:, None], [[0.9, 0.1, 0.9, 0]])
-    index, weights = np.full(5, -9), np.full((5, 4), -1, dtype=np.float32)
-    log_z, ess = np.full((2, 5), -1, dtype=np.float32)
-    call(
-        library, f"emulate_{rule}", features, np.ones(1), base, uniforms, 5, 4, 1, 1, small(32), small(0), small(0),
-        index, weights, log_z, ess,
-    )  # fmt: skip
+        uniforms = torch.where(torch.arange(M) == 3, uniforms[:, None], 0.9)
+        uniforms[0, 1] = 0
+    arguments = on(cuda_code, features, torch.ones(1, dtype=F64), uniforms, base)
+    index, *others = getattr(daemon_fast, rule)(*arguments)
     assert index.tolist() == [1, -1, -1, -1, -1]
-    for out in (weights[:, 0], log_z, ess):
-        assert np.isnan(out).tolist() == [False, True, True, False, False]
-
-
-# ---- tilted_moments ---------------------------------------------------------------------------------------------
-
-
-def tilted_moments(library, features, mu, base, normalization, *, warps=0, blocks=0, order=0):
-    k = features.shape[2]
-    log_z, mean, covariance = np.full(1, -1.0), np.full(k, -1.0), np.full((k, k), -1.0)
-    call(
-        library, "emulate_tilted_moments", features, mu, base, *features.shape,
-        small(int(normalization == "per_prefix")), small(warps), blocks, small(order), log_z, mean, covariance,
-    )  # fmt: skip
-    return log_z, mean, covariance
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("normalization", ["per_prefix", "global"])
-@pytest.mark.parametrize(
-    ("N", "M", "K", "warps", "blocks"),
-    [(1, 1, 1, 0, 0), (3, 4, 0, 0, 0), (7, 25, 9, 0, 0), (3, 70, 2, 2, 2), (5, 32, 33, 1, 2), (9, 33, 1, 3, 1)],
-)
-def test_tilted_moments(library, N, M, K, warps, blocks, normalization, order):
-    rng = np.random.default_rng(N * M)
-    features = (rng.standard_normal((N, M, K)) + 1000 * (K == 2)).astype(np.float32)
-    mu = rng.standard_normal(K) * 0.5
-    for base in (None, rng.standard_normal((N, M)) * 50):
-        if base is not None and M > 1:
-            base[:, ::3] = -np.inf
-        got = tilted_moments(library, features, mu, base, normalization, warps=warps, blocks=blocks, order=order)
-        rows = None if base is None else base.tolist()
-        want = reference.tilted_moments(features.tolist(), mu.tolist(), rows, normalization)
-        np.testing.assert_allclose(got[0], want[0], rtol=1e-12, atol=1e-12)
-        np.testing.assert_allclose(got[1], want[1], rtol=1e-12, atol=1e-12)
-        np.testing.assert_allclose(got[2], np.array(want[2]).reshape(K, K), rtol=1e-10, atol=1e-12)
-        np.testing.assert_array_equal(got[2], got[2].T)
+    for out in others:
+        assert undefined(out) == [False, True, True, False, False]
 
 
 @pytest.mark.parametrize("normalization", ["per_prefix", "global"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_tilted_moments_that_are_not_defined(library, bad, normalization):
-    features = np.random.default_rng(0).standard_normal((40, 33, 2)).astype(np.float32)
-    base = np.zeros((40, 33))
+def test_moments_that_are_not_defined(cuda_code, bad, normalization):
+    features = torch.randn(40, 33, 2, generator=torch.Generator().manual_seed(0))
+    base = torch.zeros(40, 33, dtype=F64)
     base[17] = bad if bad < 0 else 0
     base[17, 32] = bad
-    results = tilted_moments(library, features, np.ones(2), base, normalization)
+    features, mu, base = on(cuda_code, features, torch.ones(2, dtype=F64), base)
     defined = bad < 0 and normalization == "global"  # one prefix without weight is no loss to global weights
-    assert all(np.isfinite(out).all() == defined and np.isnan(out).all() != defined for out in results)
-    base[:] = -np.inf
-    assert all(np.isnan(out).all() for out in tilted_moments(library, features, np.ones(2), base, normalization))
+    for out in daemon_fast.tilted_moments(features, mu, base, normalization):
+        assert undefined(out.reshape(1, -1)) == [not defined]
+    for out in daemon_fast.tilted_moments(features, mu, torch.full_like(base, -math.inf), normalization):
+        assert undefined(out.reshape(1, -1)) == [True]
+
+
+def test_lengths_outside_a_row_are_marked(cuda_code):
+    tokens, lengths = on(cuda_code, torch.zeros(4, 40, dtype=torch.int64), torch.tensor([40, 41, -1, 7]))
+    assert undefined(daemon_fast.repetition(tokens, lengths, [2], [8])) == [False, True, True, False]
+
+
+def test_nothing_gives_nothing(cuda_code):
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(*shape, dtype=dtype, device=cuda_code)
+
+    ids, none, mu = empty(0, dtype=torch.int64), empty(0, dtype=F64), empty(2, dtype=F64)
+    assert daemon_fast.repetition(empty(0, 5, dtype=torch.int64)).shape == (0, 6)
+    assert daemon_fast.repetition(empty(3, 0, dtype=torch.int64)).tolist() == [[0.0] * 6] * 3
+    assert daemon_fast.token_logprobs(empty(0, 9), ids).log_p.shape == (0,)
+    assert _ops.token_logprobs_backward(empty(0), empty(0), empty(0, 9), ids, 1.0).shape == (0, 9)
+    assert daemon_fast.sample_tokens(empty(0, 9), none).ids.shape == (0,)
+    assert daemon_fast.importance_weights(empty(0, 9)).weights.shape == (0, 9)
+    assert daemon_fast.sir_select(empty(0, 9, 2), mu, none).index.shape == (0,)
+    assert daemon_fast.race_select(empty(0, 9, 2), mu, empty(0, 9, dtype=F64)).index.shape == (0,)
+
+
+def test_more_than_a_launch_can_hold_is_named(cuda_code):
+    tokens = torch.zeros(1, 4, dtype=torch.int64, device=cuda_code)
+    with pytest.raises(RuntimeError, match="ngrams has 33 entries, more than the 32"):
+        daemon_fast.repetition(tokens, ngrams=list(range(1, 34)))
+    for K in (400, 1025):
+        features, mu = on(cuda_code, torch.zeros(2, 2, K), torch.zeros(K, dtype=F64))
+        with pytest.raises(RuntimeError, match=f"features has K = {K}"):
+            daemon_fast.tilted_moments(features, mu)
+    longest = torch.zeros(1, dtype=torch.int32, device=cuda_code).expand(1, 2**29 + 1)
+    with pytest.raises(RuntimeError, match="exceeds the maximum 536870912 on CUDA"):
+        daemon_fast.repetition(longest)
+
+
+# ---- what a device refuses --------------------------------------------------------------------------------------
+
+H100, A100 = 227 * 1024, 163 * 1024  # bytes of shared memory that a block may have
+
+
+@pytest.fixture
+def report():
+    if emulated.SANITIZED:
+        pytest.skip("computes nothing")
+    if not emulated.has_ptx():
+        pytest.skip("built without CUDA, or no cuobjdump: the compiler's report has each kernel's static shared memory")
+
+
+def select(M, dtype=torch.float32, base=None):
+    base = None if base is None else torch.zeros(2, M, dtype=base)
+    _ops.sir_select(torch.zeros(2, M, 0, dtype=dtype), torch.zeros(0, dtype=F64), torch.zeros(2, dtype=F64), base)
+
+
+def race(M, dtype=torch.float32, base=None):
+    base = None if base is None else torch.zeros(2, M, dtype=base)
+    _ops.race_select(torch.zeros(2, M, 0, dtype=dtype), torch.zeros(0, dtype=F64), torch.zeros(2, M, dtype=F64), base)
+
+
+def weigh(M, dtype=torch.float32):
+    _ops.importance_weights(torch.zeros(2, M, dtype=dtype))
+
+
+def repeat(T, dtype=torch.int64):
+    _ops.repetition(torch.zeros(1, T, dtype=dtype), torch.tensor([T]), [2], [8])
+
+
+@pytest.mark.usefixtures("report")
+@pytest.mark.parametrize("optin", [H100, A100])
+def test_shared_memory_up_to_what_a_device_grants(optin):
+    """Each size is the first that its device sees: what a larger one was granted can't hide what is missing."""
+
+    def launch(run, *arguments):
+        with emulated.operators(shared_optin=optin, runs=False):
+            run(*arguments)
+
+    most = optin // 16
+    for M in (*range(2500, 2600), *range(2780, 3080), *range(most - 600, most + 10)):
+        launch(select, M)
+    for M in (*range(5100, 5130), *range(6100, 6150), *range(2 * most - 1100, 2 * most + 10)):
+        launch(weigh, M)
+        launch(race, M)
+    for M in (64, 65, 1024, 1025, 3000, most - 512, most - 511):
+        for dtype in (torch.float32, F64):
+            launch(weigh, 2 * M, dtype)
+            for base in (torch.float32, F64):
+                launch(select, M, dtype, base)
+                launch(race, 2 * M, dtype, base)
+    for T in range(500, 20_000, 50):
+        for dtype in (torch.int32, torch.int64):
+            launch(repeat, T, dtype)
+
+
+@pytest.mark.usefixtures("report")
+def test_no_kernel_has_more_static_shared_memory_than_the_launches_allow_for():
+    text = (emulated.ROOT / "csrc/cuda/launch.h").read_text()
+    limit = int(re.search(r"kMaxStaticSharedBytes = (\d+) \* 1024;", text)[1]) * 1024
+    assert max(kernel.shared_bytes for kernel in kernels.kernels(kernels.cuobjdump())) <= limit
+
+
+@pytest.mark.usefixtures("report")
+def test_moments_of_as_many_features_as_the_documentation_says():
+    promised = re.search(r"K above (\d+) on an A100, (\d+) on an H100", daemon_fast.tilted_moments.__doc__)
+    for optin, K in zip((A100, H100), map(int, promised.groups()), strict=True):
+        with emulated.operators(shared_optin=optin, runs=False):
+            for normalization in ("per_prefix", "global"):
+                _ops.tilted_moments(torch.zeros(3, 4, K), torch.zeros(K, dtype=F64), None, normalization)
+                with pytest.raises(RuntimeError, match=rf"K = {K + 1}, whose moments need \d+ bytes of shared memory"):
+                    _ops.tilted_moments(torch.zeros(3, 4, K + 1), torch.zeros(K + 1, dtype=F64), None, normalization)
+
+
+def test_shared_memory_is_asked_for_once_a_kernel():
+    with emulated.operators(runs=False):
+        for M in (3000, 5000, 2600, 9000):
+            select(M)
+        assert emulated.grants() == 1
+        select(3000, F64)
+        assert emulated.grants() == 2
+
+
+def test_global_scratch_is_bounded():
+    def scratch(run):
+        with torch.profiler.profile(profile_memory=True) as profile, emulated.operators(runs=False):
+            run()
+        return max(event.self_cpu_memory_usage for event in profile.events())
+
+    def many_rows(rows, T):
+        tokens = torch.zeros(T, dtype=torch.int64).expand(rows, T)
+        return lambda: _ops.repetition(tokens, torch.zeros(rows, dtype=torch.int64), [2], [8])
+
+    def many_groups(groups, M):
+        base = torch.zeros(1, M).expand(groups, M)
+        features, uniforms = torch.zeros(groups, M, 0), torch.zeros(groups, dtype=F64)
+        return lambda: _ops.sir_select(features, torch.zeros(0, dtype=F64), uniforms, base)
+
+    assert scratch(many_rows(2000, 10**6)) <= 2**30
+    assert emulated.blocks() > 30
+    assert scratch(many_groups(1000, 20_000)) == 4 * 132 * 20_000 * 16  # what fills the GPU is less
+    assert emulated.blocks() == 4 * 132
+    assert scratch(many_rows(2, 5 * 10**7)) > 2**30  # one row needs what it needs
+    assert emulated.blocks() == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ("cudaSetDevice", r"cudaSetDevice\(\d+\) failed: invalid device ordinal"),
+        ("cudaDeviceGetAttribute", "cudaDeviceGetAttribute failed: invalid device ordinal"),
+        ("cudaFuncGetAttributes", "cudaFuncGetAttributes failed: invalid device ordinal"),
+        ("cudaFuncSetAttribute", "cudaFuncSetAttribute failed: invalid device ordinal"),
+        ("cudaLaunchKernelEx", r"sir_select failed on CUDA for an input of shape \[2, 3000, 0\]: invalid device ord"),
+        ("current_stream", "torch gave no current stream for CUDA device"),
+    ],
+)
+def test_a_failing_call_of_the_runtime_is_named_and_leaves_no_error(call, message):
+    with emulated.operators(broken=call), pytest.raises(RuntimeError, match=message):
+        select(3000)
+    assert emulated.error() == 0
+
+
+# ---- sanitizers and lines ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(emulated.SANITIZED, reason="this is the sanitized run")
+def test_every_line_runs_under_sanitizers(capsys):
+    for program in ("g++", "gcov"):
+        if shutil.which(program) is None:
+            pytest.skip(f"no {program}")
+    for counts in emulated.folder(sanitized=True).glob("*.gcda"):
+        counts.unlink()
+    preloaded = []
+    for name in ("libasan.so", "libstdc++.so"):  # which must know of each other before anything throws
+        find = subprocess.run(["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True)
+        preloaded.append(find.stdout.strip())
+    settings = {"EMULATION_SANITIZED": "1", "LD_PRELOAD": ":".join(preloaded), "ASAN_OPTIONS": "detect_leaks=0"}
+    env = {**os.environ, **settings}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    files = emulated.coverage().items()
+    lines = [(count, f"{file}:{line}") for file, counts in files for line, count in counts.items()]
+    missed = sorted(place for count, place in lines if count == 0)
+    with capsys.disabled():
+        print(f"\ncsrc/cuda: {len(lines) - len(missed)} of {len(lines)} lines ran", *missed)
+    assert lines
+    assert missed == []

@@ -12,15 +12,15 @@ import torch
 import toy
 from scipy import stats
 
-from daemon_fast import Energy, ProposalSettings, SIRDecoder, metrics, ops
+from daemon_fast import Energy, ProposalSettings, SIRDecoder, metrics, ops, reference
 from daemon_fast.errors import ArtefactError, InvalidInput, LowEffectiveSampleSize
 
 MU = torch.tensor([2.0, -1.5], dtype=torch.float64)
 METRICS = metrics.parse(["sr_2", "tr_2"])
 
 
-def energy(proposal, mu=MU, base="proposal"):
-    return Energy(METRICS, mu, torch.zeros(2), proposal.settings, base=base)
+def energy(proposal, mu=MU, base="proposal", draw="sir"):
+    return Energy(METRICS, mu, torch.zeros(2), proposal.settings, base=base, draw=draw)
 
 
 def exact():
@@ -55,6 +55,58 @@ def test_the_error_of_the_draw_shrinks_like_one_over_m():
         bias.append(float((expected - truth).norm()))
     slope = np.polyfit(np.log(sizes), np.log(bias), 1)[0]
     assert -1.2 < slope < -0.8
+
+
+def test_the_artefacts_rule_draws():
+    """Of the same candidates each rule chooses by its own law, and each of several samples by numbers of its own."""
+    proposal, rows = toy.ToyProposal(num_candidates=5), toy.SEQUENCES[[0, 1, 3, 30, 40]]
+    candidates = toy.as_candidates(rows.repeat(100, 1), 100)
+    for draw, law in (("sir", lambda w: w), ("race", reference.race_probabilities)):
+        decoded = SIRDecoder(energy(proposal, draw=draw), proposal).choose(candidates, num_samples=200, seed=7)
+        chances = np.array(law(decoded.weights[0].double().tolist()))
+        counts = np.bincount(decoded.index.flatten().numpy(), minlength=5)
+        assert stats.chisquare(counts, chances / chances.sum() * 20_000).pvalue > 1e-3
+        other = chances**1.1
+        assert stats.chisquare(counts, other / other.sum() * 20_000).pvalue < 1e-3  # it can tell laws apart
+        again = SIRDecoder(energy(proposal, draw=draw), proposal).choose(candidates, num_samples=200, seed=7)
+        assert torch.equal(again.index, decoded.index)
+
+
+@pytest.mark.parametrize("draw", ["sir", "race"])
+def test_what_chooses_is_independent_of_what_drew(draw):
+    """One seed for both: by mu = 0 and M = 2 the chosen first token has the model's own distribution."""
+    zero, counts = torch.zeros(2, dtype=torch.float64), np.zeros(81)
+
+    class FromUniforms(toy.ToyProposal):
+        """By inverse CDF from float64 uniforms of the seed, as `TransformersProposal` draws its tokens."""
+
+        def propose(self, prefixes, seed):
+            uniforms = torch.rand(len(prefixes) * 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            drawn = torch.searchsorted(toy.PROBABILITIES.cumsum(0), uniforms).clamp_max(80)
+            return toy.as_candidates(toy.SEQUENCES[drawn], len(prefixes))
+
+    proposal = FromUniforms(num_candidates=2)
+    decoder = SIRDecoder(energy(proposal, zero, draw=draw), proposal)
+    for seed in range(40):
+        tokens = decoder.choose(proposal.propose(["x"] * 100, seed), seed=seed).tokens
+        which = (torch.tensor(tokens)[:, 0] * torch.tensor([27, 9, 3, 1])).sum(1)
+        counts += np.bincount(which.numpy(), minlength=81)
+    assert stats.chisquare(counts, toy.PROBABILITIES.numpy() * 4000).pvalue > 1e-3
+
+
+def test_without_replacement_a_race_goes_on():
+    """The first S to arrive: the first has the race's law, and with S = M all are drawn."""
+    proposal, rows = toy.ToyProposal(num_candidates=5), toy.SEQUENCES[[0, 1, 3, 30, 40]]
+    candidates = toy.as_candidates(rows.repeat(20_000, 1), 20_000)
+    decoder = SIRDecoder(energy(proposal, draw="race"), proposal)
+    index = decoder.choose(candidates, num_samples=5, replacement=False).index
+    assert torch.equal(index.sort(1).values, torch.arange(5).expand(20_000, 5))
+    weights = decoder.choose(candidates).weights[0].double()
+    chances = np.array(reference.race_probabilities(weights.tolist()))
+    assert stats.chisquare(np.bincount(index[:, 0].numpy(), minlength=5), 20_000 * chances).pvalue > 1e-3
+    uniforms = np.random.default_rng(0).random((200_000, 5))
+    second = np.bincount((uniforms / weights.numpy()).argsort(1)[:, 1], minlength=5) / 200_000
+    assert stats.chisquare(np.bincount(index[:, 1].numpy(), minlength=5), 20_000 * second).pvalue > 1e-3
 
 
 def test_log_z_estimates_the_partition_function():
@@ -165,6 +217,28 @@ def test_a_row_that_a_gpu_marks_as_undrawable_is_an_error(monkeypatch):
     monkeypatch.setattr(ops, "sir_select", marked)
     with pytest.raises(InvalidInput, match="prefix 1 has no candidate to draw"):
         SIRDecoder(energy(proposal), proposal)(["x"] * 3)
+
+
+@pytest.mark.parametrize("draw", ["sir", "race"])
+def test_several_draws_have_the_law_of_one_and_a_mean_that_varies_less(draw):
+    size, samples, texts = 8, 4, 20_000
+    drawn = torch.multinomial(toy.PROBABILITIES, size, replacement=True, generator=torch.Generator().manual_seed(2))
+    proposal = toy.ToyProposal(num_candidates=size)
+    decoder = SIRDecoder(energy(proposal, draw=draw), proposal)
+    candidates = toy.as_candidates(toy.SEQUENCES[drawn].repeat(texts, 1), texts)
+    decoded = decoder.choose(candidates, num_samples=samples)
+    weights = decoded.weights[0].double()
+    chances = np.array(reference.race_probabilities(weights.tolist())) if draw == "race" else weights.numpy()
+    for column in decoded.index.T:  # each by itself
+        counts = np.bincount(column.numpy(), minlength=size)
+        assert stats.chisquare(counts[chances > 0], texts * chances[chances > 0]).pvalue > 1e-3
+    energies = (decoded.candidate_features.double() @ MU).gather(1, decoded.index)
+    alone = float(chances @ (decoded.candidate_features[0].double() @ MU).numpy() ** 2)
+    alone -= float(chances @ (decoded.candidate_features[0].double() @ MU).numpy()) ** 2
+    assert float(energies.mean(1).var()) < alone / samples / 2
+    # What one candidate is drawn more or less often than S times its chance, is less than one.
+    often = torch.stack([(decoded.index == j).sum(1) for j in range(size)], 1).numpy()
+    assert (abs(often - samples * chances) < 1).all()
 
 
 def test_without_replacement_draws_are_those_of_successive_sampling():

@@ -110,13 +110,26 @@ def test_missing_fields_are_named(saved, tmp_path):
     document = json.loads(saved.read_text())
     for section in ("", "proposal_settings", "diagnostics"):
         for name in document[section] if section else document:
-            if name == "unmet":
-                continue  # artefacts of earlier versions lack it
+            if name in ("draw", "unmet"):
+                continue  # artefacts of earlier versions lack them
             broken = copy.deepcopy(document)
             del (broken[section] if section else broken)[name]
             (tmp_path / "e.json").write_text(json.dumps(broken))
             with pytest.raises(ArtefactError, match=rf"field {section + '.' if section else ''}{name} is missing"):
                 Energy.load(tmp_path / "e.json")
+
+
+def test_an_artefact_that_names_no_rule_draws_by_sir(saved, tmp_path):
+    document = json.loads(saved.read_text())
+    for draw in ("race", "sir"):
+        (tmp_path / "e.json").write_text(json.dumps({**document, "draw": draw}))
+        assert Energy.load(tmp_path / "e.json").draw == draw
+    (tmp_path / "e.json").write_text(json.dumps({**document, "draw": "best"}))
+    with pytest.raises(ArtefactError, match="draw must be one of race, sir, got 'best'"):
+        Energy.load(tmp_path / "e.json")
+    del document["draw"]
+    (tmp_path / "e.json").write_text(json.dumps(document))
+    assert Energy.load(tmp_path / "e.json").draw == "sir"
 
 
 def test_unreadable_files(tmp_path):

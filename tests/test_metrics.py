@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
+import toy
 
 from daemon_fast import Candidates, metrics, ops, reference
-from daemon_fast.errors import InvalidInput, UnknownMetric
+from daemon_fast.errors import ArtefactError, InvalidInput, UnknownMetric
 
 
 class HashEncoder:
@@ -141,3 +144,43 @@ def test_specs_round_trip():
     parsed = metrics.parse(["sr_2", "tr_8", "div", "ent", "coh"], "all-minilm-l6-v2")
     again = metrics.from_specs([metric.spec for metric in parsed])
     assert [metric.spec for metric in again] == [metric.spec for metric in parsed]
+
+
+def test_nats_is_the_log_of_ent():
+    candidates = toy.as_candidates(toy.SEQUENCES, 1)
+    ent, nats = metrics.features(metrics.parse(["ent", "nats"]), candidates)[0].unbind(1)
+    torch.testing.assert_close(nats.exp(), ent)
+    expected = [reference.nats(row) for row in toy.token_probabilities(toy.SEQUENCES).log().tolist()]
+    np.testing.assert_allclose(nats, expected, rtol=1e-6)
+
+
+def test_a_tilt_without_bound_is_named():
+    class Surprise(metrics.Metric):
+        name, bounds = "surprise", (-math.inf, 3.0)
+
+        def evaluate(self, candidates):
+            return -candidates.lengths.float()
+
+    listed = [*metrics.parse(["sr_2", "ent", "nats", len]), Surprise()]
+    for sign, names in ((-1.0, ["ent"]), (1.0, ["surprise"])):
+        mu = dict.fromkeys(metrics.column_names(listed), sign)
+        assert metrics.unbounded_tilts(listed, mu) == names
+
+
+def test_spread_is_of_clipped_deviations_in_human_units():
+    drawn = toy.as_candidates(toy.SEQUENCES[:6], 2)
+    spread = metrics.Spread(["sr_1", "nats"], [0.5, 1.0], [0.1, 0.5])
+    found = metrics.features([spread, *metrics.parse(["nats", "sr_1"])], drawn)
+    assert metrics.column_names([spread]) == ["sr_1^2", "sr_1*nats", "nats^2"]
+    for row in found.reshape(6, 5).tolist():
+        nats, sr = row[3:]
+        z = [max(-2.5, min(2.5, (sr - 0.5) / 0.1)), max(-2.5, min(2.5, (nats - 1.0) / 0.5))]
+        assert row[:3] == pytest.approx([z[0] * z[0], z[0] * z[1], z[1] * z[1]], abs=1e-5)
+    again = metrics.from_specs([metric.spec for metric in (spread, *metrics.parse(["nats", "sr_1"]))])
+    assert torch.equal(metrics.features(again, drawn), found)
+    with pytest.raises(InvalidInput, match="spread is of 'nats', which is not among the metrics"):
+        metrics.features([spread, *metrics.parse(["sr_1"])], drawn)
+    with pytest.raises(InvalidInput, match="scale > 0"):
+        metrics.Spread(["sr_1"], [0.5], [0.0])
+    with pytest.raises(ArtefactError, match=r"metrics\[0\]"):
+        metrics.from_specs([{"name": "spread", "of": ["sr_1"]}])

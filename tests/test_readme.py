@@ -29,7 +29,7 @@ def test_the_first_five_lines_run(monkeypatch, capsys):
     assert len(FIRST_LINES.replace("\n\n", "\n").splitlines()) == 5
     shown = {}
     exec(compile(FIRST_LINES, "README.md", "exec"), shown)
-    assert shown["energy"].names == ["sr_2", "tr_8", "ent"]
+    assert shown["energy"].names == ["sr_2", "tr_8", "nats"]
     assert shown["energy"].diagnostics.num_prefixes == 12
     assert capsys.readouterr().out.strip()
 
@@ -45,7 +45,7 @@ def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
     assert shown["energy"].diagnostics.converged
     assert len(shown["decoded"].texts[0]) == 2
     assert shown["decoded"].features.shape == (1, 2, 4)
-    assert json.loads(Path("energy.json").read_text())["columns"] == ["sr_2", "tr_8", "ent", "mean_token_id"]
+    assert json.loads(Path("energy.json").read_text())["columns"] == ["sr_2", "tr_8", "nats", "mean_token_id"]
     assert capsys.readouterr().out
 
 

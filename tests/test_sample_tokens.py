@@ -57,10 +57,10 @@ def test_every_size_on_every_device(device, V, dtype, temperature):
     check(logits, uniforms, temperature, device)
 
 
-def test_draws_follow_the_distribution(device):
+def test_draws_follow_the_distribution(real_device):
     logits = torch.randn(1, 700, generator=torch.Generator().manual_seed(1)) * 2
     uniforms = torch.rand(200_000, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    ids = daemon_fast.sample_tokens(logits.expand(200_000, -1).to(device), uniforms.to(device), 0.8).ids.cpu()
+    ids = daemon_fast.sample_tokens(logits.expand(200_000, -1).to(real_device), uniforms.to(real_device), 0.8).ids.cpu()
     expected = torch.softmax(logits[0].double() / 0.8, 0).numpy() * 200_000
     counts, common = np.bincount(ids.numpy(), minlength=700), expected > 5
     observed, wanted = (np.append(values[common], values[~common].sum()) for values in (counts, expected))

@@ -6,6 +6,8 @@
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
 #include <cub/warp/warp_reduce.cuh>
+#include <cub/warp/warp_scan.cuh>
+#include <type_traits>
 
 namespace daemon_fast::cuda {
 
@@ -61,6 +63,38 @@ __device__ __forceinline__ double reduce_warp(double value, Op op) {
     typename cub::WarpReduce<double>::TempStorage none;  // empty: full warps use shuffles
     value = cub::WarpReduce<double>(none).Reduce(value, op);
     return __shfl_sync(kAllLanes, value, 0);
+}
+
+__device__ __forceinline__ int lowest_bit(uint32_t bits) {
+    return kWarp - 1 - __clz(bits & (~bits + 1));
+}
+
+// Which of 32 shares, one a lane, an inverse CDF meets.
+struct Pick {
+    int lane;     // the first that lifts the running sum above the target; else the last of all that are above 0, or -1
+    bool passed;  // whether the target was passed
+    double rest;  // the target, less all before `lane`
+};
+
+// Of the lanes up to each.
+__device__ __forceinline__ double running_sums(double value) {
+    typename cub::WarpScan<double>::TempStorage none;  // empty: full warps use shuffles
+    double sum;
+    cub::WarpScan<double>(none).InclusiveSum(value, sum);
+    return sum;
+}
+
+__device__ __forceinline__ double last_lane(double value) {
+    return __shfl_sync(kAllLanes, value, kWarp - 1);
+}
+
+// running: of the shares, by running_sums.
+__device__ __forceinline__ Pick pick(double share, double running, double target) {
+    const uint32_t possible = __ballot_sync(kAllLanes, share > 0);
+    const uint32_t above = __ballot_sync(kAllLanes, share > 0 && running > target);
+    const int lane = above ? lowest_bit(above) : kWarp - 1 - __clz(possible);
+    const double before = __shfl_sync(kAllLanes, running - share, lane < 0 ? 0 : lane);
+    return {lane, above != 0, target - before};
 }
 
 // A block-wide reduction whose result every thread gets.

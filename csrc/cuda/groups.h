@@ -5,8 +5,6 @@
 
 namespace daemon_fast::cuda {
 
-constexpr int64_t kBlocksWithGlobalScratch = 1024;  // enough to fill any GPU; each has scratch of its own
-
 // How groups of M candidates are spread over blocks, and where a block keeps `doubles` values: in shared memory, or in
 // global memory where they don't fit.
 struct GroupLaunch {
@@ -15,9 +13,9 @@ struct GroupLaunch {
 
     GroupLaunch(const Tensor& input, int64_t groups, int64_t M, int64_t doubles)
         : M(M), blocks(groups), shared_bytes(8 * doubles) {
-        // The kernels' static shared memory needs a little of it too.
-        if (shared_bytes <= max_shared_bytes(input.get_device_index()) - 8 * 1024) return;
-        blocks = std::min(groups, kBlocksWithGlobalScratch);
+        const int device = input.get_device_index();
+        if (shared_bytes <= max_shared_bytes(device) - kMaxStaticSharedBytes) return;
+        blocks = blocks_with_scratch(groups, shared_bytes, device);
         shared_bytes = 0;
         global = empty_like_with(input, {blocks * doubles}, ScalarType::Double);
     }

@@ -8,6 +8,14 @@
 
 namespace daemon_fast::cuda {
 
+// V, for kernels that count ids in 32 bits.
+inline int vocabulary(const char* op, const Tensor& logits) {
+    constexpr int64_t kMax = int64_t{1} << 30;
+    const int64_t V = logits.size(1);
+    if (V > kMax) fail(op, ": logits.shape[1] = ", V, " exceeds the maximum ", kMax, " on CUDA");
+    return static_cast<int>(V);
+}
+
 // run(logit, tempered) with a value of the logits' type, and whether the temperature is another than 1 as a
 // compile-time constant.
 template <class Run>

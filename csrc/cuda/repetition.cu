@@ -6,8 +6,6 @@
 namespace daemon_fast::cuda {
 namespace {
 
-constexpr int kBlocksPerSm = 8;  // of the global-memory path, whose scratch is allocated per block
-
 void fill_plan(const std::vector<int64_t>& from, int64_t limit, const char* name, int32_t* to) {
     if (from.size() > kMaxColumns)
         fail("repetition: ", name, " has ", from.size(), " entries, more than the ", kMaxColumns, " of a CUDA call");
@@ -18,8 +16,8 @@ Tensor repetition(Tensor tokens, Tensor lengths, std::vector<int64_t> ngrams, st
     check_repetition(tokens, lengths, ngrams, windows);
     const int device = tokens.get_device_index();
     const int64_t R = tokens.size(0), T = tokens.size(1);
-    constexpr int64_t kMaxTokens = int64_t{1} << 29;  // 2 slots a token, counted in 32 bits
-    if (T > kMaxTokens) fail("repetition: tokens.shape[1] = ", T, " exceeds the maximum ", kMaxTokens, " on CUDA");
+    if (T > kMaxRepetitionTokens)
+        fail("repetition: tokens.shape[1] = ", T, " exceeds the maximum ", kMaxRepetitionTokens, " on CUDA");
     RepetitionPlan plan{};
     plan.ngram_count = static_cast<int>(ngrams.size());
     plan.window_count = static_cast<int>(windows.size());
@@ -31,27 +29,32 @@ Tensor repetition(Tensor tokens, Tensor lengths, std::vector<int64_t> ngrams, st
     Tensor out = empty_like_with(tokens, {R, plan.ngram_count + plan.window_count}, ScalarType::Float);
     if (out.numel() == 0) return out;
     if (T > 1 && tokens.stride(1) != 1) tokens = torch::stable::contiguous(tokens);
-    const auto run = [&](auto token, auto position) {
+    const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device);
+    const auto run = [&](auto token) {
         using Token = decltype(token);
-        using Index = decltype(position);
-        const int64_t bytes = RowScratch<Token, Index>::bytes(T);
-        const bool shared = bytes <= max_shared_bytes(device);
-        const int64_t blocks =
-            shared ? R : std::min(R, kBlocksPerSm * device_attribute(cudaDevAttrMultiProcessorCount, device));
-        std::optional<Tensor> scratch;
-        if (!shared) scratch = empty_like_with(tokens, {blocks * bytes}, ScalarType::Byte);
-        const auto in_shared = repetition_kernel<Token, Index, true>;
-        const auto in_global = repetition_kernel<Token, Index, false>;
-        launch(
-            "repetition", tokens, shared ? in_shared : in_global, blocks, repetition_threads(T), shared ? bytes : 0,
-            tokens.const_data_ptr<Token>(), tokens.stride(0), lengths.const_data_ptr(),
-            lengths.scalar_type() == ScalarType::Long, lengths.stride(0), R, T, plan,
-            scratch ? static_cast<char*>(scratch->mutable_data_ptr()) : nullptr, out.mutable_data_ptr<float>());
+        const auto start = [&](auto threads, auto shared) {
+            const RowLayout layout = RowScratch<Token, shared.value>::layout(T);
+            const int64_t blocks = shared.value ? R : blocks_with_scratch(R, layout.bytes, device);
+            std::optional<Tensor> scratch;
+            if (!shared.value) scratch = empty_like_with(tokens, {blocks * layout.bytes}, ScalarType::Byte);
+            launch(
+                "repetition", tokens, repetition_kernel<Token, threads.value, shared.value>, blocks, threads.value,
+                shared.value ? layout.bytes : 0, tokens.const_data_ptr<Token>(), tokens.stride(0),
+                lengths.const_data_ptr(), lengths.scalar_type() == ScalarType::Long, lengths.stride(0), R, T, plan,
+                layout, scratch ? static_cast<char*>(scratch->mutable_data_ptr()) : nullptr,
+                out.mutable_data_ptr<float>());
+        };
+        using OneWarp = std::integral_constant<int, kOneWarp>;
+        using ManyWarps = std::integral_constant<int, kManyWarps>;
+        const int64_t bytes = RowScratch<Token, true>::layout(T).bytes;
+        if (T > kMaxSharedTokens || bytes > shared_bytes_for(bytes, repetition_kernel<Token, kManyWarps, true>, device))
+            start(ManyWarps(), std::false_type());
+        else if (T <= kOneWarpTokens && R >= kOneWarpRows * multiprocessors)
+            start(OneWarp(), std::true_type());
+        else
+            start(ManyWarps(), std::true_type());
     };
-    const auto with_index = [&](auto token) {
-        T < std::numeric_limits<uint16_t>::max() ? run(token, uint16_t{}) : run(token, uint32_t{});
-    };
-    tokens.scalar_type() == ScalarType::Long ? with_index(int64_t{}) : with_index(int32_t{});
+    tokens.scalar_type() == ScalarType::Long ? run(int64_t{}) : run(int32_t{});
     return out;
 }
 

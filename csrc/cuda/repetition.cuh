@@ -1,8 +1,12 @@
 // Device side of repetition: one row a block, all n-gram sizes and windows of the call.
 //
-// Ids. The id of an n-gram is the position of whichever of its occurrences won a slot of the hash table. The
-// (n+1)-gram at t is then the pair (id at t, id at t + 1), so every level compares exact keys of two words, whatever
-// n is. Which occurrence wins differs from run to run; how many ids there are does not.
+// Ids. The id of an n-gram is the position of one of its occurrences, the same for all. The (n+1)-gram at t is then the
+// pair (id at t, id at t + 1), so every level compares exact keys of two words, whatever n is.
+//
+// Finding ids. Every position writes itself into the slot of its key's hash, and the highest one stays. Behind a
+// barrier each looks who stayed: where it has the same key, it is the id. Otherwise another key took the slot, from all
+// occurrences alike, and they try again under another hash, until none is left. Each such round overwrites what earlier
+// ones wrote, its number standing above the positions: the table is cleared once a row.
 //
 // An (n+1)-gram can repeat only where both of its n-grams do: each level looks up only the positions that the level
 // below left over, gathered into a list first, so that all lanes of a warp have one.
@@ -14,10 +18,17 @@
 
 namespace daemon_fast::cuda {
 
-constexpr int kMaxColumns = 32;  // n-gram sizes, and windows, of one call: kernel arguments, and one lane a window
-constexpr int kMaxRepetitionThreads = 256;
-constexpr int64_t kSlotsPerKey = 2;
-constexpr uint32_t kFree = 0;  // of a table's slot; else position + 1
+constexpr int kMaxColumns = 32;  // n-gram sizes, and windows, of one call: kernel arguments
+constexpr int kWindows = 3;      // counted in one pass over the ids: as many as there are by default
+constexpr int64_t kMaxRepetitionTokens = int64_t{1} << 29;
+constexpr int64_t kMaxSharedTokens = int64_t{1} << 15;  // with 16-bit positions and slots
+
+// Threads of a block. One warp needs no barriers, and rows fill a GPU if they are many and short: a multiprocessor's
+// shared memory holds 15 of 512 tokens.
+constexpr int kOneWarp = kWarp;
+constexpr int kManyWarps = 256;
+constexpr int64_t kOneWarpTokens = 512;
+constexpr int64_t kOneWarpRows = 4;  // times the multiprocessors
 
 struct RepetitionPlan {
     int ngram_count, window_count;
@@ -25,227 +36,354 @@ struct RepetitionPlan {
     int32_t longest_ngram;
 };
 
-__host__ __device__ inline uint32_t table_slots(int64_t keys) {
-    uint32_t slots = 32;
-    while (slots < kSlotsPerKey * keys) slots *= 2;
-    return slots;
+// Of the table's slots. Short rows get more, of which fewer are taken, since a further round costs them most.
+inline int table_bits(int64_t T) {
+    const int64_t slots = T <= kOneWarpTokens ? 4 * T : 2 * T;
+    int bits = 5;
+    while (int64_t{1} << bits < slots) ++bits;
+    return bits;
 }
 
-// A warp for 512 tokens: rows are many, and in one warp barriers cost next to nothing.
-__host__ __device__ inline int repetition_threads(int64_t T) {
-    int threads = kWarp;
-    while (threads < kMaxRepetitionThreads && threads * 16 < T) threads *= 2;
-    return threads;
-}
+template <bool kShared>
+using Position = std::conditional_t<kShared, uint16_t, uint32_t>;
 
-// Working memory of one row, in shared memory or, for rows too long for that, in global memory.
-template <class Token, class Index>
-struct RowScratch {
-    Token* tokens;                       // [T]
-    uint32_t* table;                     // [slots]
-    Index *ids, *next_ids;               // [T]
-    Index* list;                         // [T] positions to look up at the level at hand
-    uint32_t *repeated, *next_repeated;  // [T / 32 + 2] bit t: the n-gram at t occurs more than once
-    uint32_t* counter;                   // [2] length of the list; repeats of the level at hand
+// Where the parts of a row's working memory begin, in bytes: worked out once, by the host.
+struct RowLayout {
+    int bits;  // of the table's slots
+    int64_t tokens, ids, next_ids, list, lost, repeated, next_repeated, counter, bytes;
 
-    static __host__ __device__ int64_t bytes(int64_t T) {
-        return align16(T * int64_t{sizeof(Token)}) + align16(int64_t{table_slots(T)} * 4) +
-               3 * align16(T * int64_t{sizeof(Index)}) + 2 * align16((T / 32 + 2) * 4) + 16;
-    }
-
-    __device__ RowScratch(char* at, int64_t T) {
+    RowLayout(int64_t T, int64_t token_bytes, int64_t position_bytes) : bits(table_bits(T)) {
+        bytes = int64_t{4} << bits;
         const auto take = [&](int64_t size) {
-            char* const here = at;
-            at += align16(size);
+            const int64_t here = bytes;
+            bytes += align16(size);
             return here;
         };
-        tokens = reinterpret_cast<Token*>(take(T * int64_t{sizeof(Token)}));
-        table = reinterpret_cast<uint32_t*>(take(int64_t{table_slots(T)} * 4));
-        ids = reinterpret_cast<Index*>(take(T * int64_t{sizeof(Index)}));
-        next_ids = reinterpret_cast<Index*>(take(T * int64_t{sizeof(Index)}));
-        list = reinterpret_cast<Index*>(take(T * int64_t{sizeof(Index)}));
-        repeated = reinterpret_cast<uint32_t*>(take((T / 32 + 2) * 4));
-        next_repeated = reinterpret_cast<uint32_t*>(take((T / 32 + 2) * 4));
-        counter = reinterpret_cast<uint32_t*>(take(8));
+        tokens = take(T * token_bytes);
+        const int64_t whole = (T + kWarp - 1) / kWarp * kWarp;
+        ids = take(whole * position_bytes);
+        next_ids = take(whole * position_bytes);
+        list = take(T * position_bytes);
+        lost = take(T * position_bytes);
+        repeated = take((T / 32 + 2) * 4);
+        next_repeated = take((T / 32 + 2) * 4);
+        counter = take(16);
     }
 };
 
-// Finds or makes the id of the key at position t; `equal(p)` tells whether position p holds the same key.
-template <class Equal>
-__device__ __forceinline__ uint32_t
-find_or_insert(uint32_t* table, uint32_t mask, uint64_t key, uint32_t t, Equal equal) {
-    uint32_t slot = static_cast<uint32_t>((key * 0x9E3779B97F4A7C15ull) >> 32) & mask;
-    for (;; slot = (slot + 1) & mask) {
-        const uint32_t seen = atomicCAS(&table[slot], kFree, t + 1);
-        if (seen == kFree) return t;
-        if (equal(seen - 1)) return seen - 1;
+// Working memory of one row, in shared memory or, for rows too long for that, in global memory.
+template <class Token, bool kShared>
+struct RowScratch {
+    using Index = Position<kShared>;
+    static constexpr int kPositionBits = kShared ? 16 : 29;
+
+    uint32_t* table;                     // [2^bits] (round + 1) << kPositionBits | position, or 0
+    Token* tokens;                       // [T]
+    Index *ids, *next_ids;               // [T, up to a multiple of 32] before an id is known, its slot
+    Index *list, *lost;                  // [T] positions to look up; those to look up again
+    uint32_t *repeated, *next_repeated;  // [T / 32 + 2] bit t: the n-gram at t occurs more than once
+    uint32_t* counter;                   // [4]
+    int bits;
+    uint32_t round = 0;
+
+    __device__ RowScratch(char* at, const RowLayout& layout)
+        : table(reinterpret_cast<uint32_t*>(at)),
+          tokens(reinterpret_cast<Token*>(at + layout.tokens)),
+          ids(reinterpret_cast<Index*>(at + layout.ids)),
+          next_ids(reinterpret_cast<Index*>(at + layout.next_ids)),
+          list(reinterpret_cast<Index*>(at + layout.list)),
+          lost(reinterpret_cast<Index*>(at + layout.lost)),
+          repeated(reinterpret_cast<uint32_t*>(at + layout.repeated)),
+          next_repeated(reinterpret_cast<uint32_t*>(at + layout.next_repeated)),
+          counter(reinterpret_cast<uint32_t*>(at + layout.counter)),
+          bits(layout.bits) {}
+
+    static RowLayout layout(int64_t T) { return RowLayout(T, sizeof(Token), sizeof(Index)); }
+
+    // Writes position t into the slot of its key's hash, and the slot into ids[t].
+    __device__ __forceinline__ void enter(Index* to, uint32_t t, uint32_t key) {
+        key *= 0x9e3779b1u;
+        key ^= key >> 15;
+        const uint32_t slot = key * (0x85ebca6bu + round * 0x2c1b3c6eu) >> (32 - bits);
+        to[t] = static_cast<Index>(slot);
+        atomicMax(&table[slot], (round + 1) << kPositionBits | t);
     }
+    __device__ __forceinline__ uint32_t winner(uint32_t slot) const {
+        return table[slot] & ((1u << kPositionBits) - 1);
+    }
+};
+
+template <int kThreads>
+__device__ __forceinline__ void synchronize() {
+    kThreads == kWarp ? __syncwarp() : __syncthreads();
 }
 
-__device__ __forceinline__ void clear_table(uint32_t* table, uint32_t slots) {
-    uint4* const wide = reinterpret_cast<uint4*>(table);
-    for (uint32_t i = threadIdx.x; i < slots / 4; i += blockDim.x) wide[i] = make_uint4(kFree, kFree, kFree, kFree);
+template <int kThreads>
+__device__ __forceinline__ void fill(void* at, int words, uint32_t value) {
+    uint4* const wide = reinterpret_cast<uint4*>(at);
+#pragma unroll 4
+    for (int i = threadIdx.x; i < (words + 3) / 4; i += kThreads) wide[i] = make_uint4(value, value, value, value);
+}
+
+template <int kThreads>
+__device__ __forceinline__ void clear(uint32_t* bits, int words) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < words; i += kThreads) bits[i] = 0;
 }
 
 __device__ __forceinline__ void mark(uint32_t* bits, uint32_t t) {
     atomicOr(&bits[t / 32], 1u << t % 32);
 }
 
-// Ids of all tokens, which of them repeat, and, in counter[1], how many have another position as their id. The tables,
-// bits and counters must be clear.
-template <class Token, class Index>
-__device__ void find_tokens(RowScratch<Token, Index>& s, int length, uint32_t slots) {
-    for (int begin = 0; begin < length; begin += blockDim.x) {
-        const uint32_t t = begin + threadIdx.x;
-        bool repeats = false;
-        if (t < static_cast<uint32_t>(length)) {
-            const Token token = s.tokens[t];
-            const uint32_t id = find_or_insert(
-                s.table, slots - 1, static_cast<uint64_t>(token), t, [&](uint32_t p) { return s.tokens[p] == token; });
-            s.ids[t] = static_cast<Index>(id);
-            repeats = id != t;
-            if (repeats) mark(s.repeated, id);
-        }
-        const uint32_t bits = __ballot_sync(kAllLanes, repeats);
-        if (threadIdx.x % kWarp == 0 && bits) {
-            atomicOr(&s.repeated[t / 32], bits);
-            atomicAdd(&s.counter[1], static_cast<uint32_t>(__popc(bits)));
-        }
+// The keys of the first level, and of the others.
+template <class Token>
+struct TokenKeys {
+    const Token* tokens;
+    __device__ static uint32_t fold(Token token) {
+        return static_cast<uint32_t>(token) ^ static_cast<uint32_t>(static_cast<int64_t>(token) >> 32) * 0x27d4eb2fu;
     }
-    __syncthreads();
+    __device__ uint32_t operator()(uint32_t t) const { return fold(tokens[t]); }
+    __device__ bool same(uint32_t s, uint32_t t) const { return tokens[s] == tokens[t]; }
+};
+
+template <class Index>
+struct PairKeys {
+    const Index* ids;
+    __device__ uint32_t operator()(uint32_t t) const {
+        return ids[t] * (sizeof(Index) == 2 ? 0x10000u : 0x9e3779b1u) + ids[t + 1];
+    }
+    __device__ bool same(uint32_t s, uint32_t t) const {
+        const uint32_t first = ids[s], second = ids[s + 1];
+        return first == ids[t] && second == ids[t + 1];
+    }
+};
+
+// Another round. Its number must not run into that of an earlier one.
+template <int kThreads, class Scratch>
+__device__ __forceinline__ void next_round(Scratch& s) {
+    ++s.round;
+    if (s.round + 1 < 1u << (32 - Scratch::kPositionBits)) return;
+    s.round = 0;
+    synchronize<kThreads>();
+    fill<kThreads>(s.table, 1 << s.bits, 0);
+    synchronize<kThreads>();
+}
+
+// The keys at the `count` positions of s.list, for the round at hand.
+template <int kThreads, class Scratch, class Keys>
+__device__ __forceinline__ void enter_listed(
+    Scratch& s, const Keys& keys, uint32_t count, typename Scratch::Index* ids) {
+    for (uint32_t i = threadIdx.x; i < count; i += kThreads) s.enter(ids, s.list[i], keys(s.list[i]));
+    synchronize<kThreads>();
+}
+
+// Gives the keys at `count` positions, which have been entered, their ids: those of s.list, or the first ones if kAll.
+// Marks those that occur more than once; returns how many of a thread's have another position as their id. Counter 0
+// is 0 at first; s.list is overwritten.
+template <int kThreads, bool kAll, class Scratch, class Keys>
+__device__ __forceinline__ uint32_t
+settle(Scratch& s, const Keys& keys, uint32_t count, typename Scratch::Index* ids, uint32_t* repeated) {
+    using Index = typename Scratch::Index;
+    uint32_t repeats = 0, parity = 0;
+    const auto look = [&](auto all) {               // who stayed; who did not is listed
+        constexpr uint32_t kChunk = 32 * kThreads;  // a thread keeps in a word which of its own lost
+        for (uint32_t begin = threadIdx.x; begin < count; begin += kChunk) {
+            const auto position = [&](uint32_t i) -> uint32_t { return all.value ? i : s.list[i]; };
+            uint32_t lost = 0, bit = 1;
+            for (uint32_t i = begin; i < count && bit; i += kThreads, bit <<= 1) {
+                const uint32_t t = position(i), id = s.winner(ids[t]);
+                if (!keys.same(id, t)) {
+                    lost |= bit;
+                    continue;
+                }
+                ids[t] = static_cast<Index>(id);
+                if (id == t) continue;
+                mark(repeated, t);
+                mark(repeated, id);
+                ++repeats;
+            }
+            if (lost == 0) continue;
+            uint32_t place = atomicAdd(&s.counter[parity], static_cast<uint32_t>(__popc(lost)));
+            for (; lost; lost &= lost - 1)
+                s.lost[place++] = static_cast<Index>(position(begin + lowest_bit(lost) * kThreads));
+        }
+        synchronize<kThreads>();
+        count = s.counter[parity];
+        Index* const list = s.list;
+        s.list = s.lost;
+        s.lost = list;
+        parity ^= 1;
+    };
+    look(std::integral_constant<bool, kAll>());
+    while (count) {
+        next_round<kThreads>(s);
+        if (threadIdx.x == 0) s.counter[parity] = 0;
+        enter_listed<kThreads>(s, keys, count, ids);
+        look(std::false_type());
+    }
+    return repeats;
+}
+
+// The block's sum of what its threads counted. Counter 3 is 0 at first.
+template <int kThreads, class Scratch>
+__device__ __forceinline__ uint32_t add_up(Scratch& s, uint32_t value) {
+    value = __reduce_add_sync(kAllLanes, value);
+    if (kThreads == kWarp) return value;
+    if (threadIdx.x % kWarp == 0 && value) atomicAdd(&s.counter[3], value);
+    synchronize<kThreads>();
+    return s.counter[3];
 }
 
 // Lists, in any order, the positions t < count whose n-grams at t and t + 1 both repeat; returns how many.
-template <class Token, class Index>
-__device__ uint32_t list_candidates(RowScratch<Token, Index>& s, int count) {
-    if (threadIdx.x == 0) s.counter[0] = s.counter[1] = 0;
-    __syncthreads();
-    const int lane = threadIdx.x % kWarp, words = (count + 31) / 32;
-    for (int word = threadIdx.x / kWarp; word < words; word += blockDim.x / kWarp) {
-        uint32_t bits = s.repeated[word] & (s.repeated[word] >> 1 | s.repeated[word + 1] << 31);
-        if (count - word * 32 < 32) bits &= (1u << (count - word * 32)) - 1;
-        uint32_t begin = 0;
-        if (lane == 0 && bits) begin = atomicAdd(&s.counter[0], static_cast<uint32_t>(__popc(bits)));
-        begin = __shfl_sync(kAllLanes, begin, 0);
-        if (bits >> lane & 1) s.list[begin + __popc(bits & ((1u << lane) - 1))] = static_cast<Index>(word * 32 + lane);
+template <int kThreads, class Scratch>
+__device__ __forceinline__ uint32_t list_candidates(Scratch& s, int count) {
+    if (threadIdx.x == 0) s.counter[0] = s.counter[2] = 0;
+    synchronize<kThreads>();
+    if (threadIdx.x == 0) s.counter[3] = 0;                                    // all have read it
+    for (int first = threadIdx.x * 8; first < count; first += kThreads * 8) {  // a thread takes 8 positions
+        const uint32_t low = s.repeated[first / 32], high = s.repeated[first / 32 + 1];
+        uint32_t bits = (low & (low >> 1 | high << 31)) >> first % 32 & 0xff;
+        if (count - first < 8) bits &= (1u << (count - first)) - 1;
+        if (bits == 0) continue;
+        uint32_t place = atomicAdd(&s.counter[2], static_cast<uint32_t>(__popc(bits)));
+        for (; bits; bits &= bits - 1) s.list[place++] = static_cast<typename Scratch::Index>(first + lowest_bit(bits));
     }
-    __syncthreads();
-    return s.counter[0];
+    synchronize<kThreads>();
+    return s.counter[2];
 }
 
 // From n-grams to (n+1)-grams at the listed positions; returns how many have another position as their id.
-template <class Token, class Index>
-__device__ uint32_t find_pairs(RowScratch<Token, Index>& s, uint32_t listed, int length) {
-    const uint32_t slots = table_slots(listed);
-    clear_table(s.table, slots);
-    for (int word = threadIdx.x; word < length / 32 + 2; word += blockDim.x) s.next_repeated[word] = 0;
-    __syncthreads();
-    uint32_t repeats = 0;
-    for (uint32_t i = threadIdx.x; i < listed; i += blockDim.x) {
-        const uint32_t t = s.list[i];
-        const Index first = s.ids[t], second = s.ids[t + 1];
-        const uint64_t key = static_cast<uint64_t>(first) << 32 | second;
-        const uint32_t id = find_or_insert(
-            s.table, slots - 1, key, t, [&](uint32_t p) { return s.ids[p] == first && s.ids[p + 1] == second; });
-        s.next_ids[t] = static_cast<Index>(id);
-        if (id != t) {
-            mark(s.next_repeated, t);
-            mark(s.next_repeated, id);
-            ++repeats;
-        }
-    }
-    if (repeats) atomicAdd(&s.counter[1], repeats);
-    __syncthreads();
-    const uint32_t total = s.counter[1];
+template <int kThreads, class Scratch>
+__device__ __forceinline__ uint32_t find_pairs(Scratch& s, uint32_t listed, int length) {
+    using Index = typename Scratch::Index;
+    const PairKeys<Index> keys{s.ids};
+    clear<kThreads>(s.next_repeated, length / 32 + 2);
+    next_round<kThreads>(s);
+    enter_listed<kThreads>(s, keys, listed, s.next_ids);
+    const uint32_t repeats = settle<kThreads, false>(s, keys, listed, s.next_ids, s.next_repeated);
     Index* const ids = s.ids;
     s.ids = s.next_ids;
     s.next_ids = ids;
     uint32_t* const repeated = s.repeated;
     s.repeated = s.next_repeated;
     s.next_repeated = repeated;
-    __syncthreads();  // before the counters are cleared
-    return total;
+    return add_up<kThreads>(s, repeats);
+}
+
+// part / whole, or 1 - (whole - part) / whole, as the CPU rounds it: in float64, and then to float32. Up to 2^12, part
+// / whole is at least 2^-48 from any tie of that last rounding, so that float32 gives the same at a tenth of the cost.
+template <bool kComplement>
+__device__ __forceinline__ float fraction(uint32_t part, uint32_t whole) {
+    if (whole <= 4096) return static_cast<float>(part) / static_cast<float>(whole);
+    const double of = static_cast<double>(whole);
+    return static_cast<float>(
+        kComplement ? 1.0 - static_cast<double>(whole - part) / of : static_cast<double>(part) / of);
 }
 
 // By the first warp, from the ids of the tokens; overwrites next_ids, which holds the last position of each id so far.
-template <class Token, class Index>
-__device__ void count_windows(RowScratch<Token, Index>& s, const RepetitionPlan& plan, int length, float* out) {
-    constexpr Index kNone = static_cast<Index>(~Index{0});  // no position: T stays below
-    const int lane = threadIdx.x;
+template <class Scratch>
+__device__ __forceinline__ void count_windows(Scratch& s, const RepetitionPlan& plan, int length, float* out) {
+    using Index = typename Scratch::Index;
+    constexpr uint32_t kNone = sizeof(Index) == 2 ? 0xffffffffu : 0x7fffffffu;  // farther away than any window is wide
+    const int lane = threadIdx.x, whole = (length + kWarp - 1) / kWarp * kWarp;
+    const uint32_t below = (1u << lane) - 1, above = ~below << 1;
     Index* const last = s.next_ids;
-    for (int t = lane; t < length; t += kWarp) last[t] = kNone;
-    __syncwarp();
-    uint32_t hits = 0;  // of the window number `lane`
-    for (int begin = 0; begin < length; begin += kWarp) {
-        const int t = begin + lane;
-        const bool inside = t < length;
-        const uint32_t id = inside ? s.ids[t] : ~0u;
-        const uint32_t same = __match_any_sync(kAllLanes, id), before = same & ((1u << lane) - 1);
-        uint32_t distance = 0;  // 0: none
-        if (before)
-            distance = lane - (31 - __clz(before));
-        else if (inside && last[id] != kNone)
-            distance = t - last[id];
-        __syncwarp();                                                       // all have read
-        if (inside && same >> lane == 1) last[id] = static_cast<Index>(t);  // the highest lane of those with this id
-        __syncwarp();                                                       // before the next 32 read
-        for (int i = 0; i < plan.window_count; ++i) {
-            const bool hit = inside && distance - 1 < static_cast<uint32_t>(plan.windows[i]);
-            const uint32_t bits = __ballot_sync(kAllLanes, hit);
-            if (lane == i) hits += __popc(bits);
+    if (whole - kWarp + lane >= length) s.ids[whole - kWarp + lane] = static_cast<Index>(whole - kWarp + lane);
+    for (int first = 0; first < plan.window_count; first += kWindows) {
+        uint32_t windows[kWindows], hits[kWindows] = {};
+#pragma unroll
+        for (int i = 0; i < kWindows; ++i)
+            windows[i] = first + i < plan.window_count ? static_cast<uint32_t>(plan.windows[first + i]) : 0;
+        fill<kWarp>(last, whole * static_cast<int>(sizeof(Index)) / 4, kNone);
+        __syncwarp();
+        for (int begin = 0; begin < whole; begin += kWarp) {
+            const uint32_t id = s.ids[begin + lane], same = __match_any_sync(kAllLanes, id), before = same & below;
+            const uint32_t earlier = last[id], previous = before ? begin + 31 - __clz(before) : earlier;
+            const uint32_t distance = begin + lane - previous;
+            __syncwarp();                                                          // all have read
+            if ((same & above) == 0) last[id] = static_cast<Index>(begin + lane);  // the highest lane with this id
+            __syncwarp();                                                          // before the next 32 read
+#pragma unroll
+            for (int i = 0; i < kWindows; ++i) hits[i] += distance <= windows[i];
+        }
+#pragma unroll
+        for (int i = 0; i < kWindows; ++i) {
+            hits[i] = __reduce_add_sync(kAllLanes, hits[i]);
+            if (lane == 0 && first + i < plan.window_count)
+                out[first + i] = length > 0 ? fraction<false>(hits[i], length) : 0.0f;
         }
     }
-    if (lane < plan.window_count) out[lane] = length > 0 ? static_cast<float>(double(hits) / double(length)) : 0.0f;
 }
 
 // out[ngram_count + window_count] of one row, by the whole block.
-template <class Token, class Index>
-__device__ void repetition_row(
-    const Token* row, int length, RowScratch<Token, Index> s, const RepetitionPlan& plan, float* out) {
-    const uint32_t slots = table_slots(length);
-    for (int t = threadIdx.x; t < length; t += blockDim.x) s.tokens[t] = row[t];
-    clear_table(s.table, slots);
-    for (int word = threadIdx.x; word < length / 32 + 2; word += blockDim.x) s.repeated[word] = 0;
-    if (threadIdx.x == 0) s.counter[1] = 0;
-    for (int i = threadIdx.x; i < plan.ngram_count; i += blockDim.x) out[i] = 0.0f;
-    __syncthreads();
-    find_tokens(s, length, slots);
-    if (plan.window_count && threadIdx.x < kWarp) count_windows(s, plan, length, out + plan.ngram_count);
-    uint32_t repeats = s.counter[1];
-    __syncthreads();  // before the counters are cleared, and next_ids used again
+template <int kThreads, class Token, class Scratch>
+__device__ __forceinline__ void repetition_row(
+    const Token* row, int length, Scratch s, const RepetitionPlan& plan, float* out) {
+    constexpr int kLoads = kThreads == kWarp ? 8 : 2;  // in flight
+    Token tokens[kLoads];
+    const auto load = [&](int begin) {
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i)
+            if (i * kThreads < length - begin) tokens[i] = row[begin + i * kThreads];
+    };
+    load(threadIdx.x);
+    fill<kThreads>(s.table, 1 << s.bits, 0);
+    clear<kThreads>(s.repeated, length / 32 + 2);
+    if (threadIdx.x == 0) s.counter[0] = s.counter[3] = 0;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < plan.ngram_count; i += kThreads) out[i] = 0.0f;
+    synchronize<kThreads>();
+    for (int begin = threadIdx.x;;) {
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) {
+            const int t = begin + i * kThreads;
+            if (i * kThreads >= length - begin) break;
+            s.tokens[t] = tokens[i];
+            s.enter(s.ids, t, TokenKeys<Token>::fold(tokens[i]));
+        }
+        begin += kLoads * kThreads;
+        if (begin >= length) break;
+        load(begin);
+    }
+    synchronize<kThreads>();
+    const uint32_t own = settle<kThreads, true>(s, TokenKeys<Token>{s.tokens}, length, s.ids, s.repeated);
+    uint32_t repeats = add_up<kThreads>(s, own);
+    if (threadIdx.x < kWarp) count_windows(s, plan, length, out + plan.ngram_count);
     for (int n = 1; n <= plan.longest_ngram && n <= length; ++n) {
         const int count = length - n + 1;
         if (n > 1) {
-            const uint32_t listed = list_candidates(s, count);
-            repeats = listed < 2 ? 0 : find_pairs(s, listed, length);
+            const uint32_t listed = list_candidates<kThreads>(s, count);
+            repeats = listed < 2 ? 0 : find_pairs<kThreads>(s, listed, length);
         }
         if (repeats == 0) break;  // and so does no longer n-gram: their columns stay 0
-        for (int i = threadIdx.x; i < plan.ngram_count; i += blockDim.x)
-            if (plan.ngrams[i] == n)
-                out[i] = static_cast<float>(1.0 - double(count - static_cast<int>(repeats)) / double(count));
+#pragma unroll 1
+        for (int i = threadIdx.x; i < plan.ngram_count; i += kThreads)
+            if (plan.ngrams[i] == n) out[i] = fraction<true>(repeats, count);
     }
-    __syncthreads();  // the next row of this block overwrites the scratch
+    synchronize<kThreads>();  // the next row of this block overwrites the scratch
 }
 
 // Rows r = blockIdx.x, blockIdx.x + gridDim.x, ...: a grid of one block a row when the scratch is in shared memory.
 // `lengths` is int64 or int32. A length outside [0, T] can't be reported without a synchronisation: the row becomes
 // NaN. kShared is a constant so that the compiler knows the address space of every access.
-template <class Token, class Index, bool kShared>
-__global__ void __launch_bounds__(kMaxRepetitionThreads, 4) repetition_kernel(
+template <class Token, int kThreads, bool kShared>
+__global__ void __launch_bounds__(kThreads, kThreads == kWarp ? 24 : 3) repetition_kernel(
     const Token* tokens, int64_t row_stride, const void* lengths, bool wide_lengths, int64_t length_stride, int64_t R,
-    int64_t T, RepetitionPlan plan, char* global_scratch, float* out) {
-    char* const scratch = kShared ? dynamic_shared() : global_scratch + blockIdx.x * RowScratch<Token, Index>::bytes(T);
+    int64_t T, RepetitionPlan plan, RowLayout layout, char* global_scratch, float* out) {
+    using Scratch = RowScratch<Token, kShared>;
+    char* const scratch = kShared ? dynamic_shared() : global_scratch + blockIdx.x * layout.bytes;
     const int columns = plan.ngram_count + plan.window_count;
     for (int64_t r = blockIdx.x; r < R; r += gridDim.x) {
         const int64_t length = wide_lengths ? static_cast<const int64_t*>(lengths)[r * length_stride]
                                             : static_cast<const int32_t*>(lengths)[r * length_stride];
         float* const row_out = out + r * columns;
         if (length < 0 || length > T) {
-            for (int i = threadIdx.x; i < columns; i += blockDim.x) row_out[i] = nan_float();
+#pragma unroll 1
+            for (int i = threadIdx.x; i < columns; i += kThreads) row_out[i] = nan_float();
             continue;
         }
-        repetition_row<Token, Index>(
-            tokens + r * row_stride, static_cast<int>(length), RowScratch<Token, Index>(scratch, T), plan, row_out);
+        repetition_row<kThreads>(
+            tokens + r * row_stride, static_cast<int>(length), Scratch(scratch, layout), plan, row_out);
     }
 }
 

@@ -1,5 +1,6 @@
-// Device side of sir_select and race_select: one group of candidates a block, from features to draws in one launch. The
-// two differ by the rule that draws. A rule's `prepare` is run by the whole block, its `draw` by one warp per draw.
+// Device side of sir_select and race_select: one group of candidates a block, or a warp where they are few, from
+// features to draws in one launch. The two differ by the rule that draws. A rule's `prepare` is run by the whole block,
+// its `draw` by one warp per draw; `draw_few` has a weight a lane, and its uniform.
 #pragma once
 
 #include "cuda/weights.cuh"
@@ -46,11 +47,18 @@ struct Sir {
             const int64_t j = begin + lane;
             const bool possible = j < M && w[j] > 0;
             const uint32_t above = __ballot_sync(kAllLanes, possible && cumulative[j] > threshold);
-            if (above) return begin + __popc((above & (~above + 1)) - 1);  // the lowest bit set
+            if (above) return begin + lowest_bit(above);
             const uint32_t any = __ballot_sync(kAllLanes, possible);
             if (any) last = begin + (kWarp - 1 - __clz(any));
         }
         return last;  // rounding lifted the threshold to the total
+    }
+
+    static __device__ int lane_uniform(int, int) { return 0; }
+    static __device__ __forceinline__ int draw_few(double w, bool, double uniform) {
+        if (!(uniform >= 0 && uniform < 1)) return -1;
+        const double running = running_sums(w);
+        return pick(w, running, uniform * last_lane(running)).lane;
     }
 };
 
@@ -85,6 +93,13 @@ struct Race {
         const double first_of_all = reduce_warp(first, Min());
         return static_cast<int64_t>(reduce_warp(first == first_of_all ? winner : static_cast<double>(M), Min()));
     }
+
+    static __device__ int lane_uniform(int lane, int M) { return lane < M ? lane : 0; }
+    static __device__ __forceinline__ int draw_few(double w, bool candidate, double uniform) {
+        if (__ballot_sync(kAllLanes, candidate && !(uniform >= 0 && uniform < 1))) return -1;
+        const double arrival = w > 0 ? uniform / w : -minus_infinity();
+        return lowest_bit(__ballot_sync(kAllLanes, arrival == reduce_warp(arrival, Min())));
+    }
 };
 
 // index is -1, and all else NaN, for a group without weights; -1 also for a uniform outside [0, 1).
@@ -111,6 +126,52 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(
             if (threadIdx.x % kWarp == 0) index[g * S + s] = drawn;
         }
         __syncthreads();  // the next group overwrites the weights
+    }
+}
+
+constexpr int kFewThreads = 128;
+constexpr int kFewWarps = kFewThreads / kWarp;
+
+// The same for M <= 32: a warp a group and a lane a candidate, all in registers.
+template <class Rule, class Feature, class Base>
+__global__ void __launch_bounds__(kFewThreads) select_few_kernel(
+    const Feature* features, const double* mu, const Base* base, const double* uniforms, SelectShape shape,
+    int64_t* index, Feature* weights, Feature* log_z, Feature* ess) {
+    const int lane = threadIdx.x % kWarp, M = static_cast<int>(shape.M), K = static_cast<int>(shape.K);
+    const bool candidate = lane < M;
+    for (int64_t g = int64_t{blockIdx.x} * kFewWarps + threadIdx.x / kWarp; g < shape.G;
+         g += int64_t{gridDim.x} * kFewWarps) {
+        const int64_t of_draw = Rule::uniforms(M), j = g * M + lane;
+        const double* const own_uniforms = uniforms + g * shape.S * of_draw + Rule::lane_uniform(lane, M);
+        const auto uniform_of = [&](int64_t s) { return s < shape.S ? own_uniforms[s * of_draw] : 0.0; };
+        double uniform = uniform_of(0), log_w = minus_infinity();  // loaded before it is needed
+        if (candidate) {
+            const Feature* const f = features + j * K;
+            double energy = 0;
+#pragma unroll 4
+            for (int k = 0; k < K; ++k) energy += mu[k] * static_cast<double>(f[k]);
+            log_w = (base ? static_cast<double>(base[j]) : 0.0) - energy;
+        }
+        const double max = reduce_warp(log_w, MaxOrNan());
+        const bool valid = is_finite(max);
+        const double w = exp(log_w - max);  // 0 where there is no candidate
+        double sum = w, sum_of_squares = w * w;
+#pragma unroll
+        for (int distance = 1; distance < kWarp; distance *= 2) {
+            sum += __shfl_xor_sync(kAllLanes, sum, distance);
+            sum_of_squares += __shfl_xor_sync(kAllLanes, sum_of_squares, distance);
+        }
+        if (candidate) weights[j] = static_cast<Feature>(valid ? w / sum : nan_double());
+        // Lane 0 divides for log_z what the others divide for ess.
+        const double quotient = (lane ? sum * sum : sum) / (lane ? sum_of_squares : static_cast<double>(M));
+        if (lane == 0) log_z[g] = static_cast<Feature>(valid ? max + log(quotient) : nan_double());
+        if (lane == 1) ess[g] = static_cast<Feature>(valid ? quotient : nan_double());
+        for (int64_t s = 0; s < shape.S; ++s) {
+            const double next = uniform_of(s + 1);
+            const int drawn = valid ? Rule::draw_few(w, candidate, uniform) : -1;
+            if (lane == 0) index[g * shape.S + s] = drawn;
+            uniform = next;
+        }
     }
 }
 

@@ -30,13 +30,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select(
     with_base(features, base_log_w, [&](auto feature, auto base) {
         using Feature = decltype(feature);
         using Base = decltype(base);
+        const Feature* const f = features.const_data_ptr<Feature>();
+        const double *const m = mu.const_data_ptr<double>(), *const u = uniforms.const_data_ptr<double>();
+        const Base* const b = base_log_w ? base_log_w->const_data_ptr<Base>() : nullptr;
+        int64_t* const i = index.mutable_data_ptr<int64_t>();
+        Feature* const w = weights.mutable_data_ptr<Feature>();
+        Feature* const z = log_z.mutable_data_ptr<Feature>();
+        Feature* const e = ess.mutable_data_ptr<Feature>();
+        if (shape.M <= kWarp) {
+            launch(
+                Rule::kName, features, select_few_kernel<Rule, Feature, Base>, (shape.G + kFewWarps - 1) / kFewWarps,
+                kFewThreads, 0, f, m, b, u, shape, i, w, z, e);
+            return;
+        }
         groups.dispatch([&](auto threads, auto shared) {
             launch(
                 Rule::kName, features, select_kernel<Rule, Feature, Base, threads.value, shared.value>, groups.blocks,
-                threads.value, groups.shared_bytes, features.const_data_ptr<Feature>(), mu.const_data_ptr<double>(),
-                base_log_w ? base_log_w->const_data_ptr<Base>() : nullptr, uniforms.const_data_ptr<double>(), shape,
-                groups.scratch(), index.mutable_data_ptr<int64_t>(), weights.mutable_data_ptr<Feature>(),
-                log_z.mutable_data_ptr<Feature>(), ess.mutable_data_ptr<Feature>());
+                threads.value, groups.shared_bytes, f, m, b, u, shape, groups.scratch(), i, w, z, e);
         });
     });
     return {index, weights, log_z, ess};

@@ -16,10 +16,6 @@ std::tuple<Tensor, Tensor, Tensor> tilted_moments(
     const MomentShape shape{features.size(0), features.size(1), static_cast<int>(K)};
     const int warps = shape.warps();
     const int64_t shared_bytes = shape.shared_bytes(warps);
-    if (shared_bytes > max_shared_bytes(device))
-        fail(
-            "tilted_moments: features has K = ", K, ", whose moments need ", shared_bytes,
-            " bytes of shared memory; this device has ", max_shared_bytes(device));
     features = torch::stable::contiguous(features);
     mu = torch::stable::contiguous(mu);
     if (base_log_w) base_log_w = torch::stable::contiguous(*base_log_w);
@@ -37,9 +33,15 @@ std::tuple<Tensor, Tensor, Tensor> tilted_moments(
             const MomentInput<Feature, Base> input{
                 features.const_data_ptr<Feature>(), mu.const_data_ptr<double>(),
                 base_log_w ? base_log_w->const_data_ptr<Base>() : nullptr};
+            const auto kernel = tilted_moments_kernel<Normalization, Feature, Base>;
+            const int64_t most = shared_bytes_for(shared_bytes, kernel, device);
+            if (shared_bytes > most)
+                fail(
+                    "tilted_moments: features has K = ", K, ", whose moments need ", shared_bytes,
+                    " bytes of shared memory; this device has ", most);
             launch(
-                "tilted_moments", features, tilted_moments_kernel<Normalization, Feature, Base>, blocks, warps * kWarp,
-                shared_bytes, input, shape, partial.mutable_data_ptr<double>());
+                "tilted_moments", features, kernel, blocks, warps * kWarp, shared_bytes, input, shape,
+                partial.mutable_data_ptr<double>());
         });
         launch(
             "tilted_moments", features, finish_tilted_moments_kernel<Normalization>, 1, 1024, shape.finish_bytes(),

@@ -95,6 +95,14 @@ __device__ void chunk_moments(
     __syncwarp();
 }
 
+// The weighted sum of products of features a and b about their means.
+__device__ __forceinline__ double chunk_scatter(const MomentTile& tile, int count, int stride, uint32_t pair) {
+    const double *a = tile.features + (pair >> 16), *b = tile.features + (pair & 0xffff);
+    double scatter = 0;
+    for (int j = 0; j < count; ++j, a += stride, b += stride) scatter += tile.weights[j] * *a * *b;
+    return scatter;
+}
+
 // Adds a chunk to a set: Chan's update, with weights on a common scale.
 __device__ __forceinline__ void merge_chunk(
     Moments& into, const MomentTile& tile, double max, double sum, int count, const MomentShape& shape,
@@ -105,9 +113,7 @@ __device__ __forceinline__ void merge_chunk(
     const double kept = into.sum * keep, added = sum * add, total = kept + added;
     for (int p = lane; p < shape.pairs(); p += kWarp) {
         const uint32_t a = pairs[p] >> 16, b = pairs[p] & 0xffff;
-        double scatter = 0;
-        for (int j = 0; j < count; ++j)
-            scatter += tile.weights[j] * tile.features[j * stride + a] * tile.features[j * stride + b];
+        const double scatter = chunk_scatter(tile, count, stride, pairs[p]);
         const double shift = (tile.mean[a] - into.mean[a]) * (tile.mean[b] - into.mean[b]);
         into.scatter[p] = into.scatter[p] * keep + scatter * add + shift * (kept * (added / total));
     }
@@ -159,8 +165,28 @@ struct PerPrefix {
         const Input& input, int64_t begin, int64_t end, const MomentShape& shape, const uint32_t* pairs,
         const WarpMemory& warp) {
         const int lane = threadIdx.x % kWarp, K = shape.K;
-        Moments prefix{minus_infinity(), 0, warp.set, warp.set + K};
         double log_z = 0, bad = 0;
+        const auto finish = [&](double max, double sum) {  // without any weight: -inf, and so no result
+            log_z += max + log(sum / static_cast<double>(shape.M));
+        };
+        if (shape.M <= kWarp) {  // a prefix is one chunk, with nothing to merge
+            const int count = static_cast<int>(shape.M);
+            for (int64_t i = begin; i < end; ++i) {
+                double max, sum;
+                chunk_moments(input, i * shape.M, count, shape, warp.tile, max, sum);
+                finish(max, sum);
+                if (!(sum > 0)) {
+                    if (max != minus_infinity()) bad = nan_double();
+                    continue;
+                }
+                for (int k = lane; k < K; k += kWarp) warp.partial[2 + k] += warp.tile.mean[k];
+                for (int p = lane; p < shape.pairs(); p += kWarp)
+                    warp.partial[2 + K + p] += chunk_scatter(warp.tile, count, shape.tile_stride(), pairs[p]) / sum;
+                __syncwarp();  // before the next chunk overwrites the tile
+            }
+            begin = end;
+        }
+        Moments prefix{minus_infinity(), 0, warp.set, warp.set + K};
         for (int64_t i = begin; i < end; ++i) {
             prefix.max = minus_infinity();
             prefix.sum = 0;
@@ -173,8 +199,7 @@ struct PerPrefix {
                 else if (max != minus_infinity())
                     bad = nan_double();
             }
-            // Without any weight: -inf, and so no result.
-            log_z += prefix.max + log(prefix.sum / static_cast<double>(shape.M));
+            finish(prefix.max, prefix.sum);
             for (int e = lane; e < K + shape.pairs(); e += kWarp) {
                 warp.partial[2 + e] += e < K ? prefix.mean[e] : prefix.scatter[e - K] / prefix.sum;
                 warp.set[e] = 0;

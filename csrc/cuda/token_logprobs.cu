@@ -6,8 +6,6 @@
 namespace daemon_fast::cuda {
 namespace {
 
-constexpr int kThreads = 512;  // a row of 50,257 bfloat16 gives each thread 12 vectors
-
 template <class Run>
 void with_id_type(const Tensor& ids, const Run& run) {
     ids.scalar_type() == ScalarType::Long ? run(int64_t{}) : run(int32_t{});
@@ -16,7 +14,8 @@ void with_id_type(const Tensor& ids, const Run& run) {
 std::tuple<Tensor, Tensor> token_logprobs(Tensor logits, Tensor ids, double temperature) {
     check_token_logprobs("token_logprobs", logits, ids, temperature);
     const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-    const int64_t R = logits.size(0), V = logits.size(1);
+    const int64_t R = logits.size(0);
+    const int V = vocabulary("token_logprobs", logits);
     if (V > 1 && logits.stride(1) != 1) logits = torch::stable::contiguous(logits);
     Tensor log_p = empty_like_with(logits, {R}, ScalarType::Float);
     Tensor log_q = empty_like_with(logits, {R}, ScalarType::Float);
@@ -27,10 +26,10 @@ std::tuple<Tensor, Tensor> token_logprobs(Tensor logits, Tensor ids, double temp
         with_id_type(ids, [&](auto id) {
             using Id = decltype(id);
             launch(
-                "token_logprobs", logits, token_logprobs_kernel<Logit, Id, tempered.value, kThreads>, R, kThreads, 0,
-                static_cast<const Logit*>(logits.const_data_ptr()), logits.stride(0), ids.const_data_ptr<Id>(),
-                ids.stride(0), R, V, static_cast<float>(1.0 / temperature), log_p.mutable_data_ptr<float>(),
-                log_q.mutable_data_ptr<float>());
+                "token_logprobs", logits, token_logprobs_kernel<Logit, Id, tempered.value, kLogitThreads>, R,
+                kLogitThreads, 0, static_cast<const Logit*>(logits.const_data_ptr()), logits.stride(0),
+                ids.const_data_ptr<Id>(), ids.stride(0), R, V, Temperature(temperature),
+                log_p.mutable_data_ptr<float>(), log_q.mutable_data_ptr<float>());
         });
     });
     return {log_p, log_q};
@@ -39,7 +38,8 @@ std::tuple<Tensor, Tensor> token_logprobs(Tensor logits, Tensor ids, double temp
 Tensor token_logprobs_backward(Tensor grad_log_p, Tensor grad_log_q, Tensor logits, Tensor ids, double temperature) {
     check_token_logprobs_backward(grad_log_p, grad_log_q, logits, ids, temperature);
     const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-    const int64_t R = logits.size(0), V = logits.size(1);
+    const int64_t R = logits.size(0);
+    const int V = vocabulary("token_logprobs_backward", logits);
     if (V > 1 && logits.stride(1) != 1) logits = torch::stable::contiguous(logits);
     Tensor grad = empty_like_with(logits, {R, V}, logits.scalar_type());
     if (R == 0) return grad;
@@ -49,11 +49,11 @@ Tensor token_logprobs_backward(Tensor grad_log_p, Tensor grad_log_q, Tensor logi
         with_id_type(ids, [&](auto id) {
             using Id = decltype(id);
             launch(
-                "token_logprobs_backward", logits, token_logprobs_backward_kernel<Logit, Id, tempered.value, kThreads>,
-                R, kThreads, 0, grad_log_p.const_data_ptr<float>(), grad_log_p.stride(0),
-                grad_log_q.const_data_ptr<float>(), grad_log_q.stride(0),
-                static_cast<const Logit*>(logits.const_data_ptr()), logits.stride(0), ids.const_data_ptr<Id>(),
-                ids.stride(0), R, V, static_cast<float>(1.0 / temperature),
+                "token_logprobs_backward", logits,
+                token_logprobs_backward_kernel<Logit, Id, tempered.value, kLogitThreads>, R, kLogitThreads, 0,
+                grad_log_p.const_data_ptr<float>(), grad_log_p.stride(0), grad_log_q.const_data_ptr<float>(),
+                grad_log_q.stride(0), static_cast<const Logit*>(logits.const_data_ptr()), logits.stride(0),
+                ids.const_data_ptr<Id>(), ids.stride(0), R, V, Temperature(temperature),
                 static_cast<Logit*>(grad.mutable_data_ptr()));
         });
     });

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from daemon_fast import ops
@@ -26,16 +27,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Means:
-    """Of K metrics, over prefixes; fractions, but for `ent`, a perplexity."""
+    """Of K metrics, over prefixes; fractions, but for `ent`, a perplexity, and `nats`, its logarithm."""
 
     mean: list[float]
     standard_error: list[float]
 
     @classmethod
     def of(cls, values: Tensor) -> Means:
-        """Of values [N, K]."""
-        values = values.double()
-        return cls(values.mean(0).tolist(), (values.std(0) / math.sqrt(len(values))).tolist())
+        """Of values [N, K]. The error of one prefix is not known: NaN."""
+        values, n = values.double(), len(values)
+        error = values.std(0) / math.sqrt(n) if n > 1 else torch.full_like(values[0], math.nan)
+        return cls(values.mean(0).tolist(), error.tolist())
 
 
 @dataclass(frozen=True)

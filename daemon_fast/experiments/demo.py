@@ -26,6 +26,7 @@ from daemon_fast.fit import fit
 from daemon_fast.fit.from_texts import measure
 from daemon_fast.models import DEFAULT_ENCODER, DEFAULT_MODEL
 from daemon_fast.proposals.transformers import TransformersProposal
+from daemon_fast.seeds import stream
 
 __all__ = ["run"]
 
@@ -88,7 +89,7 @@ def run(output: Path, *, quick: bool, device: str | None, seed: int, echo: Calla
         directory = output / "candidates" / ("quick" if quick else "full")
         fitted = measure(proposal, to_fit, metrics, seed=seed, batch_size=BATCH_SIZE, directory=directory / "fit")
         names = metrics_module.column_names(metrics)
-        result = fit(fitted.features, fitted.human, ridge="cv", names=names, seed=seed)
+        result = fit(fitted.features, fitted.human, draw="race", ridge="cv", names=names, seed=seed)
     energy, drawing = result.energy(metrics, proposal.settings, seed=seed), fitted.seconds
     energy.save(output / "energy.json")
 
@@ -96,7 +97,12 @@ def run(output: Path, *, quick: bool, device: str | None, seed: int, echo: Calla
     decoder = SIRDecoder(energy, proposal, BATCH_SIZE)
     with stage("decode"):
         candidates, drawing_held_out = collect(
-            proposal, held_out.prefixes, directory / "held-out", seed + 1, BATCH_SIZE, "held-out candidates"
+            proposal,
+            held_out.prefixes,
+            directory / "held-out",
+            stream(seed, "held-out"),
+            BATCH_SIZE,
+            "held-out candidates",
         )
         decoded = decoder.choose(candidates, seed=seed)
     with stage("score human text"):

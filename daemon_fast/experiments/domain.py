@@ -22,6 +22,7 @@ from daemon_fast.experiments.collected import Collected
 from daemon_fast.files import digest, read_arrays, write_arrays, writing
 from daemon_fast.proposals.candidates import Candidates
 from daemon_fast.proposals.transformers import TransformersProposal
+from daemon_fast.seeds import stream
 
 __all__ = ["Domain", "DomainData", "Options", "Sizes"]
 
@@ -74,8 +75,8 @@ class DomainData:
     Attributes
     ----------
     energies : artefacts of all domains of the run, by name
-    names : of the metrics that are measured: the artefact's, and `div`, which is a function of three of them and in
-        the paper's tables
+    names : of the metrics that are measured: the artefact's, and `div` and `ent`, which are functions of some of them
+        and in the paper's tables
     to_fit_pairs, target_pairs : texts that the fit took its prefixes and its targets from
     """
 
@@ -103,8 +104,8 @@ class DomainData:
                 f"{domain.name}: {len(pairs)} texts are long enough, and the fit took {seen}: none is held out"
             )
         self.metrics = [*self.energy.metrics]
-        if "div" not in self.energy.names:
-            self.metrics += metrics_module.parse(["div"])
+        more = [name for name in ("div", "ent") if name not in self.energy.names]
+        self.metrics += metrics_module.parse(more) if more else []
         self.names = metrics_module.column_names(self.metrics)
         self._human: dict[str, tuple[Candidates, Tensor]] = {}
 
@@ -138,7 +139,8 @@ class DomainData:
         if name == "fit" and self.domain.candidates is not None:
             folder = self.domain.candidates
             batch_size = saved_batch_size(folder) or batch_size
-        seed = self.options.seed + (name != "fit")
+        # That of the fit is the run's own, so that its candidates serve again.
+        seed = self.options.seed if name == "fit" else stream(self.options.seed, name)
         return collect(proposal, pairs.prefixes, folder, seed, batch_size, f"{self.domain.name}: {name}")[0]
 
     def collected(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,20 @@ from daemon_fast.errors import InvalidInput, require
 from daemon_fast.models import DEFAULT_ENCODER, load_encoder
 from daemon_fast.proposals.transformers import TransformersProposal
 
-__all__ = ["FEATURIZERS", "distance_to_human", "embed", "mauve_scores", "noise_floor", "relative_rmse", "weighted_mean"]
+__all__ = [
+    "FEATURIZERS",
+    "distance_interval",
+    "distance_to_human",
+    "embed",
+    "mauve_scores",
+    "noise_floor",
+    "relative_rmse",
+    "weighted_mean",
+]
 
 FEATURIZERS = ("encoder", "model")
 EMBEDDED = 100  # texts at once
+TAIL = 0.025  # on either side of an interval
 
 
 def weighted_mean(features: Tensor, weights: Tensor) -> Tensor:
@@ -42,6 +52,40 @@ def distance_to_human(method: Tensor, human: Tensor, spread: Tensor) -> float:
     if not (spread > 0).all():
         raise InvalidInput(f"metric {int((~(spread > 0)).nonzero()[0])} does not vary over the human texts")
     return float(((method.double().mean(0) - human.double().mean(0)) / spread).square().mean().sqrt())
+
+
+def distance_interval(differences: Tensor, resamples: Tensor) -> tuple[float, float]:
+    """95% confidence interval of a distance, by the bootstrap.
+
+    A distance is a norm: noise lifts it, and the resampled ones doubly, so that their quantiles are no interval where
+    it is small. Instead the interval holds each distance t at which the one that was found would be neither among the
+    lowest nor the highest 2.5%: t in the direction that was found, plus the noise of the resampled means; and the one
+    that was found, which by luck can be lower than any distance explains.
+
+    Parameters
+    ----------
+    differences : [N, K] method - human, in standard deviations of human text; of the same prefix each
+    resamples : [B, N] numbers of resampled prefixes
+    """
+
+    def distance(values: Tensor) -> Tensor:
+        return values.square().mean(-1).sqrt()
+
+    mean = differences.mean(0)
+    found, noise = distance(mean), torch.stack([differences[some].mean(0) for some in resamples]) - mean
+    direction = mean / found.clamp_min(1e-300)
+
+    def up_to(holds: Callable[[Tensor], Tensor]) -> float:
+        """The distance up to which something holds of the distances found in its place."""
+        low, high = 0.0, float(found + distance(noise).max())
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (middle, high) if holds(distance(middle * direction + noise)) else (low, middle)
+        return low
+
+    lowest = up_to(lambda others: (others >= found).double().mean() <= TAIL)
+    highest = up_to(lambda others: (others <= found).double().mean() > TAIL)
+    return lowest, max(highest, float(found))
 
 
 def noise_floor(num_human: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,15 +114,17 @@ def render(title: str, facts: Mapping[str, Any], chapters: Sequence[Chapter]) ->
 # ---- cells ----------------------------------------------------------------------------------------------------------
 
 
-def number(value: float) -> str:
-    return f"{value:.3f}"
+def number(value: float, digits: int = 3) -> str:
+    if math.isfinite(value):
+        return f"{value:.{digits}f}"
+    return "unknown" if math.isnan(value) else "infinite"
 
 
 def means(names: Sequence[str], found: Means) -> list[str]:
-    """With standard errors, x100; but `ent`, which is a perplexity."""
-    scales = [1 if name == "ent" else 100 for name in names]
+    """With standard errors, x100; but `ent` and `nats`, which are no fractions."""
+    scales = [1 if name in ("ent", "nats") else 100 for name in names]
     parts = zip(scales, found.mean, found.standard_error, strict=True)
-    return [f"{scale * mean:.2f} ± {scale * error:.2f}" for scale, mean, error in parts]
+    return [f"{scale * mean:.2f} ± {number(scale * error, 2)}" for scale, mean, error in parts]
 
 
 def ess_cell(ess: float) -> Cell:
@@ -131,7 +134,9 @@ def ess_cell(ess: float) -> Cell:
 def perplexity_cell(perplexity: float, ess: float | None = None) -> Cell:
     """With the effective sample size that its log Z comes from, if it has one."""
     flag = ""
-    if perplexity < 1:
+    if perplexity == math.inf:
+        flag = "some human text can't be drawn"
+    elif perplexity < 1:
         flag = "means nothing: below 1"
     elif ess is not None and ess < LOW_ESS:
         flag = f"means nothing: log Z of an ESS of {ess:.1f}"

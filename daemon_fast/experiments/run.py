@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -128,7 +129,7 @@ def evaluate(
         chapters.append(Chapter(one.domain.name, report.summary, verdict, sections))
     settings = {**dataclasses.asdict(sizes), "prefix_tokens": prefix_tokens, "seed": seed, "featurizer": featurizer}
     whole = Report(TITLE, command, data[0].proposal.settings.model_id, settings, found)
-    text = json.dumps(dataclasses.asdict(whole), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(_finite(dataclasses.asdict(whole)), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     page = render(TITLE, {"model": whole.model, "command": command, **settings}, chapters)
     with writing(folder):
         write_text(folder / "report.json", text)
@@ -138,6 +139,15 @@ def evaluate(
 
 def _section(name: str, result: Any) -> Section:
     return Section(f"Not done: {result.reason}") if isinstance(result, NotDone) else STUDIES[name].section(result)
+
+
+def _finite(value: Any) -> Any:
+    """None for what is infinite or not defined, for which JSON has no number; the page says it in words."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def rounded(value: Any) -> Any:
@@ -150,5 +160,5 @@ def rounded(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(map(rounded, value))
     if isinstance(value, float):
-        return float(f"{value:.8g}") if abs(value) > 1e-12 else 0.0
+        return 0.0 if abs(value) <= 1e-12 else float(f"{value:.8g}")
     return value

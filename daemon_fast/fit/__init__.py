@@ -8,16 +8,18 @@ candidates on.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from daemon_fast import metrics as metrics_module
 from daemon_fast import ops
 from daemon_fast.energy import Base, Diagnostics, Energy, weightless
-from daemon_fast.errors import FitError, InvalidInput
+from daemon_fast.errors import FitError, InvalidInput, UnboundedTilt
 from daemon_fast.fit import newton, resample
 from daemon_fast.fit.advice import advice
 from daemon_fast.fit.dual import Problem
@@ -26,7 +28,7 @@ from daemon_fast.metrics import Metric
 from daemon_fast.ops import Draw, Normalization
 from daemon_fast.proposals.base import ProposalSettings
 
-__all__ = ["FitResult", "Ridge", "check_ridge", "fit", "rule"]
+__all__ = ["FitResult", "Ridge", "check_draw", "check_ridge", "default_draw", "fit", "warn_of_unbounded"]
 
 TOLERATED = 0.1  # residual, in standard deviations of a metric, up to which a target counts as met
 
@@ -141,7 +143,7 @@ def fit(
     base_log_w: Tensor | None = None,  # [N, M]
     *,
     normalization: Normalization = "per_prefix",
-    draw: Draw | None = None,
+    draw: Draw = "sir",
     method: Method = "newton",
     ridge: Ridge = 0.0,
     names: Sequence[str] | None = None,
@@ -171,8 +173,7 @@ def fit(
         all samples.
     draw : "race" or "sir"
         The rule that will choose among a prefix's candidates, and whose expected metrics are to be the targets: see
-        `ops.race_select` and `ops.sir_select`. Default: the race; SIR with global weights, for which a race has no
-        meaning.
+        `ops.race_select` and `ops.sir_select`. By SIR they are those of the weights themselves.
     method : "newton" or "rmse"
         "rmse" is the paper's procedure, the reference: Adam on the relative root mean square error of F̂ against F
         (on its square, whose gradient vanishes at the minimum: on the root itself Adam oscillates by its step size).
@@ -205,9 +206,14 @@ def fit(
     FitDidNotConverge
         Neither solved nor proved infeasible.
 
+    Warns
+    -----
+    UnboundedTilt
+        A built-in metric, by its name, whose tilt grows without bound: `ent` with a negative coefficient.
+
     Source: Ji et al. 2024 (arXiv 2310.01041), section 3.3 and algorithm 1; the duals and Newton steps are ours.
     """
-    draw = rule(draw, normalization)
+    check_draw(draw, normalization)
     problem, human = _checked(features, targets, base_log_w, normalization, ridge, names)
     if method == "rmse" and ridge != 0:
         raise InvalidInput(f"ridge = {ridge!r} is for method='newton': 'rmse' has none")
@@ -226,6 +232,8 @@ def fit(
         raise type(error)(f"{error}. {advice(by_weights, human)}") from error
     result = _diagnosed(problem, nu, iterations, converged, method)
     result = replace(result, unmet=_unmet(result, human))
+    known = filter(None, map(metrics_module.built_in, result.names))
+    warn_of_unbounded(known, dict(zip(result.names, result.mu.tolist(), strict=True)), stacklevel=3)
     if bootstrap > 0:
         interval, infeasible = resample.bootstrap(problem, human, nu, bootstrap, seed, progress)
         result = replace(result, confidence_interval=interval, bootstrap_infeasible=infeasible)
@@ -268,26 +276,24 @@ def _checked(
 
     per_prefix = normalization == "per_prefix"
     found = list(samples.map(lambda block: weightless(block.base_log_w, per_prefix)))
-    for i, problem in enumerate(found):
-        if problem is not None:
-            raise InvalidInput(problem + (f" (of block {i})" if len(found) > 1 else ""))
+    for i, said in enumerate(found):
+        if said is not None:
+            raise InvalidInput(said + (f" (of block {i})" if len(found) > 1 else ""))
 
     human = targets if targets.ndim == 2 else None
     mean = targets if human is None else human.mean(0)
     penalty = 0.0 if isinstance(ridge, str) else float(ridge)
-    return Problem.standardised(samples, mean, normalization, names, penalty), human
+    problem = Problem.standardised(samples, mean, normalization, names, penalty)
+    return problem, None if human is None else human - problem.centre
 
 
-def rule(draw: Draw | None, normalization: Normalization) -> Draw:
-    """The rule that draws, the default where none is given.
+def default_draw(normalization: Normalization) -> Draw:
+    """The rule of an artefact unless told another: the race where it is defined."""
+    return "sir" if normalization == "global" else "race"
 
-    Raises
-    ------
-    InvalidInput
-        No such rule, or a race with global weights.
-    """
-    if draw is None:
-        return "race" if normalization == "per_prefix" else "sir"
+
+def check_draw(draw: Draw, normalization: Normalization) -> None:
+    """Raise InvalidInput for what is no rule, or for a race with global weights."""
     if draw not in get_args(Draw):
         raise InvalidInput(f"draw = {draw!r} must be one of {', '.join(get_args(Draw))}")
     if draw == "race" and normalization == "global":
@@ -295,7 +301,6 @@ def rule(draw: Draw | None, normalization: Normalization) -> Draw:
             "draw = 'race' is not defined for normalization = 'global': it is a race between the candidates of one "
             "prefix. Use draw = 'sir', or normalization = 'per_prefix'"
         )
-    return draw
 
 
 def check_ridge(ridge: Ridge) -> None:
@@ -305,6 +310,21 @@ def check_ridge(ridge: Ridge) -> None:
             raise InvalidInput(f"ridge = {ridge!r} must be a number >= 0 or 'cv'")
     elif not (ridge >= 0 and math.isfinite(ridge)):
         raise InvalidInput(f"ridge = {ridge} must be finite and >= 0")
+
+
+def warn_of_unbounded(metrics: Iterable[Metric], mu: Mapping[str, float], stacklevel: int) -> None:
+    """Warn of metrics whose tilt has no bound."""
+    names = metrics_module.unbounded_tilts(metrics, mu)
+    if not names:
+        return
+    what = ", ".join(f"{name} (coefficient {mu[name]:.3g})" for name in names)
+    hint = "; fit nats in its place, whose tilt is a power of the model's probability" if "ent" in names else ""
+    warnings.warn(
+        f"exp(-mu · f) grows without bound in {what}: the exact p_mu may not exist, and expected metrics under M "
+        f"candidates then drift as M grows, however large{hint}",
+        UnboundedTilt,
+        stacklevel=stacklevel,
+    )
 
 
 def _unmet(result: FitResult, human: Tensor | None) -> tuple[str, ...]:
@@ -337,7 +357,7 @@ def _diagnosed(problem: Problem, nu: Tensor, iterations: int, converged: bool, m
     return FitResult(
         mu=mu,
         names=problem.names,
-        targets=problem.targets,
+        targets=problem.targets + problem.centre,
         residual=mean - problem.targets,
         scale=problem.scale,
         normalization=problem.normalization,

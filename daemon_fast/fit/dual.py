@@ -21,17 +21,21 @@ from torch import Tensor
 
 from daemon_fast import ops
 from daemon_fast.errors import InfeasibleTargets, InvalidInput
-from daemon_fast.fit.samples import Block, Samples, tilted_moments
+from daemon_fast.fit.samples import Block, Samples, centred, tilted_moments
 from daemon_fast.ops import Draw, Normalization
 
 __all__ = ["Problem"]
 
+FAR = 1000.0  # times a metric's range: from there on its distance from zero costs digits that the fit needs
 BOUNDARY = 1e-9  # in standard deviations: a target so near to the edge of what is reachable needs an infinite mu
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be solved: samples of N prefixes, targets [K] and scale [K]."""
+    """What is to be solved: samples of N prefixes, targets [K] and scale [K].
+
+    `centre` [K] was taken from samples and targets: messages add it again.
+    """
 
     samples: Samples
     targets: Tensor
@@ -40,6 +44,7 @@ class Problem:
     scale: Tensor
     ridge: float
     draw: Draw = "sir"
+    centre: Tensor | float = 0.0
 
     @staticmethod
     def standardised(
@@ -49,7 +54,10 @@ class Problem:
         names: tuple[str, ...],
         ridge: float,
     ) -> Problem:
-        """With the standard deviation of each metric under the base weights as its scale."""
+        """With the standard deviation of each metric under the base weights as its scale.
+
+        Metrics far from zero are centred: exp(-mu · f) would lose log2 of |f| / (high - low) bits of their differences.
+        """
         ones = torch.ones_like(targets)
         problem = Problem(samples, targets, normalization, names, ones, ridge)
         low, high = problem.reachable()
@@ -57,6 +65,9 @@ class Problem:
             if constant:
                 where = " within every prefix" if normalization == "per_prefix" else ""
                 raise InvalidInput(f"metric {name} is constant{where}: no weighting can change it; leave it out")
+        middle = (low + high) / 2
+        if (middle.abs() > FAR * (high - low)).any():
+            problem = replace(problem, samples=centred(samples, middle), targets=targets - middle, centre=middle)
         scale = problem.tilted(torch.zeros_like(ones)).covariance.diagonal().sqrt()
         # Base weights can be so uneven that nothing is left to vary; any positive scale serves then.
         return replace(problem, scale=torch.where(scale > 1e-9 * (high - low), scale, high - low))
@@ -124,4 +135,5 @@ class Problem:
         )
 
     def _range(self, k: int, low: Tensor, high: Tensor) -> str:
-        return f"{self.names[k]} (target {self.targets[k]:.6g}, reachable {low[k]:.6g} to {high[k]:.6g})"
+        target, lowest, highest = (float((x + self.centre)[k]) for x in (self.targets, low, high))
+        return f"{self.names[k]} (target {target:.6g}, reachable {lowest:.6g} to {highest:.6g})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from daemon_fast.errors import (
     TargetsNotMet,
 )
 from daemon_fast.files import check_folder
-from daemon_fast.fit import FitResult, Ridge, check_ridge, fit, rule
+from daemon_fast.fit import FitResult, Ridge, check_draw, check_ridge, default_draw, fit, warn_of_unbounded
 from daemon_fast.fit.advice import advice
 from daemon_fast.fit.dual import Problem
 from daemon_fast.fit.newton import newton
@@ -59,6 +60,7 @@ def fit_energy(
     normalization: Normalization = "per_prefix",
     draw: Draw | None = None,
     base: Base = "proposal",
+    spread: Sequence[str] = (),
     ridge: Ridge = "cv",
     bootstrap: int = 0,
     seed: int = 0,
@@ -80,8 +82,10 @@ def fit_energy(
     num_prefixes : N, of which candidates are drawn
     num_targets : human continuations that give the targets; default: those of the prefixes
     prefix_tokens : where texts are cut
-    normalization, draw, ridge, bootstrap : see `daemon_fast.fit`
+    normalization, ridge, bootstrap : see `daemon_fast.fit`
+    draw : "race" or "sir", see there; default: the race, and SIR with global weights
     base : "proposal": that is tilted, as in the paper; "model": p_theta at temperature 1 is
+    spread : names among the metrics, whose squares and products are to have human means, too: see `metrics.Spread`
     seed : of the choice of texts, the candidates and the bootstrap
     batch_size : prefixes drawn together
     directory : keeps candidates batch by batch, so that a run that is cut off goes on there. None: nothing is kept
@@ -108,7 +112,7 @@ def fit_energy(
     Examples
     --------
     >>> proposal = TransformersProposal.load(num_candidates=25, min_new_tokens=64, max_new_tokens=64, temperature=0.97)
-    >>> fit_energy(proposal, "wikipedia", ["sr_2", "sr_4", "ent"]).save("energy.json")
+    >>> fit_energy(proposal, "wikipedia", ["sr_2", "sr_4", "nats"]).save("energy.json")
     """
     problems = Problems()
     texts: Sequence[str] | Pairs | None = None
@@ -122,15 +126,15 @@ def fit_energy(
     plan = prepare(
         problems, texts, tokenizer, metrics, sampling.num_candidates, sampling.max_new_tokens,
         encoder=encoder, num_prefixes=num_prefixes, num_targets=num_targets, prefix_tokens=prefix_tokens,
-        normalization=normalization, draw=draw, base=base, ridge=ridge, bootstrap=bootstrap, seed=seed,
-        batch_size=batch_size, directory=directory,
+        normalization=normalization, draw=draw, base=base, spread=spread, ridge=ridge, bootstrap=bootstrap,
+        seed=seed, batch_size=batch_size, directory=directory,
     )  # fmt: skip
     measured = measure(
         proposal, plan.pairs, plan.metrics, targets=plan.targets, base=base, seed=seed, batch_size=batch_size,
         directory=directory,
     )  # fmt: skip
     with kept(directory, REUSED):
-        result, fitted = _fitted(measured, plan.metrics, normalization, draw, ridge, bootstrap, seed)
+        result, fitted = _fitted(measured, plan.metrics, spread, normalization, draw, ridge, bootstrap, seed)
     return result.energy(fitted, proposal.settings, base, seed, len(plan.targets))
 
 
@@ -162,6 +166,7 @@ def prepare(
     normalization: Normalization = "per_prefix",
     draw: Draw | None = None,
     base: Base = "proposal",
+    spread: Sequence[str] = (),
     ridge: Ridge = "cv",
     bootstrap: int = 0,
     seed: int = 0,
@@ -202,14 +207,18 @@ def prepare(
         if value not in get_args(options):
             problems.found.append(InvalidInput(f"{name} = {value!r} must be one of {', '.join(get_args(options))}"))
     with problems:
-        rule(draw, normalization)
+        check_draw(draw or default_draw(normalization), normalization)
     parsed: list[Metric] = []
     with problems:
         parsed = metrics_module.parse(metrics, encoder)
     for metric in parsed:
         with problems:
             metric.prepare()
-    k, texts = len(metrics_module.column_names(parsed)), num_targets or num_prefixes
+    names, texts = metrics_module.column_names(parsed), num_targets or num_prefixes
+    for name in spread:
+        if name not in names or list(spread).count(name) > 1:
+            problems.found.append(InvalidInput(f"spread has {name!r}: it must be a metric of {', '.join(names)}, once"))
+    k = len(names) + len(spread) * (len(spread) + 1) // 2
     if 1 <= num_prefixes < k:
         problems.found.append(
             InvalidInput(f"num_prefixes = {num_prefixes} is fewer than the {k} metrics to fit: give at least as many")
@@ -279,6 +288,7 @@ def measure(
 def _fitted(
     measured: Measured,
     metrics: list[Metric],
+    spread: Sequence[str],
     normalization: Normalization,
     draw: Draw | None,
     ridge: Ridge,
@@ -291,10 +301,13 @@ def _fitted(
     if not varying:
         raise InfeasibleTargets(constant) if missed else InvalidInput("no metric is left to fit")
     features, human = measured.features[..., columns], measured.human[:, columns]
+    if spread:
+        varying, features, human = _with_spread(varying, features, human, spread)
     names, samples = metrics_module.column_names(varying), InMemory(Block(features, measured.base_log_w))
     try:
         result = fit(
-            features, human, measured.base_log_w, normalization=normalization, draw=draw, ridge=ridge, names=names,
+            features, human, measured.base_log_w, normalization=normalization,
+            draw=draw or default_draw(normalization), ridge=ridge, names=names,
             bootstrap=bootstrap, seed=seed, progress=True,
         )  # fmt: skip
     except InfeasibleTargets as error:
@@ -311,6 +324,8 @@ def _fitted(
         except FitError as error:
             why = f"they are {error}. {advice(exact, human, soft=False)}"
         warnings.warn(f"targets not met: {_missed_by(result, human)}; {why}", TargetsNotMet, stacklevel=3)
+    own = [metric for metric in varying if metrics_module.built_in(metric.name) is None]  # fit has told of the others
+    warn_of_unbounded(own, dict(zip(names, result.mu.tolist(), strict=True)), stacklevel=4)
     if is_low(result.ess_mean, result.num_candidates):
         warnings.warn(
             f"the effective sample size is {result.ess_mean:.2f} of {result.num_candidates} candidates on average: the "
@@ -320,6 +335,25 @@ def _fitted(
             stacklevel=3,
         )
     return replace(result, unmet=(*missed, *result.unmet)), varying
+
+
+def _with_spread(
+    metrics: list[Metric], features: Tensor, human: Tensor, spread: Sequence[str]
+) -> tuple[list[Metric], Tensor, Tensor]:
+    """Metrics, [N, M, K] and [N', K] with second moments beside them, in units of this human text."""
+    names = metrics_module.column_names(metrics)
+    of = [name for name in spread if name in names and human[:, names.index(name)].std() > 0]
+    if without := [name for name in spread if name not in of]:
+        warnings.warn(f"left out of spread: {', '.join(without)}, which human text does not vary in", stacklevel=4)
+    if not of:
+        return metrics, features, human
+    values = human[:, [names.index(name) for name in of]].double()
+    moments = metrics_module.Spread(of, values.mean(0).tolist(), values.std(0).tolist())
+
+    def widened(table: Tensor) -> Tensor:
+        return torch.cat([table, moments.combine(dict(zip(names, table.unbind(-1), strict=True)))], -1)
+
+    return [*metrics, moments], widened(features), widened(human)
 
 
 def _varying(
@@ -358,7 +392,8 @@ def _missed_by(result: FitResult, human: Tensor) -> str:
     found = []
     for k, name in enumerate(result.names):
         if name in result.unmet:
-            target, error = float(result.targets[k]), float(human[:, k].double().std()) / len(human) ** 0.5
+            target, n = float(result.targets[k]), len(human)
+            error = float(human[:, k].double().std()) / n**0.5 if n > 1 else math.inf
             reached = target + float(result.residual[k])
             found.append(f"{name} (target {target:.4g}, standard error {error:.2g}, reached {reached:.4g})")
     return ", ".join(found)

@@ -35,14 +35,17 @@ def cross_validated_ridge(problem: Problem, human: Tensor | None) -> float:
     if min(problem.samples.shape[0], len(human)) < FOLDS:
         raise InvalidInput(cv_needs(problem.samples.shape[0], len(human)))
     of_prefix, of_text = (torch.arange(count) % FOLDS for count in (problem.samples.shape[0], len(human)))
-    loss = dict.fromkeys(RIDGES, 0.0)
+    loss, weighted = dict.fromkeys(RIDGES, 0.0), _weighted(problem)
     try:
         newton(problem)
     except FitError:
         loss[0.0] = math.inf  # parts of the prefixes may be within reach of their texts, but all are not
     for fold in range(FOLDS):
-        to_fit = _part(problem, of_prefix != fold, human[of_text != fold])
-        left_out = _part(problem, of_prefix == fold, human[of_text == fold])
+        own = (of_prefix == fold) & weighted
+        if not own.any() or own.sum() == weighted.sum():
+            continue
+        to_fit = _part(problem, (of_prefix != fold) & weighted, human[of_text != fold])
+        left_out = _part(problem, own, human[of_text == fold])
         nu = None
         for ridge in RIDGES:
             try:
@@ -67,13 +70,17 @@ def bootstrap(
         raise InvalidInput(f"bootstrap = {replicates} needs samples in one tensor: blocks can't be resampled")
     random, n = generator(seed, "bootstrap"), problem.samples.shape[0]
     fitted: list[Tensor] = []
+    weighted = _weighted(problem)
     for _ in tqdm(range(replicates), desc="bootstrap", disable=not progress):
         drawn = torch.randint(n, (n,), generator=random)
         # Human values of the same prefixes are drawn with them; of other texts, by themselves.
         of_human = drawn
         if human is not None and len(human) != n:
             of_human = torch.randint(len(human), (len(human),), generator=random)
-        replicate = _part(problem, drawn, None if human is None else human[of_human])
+        some = drawn[weighted[drawn]]
+        if not len(some):
+            continue
+        replicate = _part(problem, some, None if human is None else human[of_human])
         try:
             fitted.append(newton(replicate, start=nu)[0] / problem.scale)
         except FitError:
@@ -81,6 +88,13 @@ def bootstrap(
     quantiles = torch.tensor([0.025, 0.975], dtype=torch.float64)
     interval = torch.stack(fitted).quantile(quantiles, dim=0) if fitted else None
     return interval, replicates - len(fitted)
+
+
+def _weighted(problem: Problem) -> Tensor:
+    """[N] bool: prefixes that have candidates of positive weight. By global weights others may have none."""
+    assert isinstance(problem.samples, InMemory)
+    excluded, n = problem.samples.block.excluded, problem.samples.shape[0]
+    return torch.ones(n, dtype=torch.bool) if excluded is None else ~excluded[..., 0].all(1).cpu()
 
 
 def _part(problem: Problem, prefixes: Tensor, human: Tensor | None) -> Problem:

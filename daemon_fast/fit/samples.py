@@ -16,7 +16,7 @@ from daemon_fast import ops
 from daemon_fast.errors import InvalidInput
 from daemon_fast.fit.race import race_moments
 
-__all__ = ["Block", "InMemory", "Samples", "tilted_moments"]
+__all__ = ["Block", "InMemory", "Samples", "centred", "tilted_moments"]
 
 T = TypeVar("T")
 
@@ -39,6 +39,10 @@ class Block:
         """[n, M] float64 on the block's device: b - mu · f."""
         log_w = -(self.features.double() @ mu.to(self.features.device))
         return log_w if self.base_log_w is None else log_w + self.base_log_w
+
+    def less(self, centre: Tensor) -> Block:
+        """The same of features - centre [K], in float64."""
+        return Block(self.features.double() - centre.to(self.features.device), self.base_log_w)
 
     @property
     def excluded(self) -> Tensor | None:
@@ -72,6 +76,27 @@ class InMemory:
 
     def map(self, function: Callable[[Block], T]) -> list[T]:
         return [function(self.block)]
+
+
+@dataclass(frozen=True)
+class _Centred:
+    """Samples less a centre [K], block by block."""
+
+    samples: Samples
+    centre: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.samples.shape
+
+    def map(self, function: Callable[[Block], T]) -> Iterable[T]:
+        centre = self.centre
+        return self.samples.map(lambda block: function(block.less(centre)))
+
+
+def centred(samples: Samples, centre: Tensor) -> Samples:
+    """The same with features - centre [K]."""
+    return InMemory(samples.block.less(centre)) if isinstance(samples, InMemory) else _Centred(samples, centre)
 
 
 def tilted_moments(

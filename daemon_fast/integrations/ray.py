@@ -6,7 +6,7 @@ Ray places the actors, gives them GPUs, starts dead ones again and repeats what 
 
     eight = ray.data.ActorPoolStrategy(size=8)
     texts = ray.data.read_json("s3://bucket/texts/")
-    cluster.measure(texts, ["sr_2", "sr_4", "ent"], num_gpus=1, compute=eight).write_parquet("s3://bucket/measured/")
+    cluster.measure(texts, ["sr_2", "sr_4", "nats"], num_gpus=1, compute=eight).write_parquet("s3://bucket/measured/")
     energy = cluster.fit(ray.data.read_parquet("s3://bucket/measured/"))
     prompts = ray.data.read_json("s3://bucket/prompts/")
     cluster.decode(prompts, energy, num_gpus=1, compute=eight).write_parquet("s3://bucket/continued/")
@@ -30,6 +30,7 @@ from daemon_fast.data.texts import split
 from daemon_fast.decode import SIRDecoder
 from daemon_fast.energy import Base, Energy
 from daemon_fast.errors import DataError, InvalidInput, MissingPackage
+from daemon_fast.fit import default_draw
 from daemon_fast.fit import fit as fit_samples
 from daemon_fast.fit.samples import Block
 from daemon_fast.metrics import Function, Metric
@@ -267,7 +268,7 @@ def fit(
     Parameters
     ----------
     dataset : of `measure`
-    normalization, draw, ridge : see `daemon_fast.fit`; the ridge is a number here
+    normalization, draw, ridge : see `daemon_fast.fit_energy`; the ridge is a number here
     metrics : your own, if it was measured with some
 
     Raises
@@ -280,7 +281,10 @@ def fit(
     measured = RaySamples(dataset)
     fitted = metrics_module.from_specs(measured.run["metrics"], metrics)
     names = metrics_module.column_names(fitted)
-    result = fit_samples(measured, measured.targets(), normalization=normalization, draw=draw, ridge=ridge, names=names)
+    result = fit_samples(
+        measured, measured.targets(), normalization=normalization, draw=draw or default_draw(normalization),
+        ridge=ridge, names=names,
+    )  # fmt: skip
     settings, base, seed = (measured.run[name] for name in ("proposal_settings", "base", "seed"))
     return result.energy(fitted, ProposalSettings(**settings), base, seed)
 

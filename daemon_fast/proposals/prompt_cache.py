@@ -40,6 +40,7 @@ SHARE_FROM = {"cpu": 0, "cuda": 512}
 # looks at the next of a few windows. On a CPU both are exact.
 PROMPT_MULTIPLE = 64
 SMALLEST_WINDOW = 64
+BIAS_MULTIPLE = 16
 # A trial: two prompts of different lengths, M = 2 candidates of each, some steps.
 TRIAL_LENGTHS = (20, 3)
 TRIAL_STEPS = 4
@@ -66,7 +67,7 @@ class Prompts:
     Attributes
     ----------
     tokens : N lists of token ids
-    logits : [N, V] float32
+    logits : [N, V] float16, bfloat16 or float32
         Of the token that follows each prompt.
     groups : by length
     lengths : [N] int64
@@ -92,12 +93,18 @@ def process(model: Twin, tokens: Sequence[Sequence[int]], cached: bool = True) -
         places = [i for i, n in enumerate(lengths) if n == length]
         ids = torch.tensor([list(tokens[i]) for i in places], device=model.device)
         out = model(ids, use_cache=cached, logits_to_keep=1)
-        for i, row in zip(places, out.logits[:, -1].float(), strict=True):
+        for i, row in zip(places, _last_logits(out), strict=True):
             logits[i] = row
         cache = next(((name, out[name]) for name in CACHES if out.get(name) is not None), None) if cached else None
         groups.append(Group(torch.tensor(places, device=model.device), ids, cache))
     listed = [list(row) for row in tokens]
     return Prompts(listed, torch.stack(logits), groups, torch.tensor(lengths, device=model.device))
+
+
+def _last_logits(out: Any) -> Tensor:
+    """[B, V] of the last token, as the model gives them where the operators read that."""
+    logits: Tensor = out.logits[:, -1]
+    return logits if logits.dtype in (torch.float16, torch.bfloat16, torch.float32) else logits.float()
 
 
 # What models call the cache, which they return and take.
@@ -233,7 +240,7 @@ def cache_for(
 def bytes_of(model: Twin, prompts: Prompts, num_candidates: int, max_new_tokens: int) -> dict[str, int]:
     """What drawing candidates of these prompts allocates at least: logits [R, V], and keys and values if shared."""
     rows = len(prompts.tokens) * num_candidates
-    needed = {"logits": 4 * rows * prompts.logits.shape[1]}
+    needed = {"logits": prompts.logits.element_size() * rows * prompts.logits.shape[1]}
     if way_of(model) == "shared":
         kept = [x for layer in _layers_of(model, prompts.groups[0]) for x in (layer.keys, layer.values)]
         per_token = sum(x.shape[1] * x.shape[3] * x.element_size() for x in kept)
@@ -278,7 +285,7 @@ class GrowingPromptCache:
                 positions = torch.full((len(part.rows), 1), end, device=ids.device)
                 out = self._model(part.tokens[:, -1:], positions, use_cache=True, logits_to_keep=1, **{name: cache})
                 part.cache = (name, out[name])
-            found.append(out.logits[:, -1].float())
+            found.append(_last_logits(out))
             order.append(part.rows)
         logits = torch.cat(found)
         return logits[torch.cat(order).argsort()]
@@ -407,22 +414,19 @@ class SharedPromptCache:
 
         Returns
         -------
-        [R, V] float32 logits of the next token.
+        [R, V] logits of the next token.
         """
-        window = min(window, self._capacity)
-        self._visible: dict[tuple[int, int | None], tuple[Tensor | None, Tensor | None]] = {}
+        self._slot, self._window = slot, min(window, self._capacity)
+        self._biases: dict[tuple[int, int | None, torch.dtype], Tensor | None] = {}
+        places = {layer.before: slot + layer.before for layer in self._layers}
         for layer in self._layers:
-            layer.at, layer.end = slot + layer.before, layer.before + window
-            key = (layer.width, layer.window)
-            if key not in self._visible:
-                self._visible[key] = self._what_is_visible(layer, slot, window)
+            layer.at, layer.end = places[layer.before], layer.before + self._window
         self.model.set_attention(ATTENTION)
         with _now(self):
             out = self.model(
                 ids[:, None], self._start + slot, past_key_values=self._cache, use_cache=True, logits_to_keep=1
             )
-        logits: Tensor = out.logits[:, -1].float()
-        return logits
+        return _last_logits(out)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only, of each prompt as many."""
@@ -431,26 +435,33 @@ class SharedPromptCache:
         self._start = self._start[rows]
         self._rows = len(rows)
 
-    def _what_is_visible(self, layer: _Layer, slot: Tensor, window: int) -> tuple[Tensor | None, Tensor | None]:
-        """[N, width] bool of the prompts' slots, and [window] of those that candidates filled; None: all of them.
+    def _bias_of(self, layer: _Layer, dtype: torch.dtype) -> Tensor | None:
+        """What is added to a step's scores in all layers of this kind: see `_make_bias`."""
+        key = (layer.width, layer.window, dtype)
+        if key not in self._biases:
+            self._biases[key] = self._make_bias(layer, dtype)
+        return self._biases[key]
 
-        A prompt's tokens stand on the right. From the slot of a step, column c of the prompt lies slot + width - c
-        tokens back, and slot t lies slot - t back; a sliding window sees less than `layer.window` back.
+    def _make_bias(self, layer: _Layer, dtype: torch.dtype) -> Tensor | None:
+        """[N or R, 1, 1, S]: 0 for what a step sees of the prompt's slots and those that candidates filled, else -inf;
+        None if it sees all.
+
+        A prompt's tokens stand on the right of its `width` slots. From the slot of a step, column c of all lies
+        slot + width - c tokens back; a sliding window sees less than `layer.window` back.
         """
-        w, device = layer.window, slot.device
-        hidden = w is not None and (not self._exact or layer.width + window > w)  # exact: slot is window - 1
-        prompt = own = None
-        if self._padded or hidden:
-            column = torch.arange(layer.width, device=device)
-            prompt = column >= layer.width - self._lengths[:, None]
-            if w is not None and hidden:
-                prompt = prompt & (column > slot + layer.width - w)
-        if not self._exact or hidden:
-            column = torch.arange(window, device=device)
-            own = column <= slot
-            if w is not None and hidden:
-                own = own & (column > slot - w)
-        return prompt, own
+        w, size = layer.window, layer.width + self._window
+        if self._exact and not self._padded and (w is None or size <= w):  # exact: slot is window - 1
+            return None
+        # Rows of 16 times some elements: torch would copy others, in each layer, to align them.
+        column = torch.arange(-(-size // BIAS_MULTIPLE) * BIAS_MULTIPLE, device=self._slot.device)
+        back = self._slot + layer.width - column
+        visible = (back >= 0) & (column >= layer.width - self._lengths[:, None])
+        if w is not None:
+            visible &= back < w
+        bias = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
+        if not self.share:
+            bias = bias[:, None].expand(-1, self._rows // self._num_prompts, -1).reshape(self._rows, -1)
+        return bias[:, None, None, :size]
 
     def attend(
         self,
@@ -466,16 +477,9 @@ class SharedPromptCache:
         rows, heads, _, depth = query.shape
         groups, n = keys.shape[1], self._num_prompts
         query = query.reshape(rows, groups, heads // groups, depth)
-        prompt, own = self._visible[layer.width, layer.window]
+        bias = self._bias_of(layer, query.dtype)
         if not self.share:
-            mask = None
-            if prompt is not None or own is not None:
-                first = torch.ones(n, layer.width, dtype=torch.bool, device=query.device) if prompt is None else prompt
-                rest = torch.ones(keys.shape[2] - layer.width, dtype=torch.bool, device=query.device)
-                rest = rest if own is None else own
-                first = first.repeat_interleave(rows // n, dim=0)
-                mask = torch.cat([first, rest.expand(rows, -1)], dim=1)[:, None, None]
-            out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
+            out = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=scale)
             return out.reshape(rows, 1, heads, -1)
 
         prompt_keys, prompt_values = layer.prompt
@@ -485,10 +489,8 @@ class SharedPromptCache:
         scores = torch.cat([to_prompt, to_own], dim=-1) * scale
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
-        if prompt is not None:
-            scores[..., : layer.width] += _as_bias(prompt, scores.dtype)[:, None, None]
-        if own is not None:
-            scores[..., layer.width :] += _as_bias(own, scores.dtype)
+        if bias is not None:
+            scores += bias
         if sinks is not None:  # a score of each head that takes weight and gives nothing
             each = sinks.to(scores.dtype).reshape(1, groups, 1, heads // groups).expand(n, -1, rows // n, -1)
             scores = torch.cat([scores, each.reshape(n, groups, -1, 1)], dim=-1)
@@ -527,10 +529,6 @@ def _needs_sharing(model: Twin) -> bool:
 
 def _padded_width(width: int, exact: bool) -> int:
     return width if exact else -(-width // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
-
-
-def _as_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, -torch.inf)
 
 
 def _by_prompt(x: Tensor, n: int) -> Tensor:

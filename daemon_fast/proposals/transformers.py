@@ -6,9 +6,11 @@ gathered step by step, so that no [steps, M, V] logits exist.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -73,12 +75,9 @@ class TransformersProposal:
         eos = list(eos_token_ids)
         if bad := [i for i in eos if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < size]:
             raise InvalidInput(f"eos_token_ids has {bad[0]!r}: it must be token ids from 0 to {size - 1}")
-        self._eos = torch.tensor(eos, dtype=torch.int64, device=device_of(unwrapped(model)))
-        self._truncate = [TopKLogitsWarper(self.settings.top_k)] if self.settings.top_k else []
-        if self.settings.top_p < 1:
-            self._truncate.append(TopPLogitsWarper(self.settings.top_p))
-        if self.settings.min_p > 0:
-            self._truncate.append(MinPLogitsWarper(self.settings.min_p))
+        self._sampler = _Sampler(
+            self.settings, torch.tensor(eos, dtype=torch.int64, device=device_of(unwrapped(model)))
+        )
         self.path: str | None = None
         self._batch: _Batch | None = None
 
@@ -135,7 +134,8 @@ class TransformersProposal:
         Raises
         ------
         InvalidInput
-            No prefixes, an empty one, one too long for the model's context; or a model that is no causal LM.
+            No prefixes, an empty one, one too long for the model's context; a model that is no causal LM, or whose
+            logits leave nothing to draw.
         """
         if not -(2**63) <= seed < 2**64:
             raise InvalidInput(f"seed = {seed} must be from -2^63 to 2^64 - 1")
@@ -147,11 +147,10 @@ class TransformersProposal:
         batch = self._batch
         if batch is None or batch.state != state or not batch.suits(prompts):
             batch = self._batch = None  # its buffers are freed before others are made
-            batch = _Batch(self, model, prompts, state)
+            batch = _Batch(self._sampler, model, prompts, state)
         if model.device.type == "cuda":
             self._batch = batch
-        batch.run(model, prompts, seed)
-        return batch.candidates()
+        return Candidates(*batch.run(model, prompts, seed), prompts.tokens, self.detokenize)
 
     @torch.inference_mode()
     def score(self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> Candidates:
@@ -199,43 +198,49 @@ class TransformersProposal:
                 n, start = len(continuations[i]), len(prefix_tokens[i])
                 ids = torch.tensor(row[start:], device=model.device)
                 own = logits[i - begin, start - 1 : start - 1 + n].float()
-                step_p, step_q = self._log_probs(own, self._scores(own, min(n, self.settings.min_new_tokens)), ids)
+                step_p, step_q = self._sampler.log_probs(own, min(n, self.settings.min_new_tokens), ids)
                 tokens[i, :n], log_p[i, :n], log_q[i, :n] = ids.cpu(), step_p.cpu(), step_q.cpu()
         return Candidates(tokens, lengths, log_p, log_q, prefix_tokens, self.detokenize)
 
-    def _scores(self, logits: Tensor, without_eos: int) -> Tensor | None:
-        """[R, V] logits at the proposal's temperature, truncated; None if there is nothing to truncate.
+
+class _Sampler:
+    """Draws tokens from a model's logits, as the settings say."""
+
+    def __init__(self, settings: ProposalSettings, eos: Tensor) -> None:
+        self.settings, self.eos = settings, eos
+        self._truncate = [TopKLogitsWarper(settings.top_k)] if settings.top_k else []
+        if settings.top_p < 1:
+            self._truncate.append(TopPLogitsWarper(settings.top_p))
+        if settings.min_p > 0:
+            self._truncate.append(MinPLogitsWarper(settings.min_p))
+
+    def _scores(self, logits: Tensor, without_eos: int) -> tuple[Tensor, float]:
+        """[R, V] logits that the proposal draws from, and the temperature at which it does.
 
         The first `without_eos` rows lie below the minimum length.
         """
-        if not self._truncate and not without_eos:
-            return None
-        scores = logits / self.settings.temperature
-        scores[:without_eos, self._eos] = -torch.inf
-        for warper in self._truncate:
-            scores = warper(None, scores)
-        return scores
+        scores, temperature = logits, self.settings.temperature
+        if without_eos:
+            scores = scores.clone()
+            # Assigned by an index, the number would be copied from the host, which waits and can't be captured.
+            scores[:without_eos].index_fill_(1, self.eos, -torch.inf)
+        if self._truncate:
+            scores, temperature = scores.float() / temperature, 1.0
+            for warper in self._truncate:
+                scores = warper(None, scores)
+        return scores, temperature
 
-    def _log_probs(self, logits: Tensor, scores: Tensor | None, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """[R] log p at temperature 1, and log q under the proposal."""
-        if scores is None:
-            return ops.token_logprobs(logits, ids, self.settings.temperature)
-        return ops.token_logprobs(logits, ids).log_p, ops.token_logprobs(scores, ids).log_p
+    def log_probs(self, logits: Tensor, without_eos: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """[R] log p of ids [R] at temperature 1, and log q under the proposal."""
+        scores, temperature = self._scores(logits, without_eos)
+        log_p, log_q = ops.token_logprobs(scores, ids, temperature)
+        return (log_p if scores is logits else ops.token_logprobs(logits, ids).log_p), log_q
 
     def draw(self, logits: Tensor, without_eos: int, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[R] ids drawn from logits [R, V] by one uniform each [R] float64, and their log p and log q.
-
-        The first `without_eos` rows lie below the minimum length.
-        """
-        scores = self._scores(logits, without_eos)
-        if scores is None:
-            return ops.sample_tokens(logits, uniforms, self.settings.temperature)
-        ids, log_q, _ = ops.sample_tokens(scores, uniforms)
-        return ids, ops.token_logprobs(logits, ids).log_p, log_q
-
-    def is_eos(self, ids: Tensor) -> Tensor:
-        """[R] bool"""
-        return (ids[:, None] == self._eos).any(1)
+        """[R] ids drawn from logits [R, V] by one uniform each [R] float64, and their log p and log q."""
+        scores, temperature = self._scores(logits, without_eos)
+        ids, log_p, log_q = ops.sample_tokens(scores, uniforms, temperature)
+        return ids, (log_p if scores is logits else ops.token_logprobs(logits, ids).log_p), log_q
 
 
 class _Batch:
@@ -245,30 +250,28 @@ class _Batch:
     in a graph and replayed.
     """
 
-    def __init__(self, proposal: TransformersProposal, model: Twin, prompts: Prompts, state: int | None = None) -> None:
-        s, device = proposal.settings, model.device
-        self._proposal, self._prompts, self.state = proposal, prompts, state
+    def __init__(self, sampler: _Sampler, model: Twin, prompts: Prompts, state: int | None = None) -> None:
+        s, device = sampler.settings, model.device
+        self._sampler, self.state = sampler, state
         check_candidates(s, len(prompts.tokens), device, **bytes_of(model, prompts, s.num_candidates, s.max_new_tokens))
         self._cache = cache_for(model, prompts, s.num_candidates, s.max_new_tokens)
         self._rows = torch.arange(len(prompts.tokens) * s.num_candidates, device=device)  # that still grow
         shape = s.max_new_tokens, len(self._rows)
         self._uniforms = torch.zeros(shape, dtype=torch.float64, device=device)
         self._tokens = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._log_p, self._log_q = torch.zeros(2, *shape, device=device)
+        self._log_p, self._log_q = (torch.zeros(shape, device=device) for _ in range(2))
         self._lengths = torch.zeros(shape[1], dtype=torch.int64, device=device)
         self._running = torch.zeros(shape[1], dtype=torch.bool, device=device)
-        self._ids = torch.zeros_like(self._lengths)  # drawn last, one per row that still grows
-        self._slot = torch.zeros(1, dtype=torch.int64, device=device)
-        captures = device.type == "cuda" and isinstance(self._cache, SharedPromptCache)
-        self._graphs = _Graphs(captures, model.name)
+        self._slot = torch.zeros(1, dtype=torch.int64, device=device)  # of the tokens drawn last
+        self.graphs = _Graphs(model) if device.type == "cuda" and isinstance(self._cache, SharedPromptCache) else None
 
     def suits(self, prompts: Prompts) -> bool:
         """Whether it can draw candidates of these, too."""
         return isinstance(self._cache, SharedPromptCache) and self._cache.suits(prompts)
 
-    def run(self, model: Twin, prompts: Prompts, seed: int) -> None:
-        s, device = self._proposal.settings, self._slot.device
-        self._prompts = prompts
+    def run(self, model: Twin, prompts: Prompts, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens [R, T], lengths [R], log p and log q [R, T] of what it draws."""
+        s, device = self._sampler.settings, self._slot.device
         self._cache.load(model, prompts)
         # Drawn on the host, so that a seed means the same on every device.
         generator = torch.Generator().manual_seed(seed)
@@ -278,19 +281,29 @@ class _Batch:
         self._running.fill_(True)
         self._draw(prompts.logits.repeat_interleave(s.num_candidates, dim=0), s.min_new_tokens > 0)
         for slot in range(s.max_new_tokens - 1):
-            if slot % LOOK_EVERY.get(device.type, 1) == 0 and not self._go_on():
+            if slot % LOOK_EVERY.get(device.type, 1) == 0 and not self._go_on(len(prompts.tokens)):
                 break
-            self._graphs.take(self._step, self._cache.window(slot), slot + 1 < s.min_new_tokens)
-
-    def candidates(self) -> Candidates:
-        """Those drawn."""
+            window, below_minimum = self._cache.window(slot), slot + 1 < s.min_new_tokens
+            if self.graphs is None:
+                self._step(window, below_minimum)
+            else:
+                self.graphs.take(self._step, window, below_minimum)
+        if device.type != "cpu":
+            self._check_drawn()
         tokens, log_p, log_q = (x.T.contiguous() for x in (self._tokens, self._log_p, self._log_q))
-        prompts, detokenize = self._prompts.tokens, self._proposal.detokenize
-        return Candidates(tokens, self._lengths.clone(), log_p, log_q, prompts, detokenize)
+        return tokens, self._lengths.clone(), log_p, log_q
 
-    def _go_on(self) -> bool:
+    def _check_drawn(self) -> None:
+        """On the CPU `sample_tokens` itself raises; elsewhere it can only mark what it drew."""
+        if len(bad := self._log_p.isnan().any(0).nonzero()):
+            row, m = int(bad[0]), self._sampler.settings.num_candidates
+            raise InvalidInput(
+                f"prefix {row // m}: the logits behind its candidate {row % m} are all -inf, or hold NaN or +inf"
+            )
+
+    def _go_on(self, num_prompts: int) -> bool:
         """Whether any candidate still grows; on the CPU, those that don't cost time, and are dropped from the batch."""
-        grows = self._running[self._rows].view(len(self._prompts.tokens), -1)
+        grows = self._running[self._rows].view(num_prompts, -1)
         most = int(grows.sum(1).max())
         m = grows.shape[1]
         if self._slot.device.type == "cpu" and 0 < most <= (1 - DROP_ABOVE) * m:
@@ -298,60 +311,122 @@ class _Batch:
             order = (~grows).long().argsort(dim=1, stable=True)[:, :most]
             kept = (torch.arange(len(grows))[:, None] * m + order).flatten()
             self._cache.keep(kept)
-            self._rows, self._ids = self._rows[kept], self._ids[kept]
+            self._rows = self._rows[kept]
         return most > 0
 
     def _step(self, window: int, below_minimum: bool) -> None:
-        logits = self._cache.step(self._ids, self._slot, window)
+        logits = self._cache.step(self._tokens[self._slot, self._rows], self._slot, window)
         self._slot += 1
         self._draw(logits, below_minimum)
 
     def _draw(self, logits: Tensor, below_minimum: bool) -> None:
         """Draw the token at position `slot` of each row."""
-        at = (self._slot, self._rows)
-        ids, log_p, log_q = self._proposal.draw(logits, len(logits) if below_minimum else 0, self._uniforms[at])
-        running, ended = self._running[self._rows], self._proposal.is_eos(ids)
-        self._tokens[at] = ids.where(running, 0)
-        self._log_p[at], self._log_q[at] = log_p.where(running, 0), log_q.where(running, 0)
-        counted = running if self._proposal.settings.count_eos else running & ~ended
-        self._lengths[self._rows] += counted
-        self._running[self._rows] = running & ~ended
-        self._ids.copy_(ids)
+        uniforms = self._uniforms[self._slot, self._rows]
+        ids, log_p, log_q = self._sampler.draw(logits, len(logits) if below_minimum else 0, uniforms)
+        ops.append_tokens(
+            self._tokens, self._log_p, self._log_q, self._lengths, self._running, ids=ids, ids_log_p=log_p,
+            ids_log_q=log_q, slot=self._slot, rows=self._rows, eos=self._sampler.eos,
+            count_eos=self._sampler.settings.count_eos,
+        )  # fmt: skip
+
+
+# Of each model of which a step could not be captured: what it was then, and why.
+_uncapturable: WeakKeyDictionary[Any, tuple[Any, str]] = WeakKeyDictionary()
+# Graphs whose capture failed: torch's allocator of pinned memory goes on asking them whether a capture is theirs.
+_failed: list[Any] = []
 
 
 class _Graphs:
-    """Steps captured in CUDA graphs, one for each pair of a step's arguments, and replayed."""
+    """Steps captured in CUDA graphs, one for each pair of a step's arguments, and replayed. All share one memory pool:
+    they run one after the other, and leave nothing in it.
 
-    def __init__(self, captures: bool, model: str) -> None:
-        self.captures, self._model = captures, model
-        self._recorded: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+    Attributes
+    ----------
+    recorded : window, whether below the minimum length -> graph
+    why_not : what can't be captured, and so runs without; else None
+    """
+
+    def __init__(self, model: Twin) -> None:
+        self._model, self._name, self._structure = ref(model.model), model.name, model.structure
+        found = _uncapturable.get(model.model)
+        self.why_not = found[1] if found is not None and found[0] == self._structure else None
+        self.recorded: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
 
     def take(self, step: Callable[[int, bool], None], window: int, below_minimum: bool) -> None:
         """Replay the step, or take it; the first of its kind is captured for those that follow."""
-        if (graph := self._recorded.get((window, below_minimum))) is not None:
+        if (graph := self.recorded.get((window, below_minimum))) is not None:
             graph.replay()
-        elif self.captures:
-            self._capture(step, window, below_minimum)
+        elif self.why_not is None:
+            self._take_and_capture(step, window, below_minimum)
         else:
             step(window, below_minimum)
 
-    def _capture(self, step: Callable[[int, bool], None], window: int, below_minimum: bool) -> None:
+    def _take_and_capture(self, step: Callable[[int, bool], None], window: int, below_minimum: bool) -> None:
         """Take one step, which also warms up what must not start inside a capture, then record the next ones."""
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step(window, below_minimum)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
+        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.stream(stream):
                 step(window, below_minimum)
-        except RuntimeError as error:
-            self.captures = False
+                self.recorded[window, below_minimum] = _captured(lambda: step(window, below_minimum), self._pool)
+        except _CaptureFailed as failed:
+            self.why_not = str(failed)
+            if (model := self._model()) is not None:
+                _uncapturable[model] = self._structure, self.why_not
             warnings.warn(
-                f"a step of {self._model} can't be captured in a CUDA graph ({str(error).splitlines()[0]}): it runs "
-                "without one, to the same result but slower",
+                f"a step of {self._name} can't be captured in a CUDA graph ({self.why_not}): it runs without one, to "
+                "the same result but slower",
                 stacklevel=2,
             )
-        else:
-            self._recorded[window, below_minimum] = graph
+        finally:
+            torch.cuda.current_stream().wait_stream(stream)
+
+
+class _CaptureFailed(Exception):
+    """Says why."""
+
+
+def _captured(run: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
+    """A graph of what `run` launches on the current stream, which must not be the default one.
+
+    As `torch.cuda.graph`, which after a failure leaves its stream current and the allocator in its pool, and raises
+    what comes of the failure in place of what it was.
+
+    Raises
+    ------
+    _CaptureFailed
+        Torch is as it was before.
+    """
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # what is cached can't be used inside a capture
+    graph = torch.cuda.CUDAGraph()
+    # By default another thread's allocation would break the capture, or be broken by it.
+    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+    try:
+        run()
+        graph.capture_end()
+    except Exception as error:
+        _abandon(graph, pool)
+        said = " ".join(str(error).split())[:300]
+        raise _CaptureFailed(f"{type(error).__name__}: {said}") from error
+    except BaseException:
+        _abandon(graph, pool)
+        raise
+    return graph
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    """Bring a capture to an end in which something failed."""
+    with contextlib.suppress(RuntimeError):
+        graph.capture_end()  # raises again, and stops half-way, if the capture itself is broken
+    with contextlib.suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+    graph.reset()
+    _failed.append(graph)
+    # Before torch 2.12, CUDA's generator gives no numbers after a failed capture until another has succeeded.
+    with contextlib.suppress(RuntimeError):
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        torch.zeros(1, device="cuda")
+        graph.capture_end()

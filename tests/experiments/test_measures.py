@@ -12,6 +12,7 @@ import torch
 from daemon_fast import TransformersProposal
 from daemon_fast.errors import InvalidInput
 from daemon_fast.experiments.measures import (
+    distance_interval,
     distance_to_human,
     embed,
     mauve_scores,
@@ -38,6 +39,19 @@ def test_noise_floor_is_the_distance_of_a_perfect_method():
         human = torch.randn(50, 8, generator=generator)
         squares.append(distance_to_human(torch.zeros(1, 8), human, human.std(0)) ** 2)
     assert math.sqrt(sum(squares) / 400) == pytest.approx(noise_floor(50), rel=0.05)
+
+
+@pytest.mark.parametrize("true", [0.0, 0.05, 0.4])
+def test_the_interval_of_a_distance_holds_it(true):
+    """A percentile bootstrap of the norm itself holds 0 never, and 0.05 of these hardly ever."""
+    generator, inside = torch.Generator().manual_seed(0), 0
+    for _ in range(60):
+        shared = 0.5 * torch.randn(100, 1, generator=generator, dtype=torch.float64)
+        differences = true + shared + torch.randn(100, 6, generator=generator, dtype=torch.float64)
+        low, high = distance_interval(differences, torch.randint(100, (500, 100), generator=generator))
+        inside += low <= true <= high
+        assert 0 <= low <= float(differences.mean(0).square().mean().sqrt()) <= high
+    assert inside >= 0.85 * 60
 
 
 def test_weighted_mean():

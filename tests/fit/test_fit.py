@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog, minimize
 
 from daemon_fast import fit, ops
-from daemon_fast.errors import FitDidNotConverge, InfeasibleTargets, InvalidInput
+from daemon_fast.errors import FitDidNotConverge, InfeasibleTargets, InvalidInput, UnboundedTilt
 from daemon_fast.fit import newton
 from daemon_fast.fit.resample import FOLDS, RIDGES
 from daemon_fast.fit.samples import Block
@@ -445,3 +446,43 @@ def test_blocks_hold_their_own_base_weights_and_are_not_resampled():
         fit(blocks, targets, bootstrap=3)
     with pytest.raises(InvalidInput, match="ridge = 'cv' needs samples in one tensor"):
         fit(blocks, targets.expand(60, -1), ridge="cv")
+
+
+@pytest.mark.parametrize("draw", ["sir", "race"])
+def test_metrics_far_from_zero_lose_no_digits(draw):
+    """Shifted, a problem has the same mu: in one tensor, in blocks, with cross-validation, and in messages."""
+    features, human = population(40, 12, 0)
+    exact = fit(features, human.mean(0), draw=draw)
+    for offset in (2.0**20, -(2.0**30)):
+        found = fit(features.double() + offset, human.double() + offset, draw=draw)
+        assert found.iterations <= exact.iterations + 2
+        torch.testing.assert_close(found.mu, exact.mu, rtol=0, atol=2e-16 * abs(offset) * 100)
+        torch.testing.assert_close(found.targets, human.double().mean(0) + offset)
+    ridge = fit(features, human, draw=draw, ridge="cv").ridge
+    assert fit(features.double() + 2.0**20, human.double() + 2.0**20, draw=draw, ridge="cv").ridge == ridge
+    with pytest.raises(InfeasibleTargets, match=r"metric 0 \(target 1\.04863e\+06, reachable 1\.0485"):
+        fit(features.double() + 2.0**20, human.double() + 2.0**20 + 50, draw=draw)
+
+
+def test_a_tilt_without_bound_warns():
+    features, targets = torch.randn(30, 8, 1, dtype=F64, generator=torch.Generator().manual_seed(0)).exp(), None
+    for up, name, expected in ((0.3, "ent", 1), (-0.3, "ent", 0), (0.3, "nats", 0), (0.3, "sr_2", 0), (0.3, "mine", 0)):
+        targets = features.mean((0, 1)) * (1 + up)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(features, targets, names=[name])
+        found = [warning for warning in caught if issubclass(warning.category, UnboundedTilt)]
+        assert len(found) == expected
+        assert all("ent (coefficient -" in str(one.message) and one.filename == __file__ for one in found)
+
+
+def test_prefixes_without_weights_take_no_part_in_a_global_fit():
+    """Theirs may be a whole fold, or all that a bootstrap draws."""
+    features, human = population(6, 2, 0)
+    base = torch.zeros(6, 25, dtype=F64)
+    base[[1, 3]] = -math.inf
+    found = fit(features, human, base, normalization="global", ridge="cv", bootstrap=20)
+    without = fit(features[[0, 2, 4, 5]], human.mean(0), base[[0, 2, 4, 5]], normalization="global", ridge=found.ridge)
+    torch.testing.assert_close(found.mu, without.mu, rtol=1e-6, atol=1e-8)
+    assert found.ess_min == 0
+    assert found.confidence_interval.isfinite().all()

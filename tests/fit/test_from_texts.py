@@ -7,7 +7,7 @@ import tiny
 import torch
 import toy
 
-from daemon_fast import Energy, SIRDecoder, TransformersProposal, fit_energy, metrics
+from daemon_fast import Energy, SIRDecoder, TransformersProposal, fit_energy, metrics, reference
 from daemon_fast.data import Pairs
 from daemon_fast.data.collect import collect
 from daemon_fast.errors import (
@@ -40,10 +40,12 @@ def test_expected_metrics_of_the_fits_own_candidates_are_those_of_the_human_text
     drawn, _ = collect(toy.ToyProposal(num_candidates=12), pairs.prefixes, None, seed=0, batch_size=7)
     decoded = SIRDecoder(energy, toy.ToyProposal(num_candidates=12)).choose(drawn)
     if normalization == "per_prefix":
-        expected = (decoded.weights.double()[..., None] * decoded.candidate_features.double()).sum(1).mean(0)
+        chances = torch.tensor([reference.race_probabilities(row) for row in decoded.weights.tolist()])
+        expected = (chances.double()[..., None] * decoded.candidate_features.double()).sum(1).mean(0)
         torch.testing.assert_close(expected, energy.targets, atol=1e-6, rtol=0)
     assert max(map(abs, energy.diagnostics.residual)) < 1e-9
-    assert (energy.normalization, energy.base) == (normalization, "proposal")
+    draw = "race" if normalization == "per_prefix" else "sir"
+    assert (energy.normalization, energy.draw, energy.base) == (normalization, draw, "proposal")
     assert (energy.diagnostics.num_prefixes, energy.diagnostics.num_targets) == (200, 200)
 
 
@@ -186,3 +188,35 @@ def test_a_lone_surrogate_is_named_by_its_text(proposal):
         fit_energy(proposal, texts, ["sr_1"], num_prefixes=10, prefix_tokens=4)
     with pytest.raises(InvalidInput, match=r"texts\[2\] is a NoneType"):
         fit_energy(proposal, [*TEXTS[:2], None, *TEXTS[3:]], ["sr_1"], num_prefixes=10, prefix_tokens=4)
+
+
+@pytest.mark.parametrize("draw", ["sir", "race"])
+def test_spread_gives_what_is_drawn_the_second_moments_of_human_text(draw, tmp_path):
+    pairs, proposal = pairs_of_the_toy(), toy.ToyProposal(num_candidates=12)
+    names = ["sr_1", "nats"]
+    energy = fit_energy(proposal, pairs, names, num_prefixes=200, ridge=0, draw=draw, spread=names)
+    assert energy.names == ["sr_1", "nats", "sr_1^2", "sr_1*nats", "nats^2"]
+    energy.save(tmp_path / "energy.json")
+    energy = Energy.load(tmp_path / "energy.json")
+    drawn, _ = collect(toy.ToyProposal(num_candidates=12), pairs.prefixes, None, seed=0, batch_size=4)
+    decoded = SIRDecoder(energy, toy.ToyProposal(num_candidates=12)).choose(drawn)
+    chances = decoded.weights.double()
+    if draw == "race":
+        chances = torch.tensor([reference.race_probabilities(row) for row in chances.tolist()])
+    values = metrics.features(metrics.parse(names), drawn).double()
+    human = metrics.features(metrics.parse(names), toy.as_candidates(torch.tensor(pairs.continuations), 200))[
+        :, 0
+    ].double()
+    mean, scale = human.mean(0), human.std(0)
+
+    def moments(z):
+        z = z.clamp(-2.5, 2.5)
+        return torch.stack([z[..., 0] ** 2, z[..., 0] * z[..., 1], z[..., 1] ** 2], -1)
+
+    expected = (chances[..., None] * moments((values - mean) / scale)).sum(1).mean(0)
+    torch.testing.assert_close(expected, moments((human - mean) / scale).mean(0), atol=1e-5, rtol=0)
+
+
+def test_spread_of_what_is_not_fitted_is_refused():
+    with pytest.raises(InvalidInput, match="spread has 'tr_2': it must be a metric of sr_1, nats, once"):
+        fit_energy(toy.ToyProposal(num_candidates=12), pairs_of_the_toy(), ["sr_1", "nats"], spread=["tr_2"])

@@ -151,14 +151,12 @@ def test_out_of_reach_is_out_of_reach_of_any_rule():
                 fit(features, beyond, draw=draw)
 
 
-def test_bootstrap_and_the_default():
+def test_bootstrap():
     features, _ = population()
     human = features.mean((0, 1)) + 0.2 + 0.1 * torch.randn(40, 3, dtype=F64)
-    result = fit(features, human, bootstrap=20)
-    assert result.draw == "race"
+    result = fit(features, human, draw="race", bootstrap=20)
     low, high = result.confidence_interval
     assert ((low < result.mu) & (result.mu < high)).all()
-    assert fit(features, human, normalization="global").draw == "sir"
 
 
 def test_what_is_not_defined_is_named():

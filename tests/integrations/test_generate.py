@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -39,8 +41,10 @@ def generate(model, energy, ids=((5, 9, 30),), **options):
     return model.generate(custom_generate=daemon_fast.generate, **options)
 
 
-def test_it_returns_what_the_decoder_chooses(model):
+@pytest.mark.parametrize("draw", ["sir", "race"])
+def test_it_returns_what_the_decoder_chooses(model, draw):
     energy, proposal = energy_for(model)
+    energy = replace(energy, draw=draw)
     out = generate(model, energy, processing_class=tiny.tokenizer())
     chosen = SIRDecoder(energy, proposal, batch_size=1)([[5, 9, 30]], seed=3)
     row = chosen.tokens[0][0]

@@ -133,13 +133,15 @@ def test_the_fit_over_blocks_is_the_fit_of_one_tensor(request, engine, base, nor
     features, human, base_log_w = in_one_process(measured)
     assert (base_log_w is None) == (base == "proposal")
     assert features.shape == (60, 8, 3)
-    alone = fit(features, human, base_log_w, normalization=normalization, names=NAMES)
+    draw = "race" if normalization == "per_prefix" else "sir"
+    alone = fit(features, human, base_log_w, normalization=normalization, draw=draw, names=NAMES)
     together = cluster.fit(measured, normalization=normalization)
     torch.testing.assert_close(together.mu, alone.mu, atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(together.targets, alone.targets, atol=1e-9, rtol=0)
     found = together.diagnostics
     assert (found.ess_mean, found.kl) == pytest.approx((alone.ess_mean, alone.kl), abs=1e-9)
     assert (together.names, together.base, together.normalization) == (NAMES, base, normalization)
+    assert together.draw == draw
     settings = {"num_candidates": 8, "max_new_tokens": 12, "min_new_tokens": 12, "temperature": 0.97}
     assert together.proposal_settings == engine.settings(**settings)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import warnings
 
@@ -215,10 +214,11 @@ class Watch(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.waiting = []
+        self.waiting, self.seen = [], []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket.__name__.split(".")[-1] in self.WAITING:
+        self.seen.append(function.overloadpacket.__name__.split(".")[-1])
+        if self.seen[-1] in self.WAITING:
             self.waiting.append(str(function))
         return function(*args, **(kwargs or {}))
 
@@ -231,7 +231,7 @@ def test_a_step_waits_for_nothing_and_moves_nothing(settings, share, monkeypatch
     p = proposal(**settings)
     model = Twin(p.model)
     prompts = process(model, [[5, 9, 30], [7]])
-    batch = drawing._Batch(p, model, prompts)
+    batch = drawing._Batch(p._sampler, model, prompts)
     batch._cache._exact = False
     batch._cache.load(model, prompts)
     batch._running.fill_(True)
@@ -242,13 +242,14 @@ def test_a_step_waits_for_nothing_and_moves_nothing(settings, share, monkeypatch
         tensors += [x for layer in batch._cache._layers for x in (layer.keys, layer.values, *layer.prompt)]
         return [x.data_ptr() for x in tensors]
 
+    batch._step(64, "min_new_tokens" in settings)
     before = buffers()
     with Watch() as watch:
         for _ in range(3):
             batch._step(64, "min_new_tokens" in settings)
     assert watch.waiting == []
     assert buffers() == before
-    assert int(batch._slot) == 3
+    assert int(batch._slot) == 4
     batch._cache.load(model, process(model, [[8, 8], [3, 4, 5]]))  # a graph must find other prompts where these were
     assert buffers() == before
     with Watch() as watch:  # the watch sees such an operator
@@ -256,66 +257,49 @@ def test_a_step_waits_for_nothing_and_moves_nothing(settings, share, monkeypatch
     assert watch.waiting
 
 
-def fake_cuda(monkeypatch, captures=True):
-    """Stands in for what `_Graphs._capture` calls: a capture that changes nothing, a replay that takes the step."""
-    recorded, log = [], []
-
-    class Graph:
-        def replay(self):
-            log.append("replay")
-            self.step()
-
-    class Stream:
-        def wait_stream(self, other):
-            pass
-
-    @contextlib.contextmanager
-    def graph(into):
-        if not captures:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
-        log.append("capture")
-        recorded.append(into)
-        yield
-
-    step = drawing._Batch._step
-
-    def recording_step(batch, window, below):
-        if recorded:
-            recorded.pop().step = lambda: step(batch, window, below)
-        else:
-            step(batch, window, below)
-
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", graph)
-    monkeypatch.setattr(drawing._Batch, "_step", recording_step)
-    init = drawing._Batch.__init__
-
-    def capturing(batch, *args):
-        init(batch, *args)
-        batch._graphs.captures = True
-
-    monkeypatch.setattr(drawing._Batch, "__init__", capturing)
-    monkeypatch.setattr(drawing, "DROP_ABOVE", 2.0)
-    return log
+def rounded_batch(p, prefixes, dtype):
+    """A batch as on CUDA, of a model in this dtype, ready for a step."""
+    model = Twin(p.model.to(dtype))
+    prompts = process(model, prefixes)
+    batch = drawing._Batch(p._sampler, model, prompts)
+    batch._cache._exact = False
+    batch._cache.load(model, prompts)
+    batch._running.fill_(True)
+    return batch, prompts
 
 
-def test_graphs_are_replayed_to_the_same_result(monkeypatch):
-    plain = proposal(min_new_tokens=5).propose([[5, 9, 30]], seed=4)
-    log = fake_cuda(monkeypatch)
-    monkeypatch.setattr(SharedPromptCache, "window", lambda self, slot: max(16, 1 << slot.bit_length()))
-    init = SharedPromptCache.__init__
-    monkeypatch.setattr(SharedPromptCache, "__init__", lambda self, *args: init(self, *args[:4], exact=False))
-    assert_same(proposal(min_new_tokens=5).propose([[5, 9, 30]], seed=4), plain)
-    assert log.count("capture") == 3 + 1  # windows of 16, 32 and 40 slots, and the first also below the minimum length
-    assert log.count("replay") >= 20
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "mistral, sliding window"])
+def test_one_bias_serves_all_layers_as_it_is(family, dtype, monkeypatch):
+    """In the query's dtype, and aligned: else torch would make another one in each layer."""
+    monkeypatch.setattr(prompt_cache, "SHARE_FROM", {"cpu": 10**9})
+    batch, _ = rounded_batch(proposal(tiny.model(family)), LONG, dtype)
+    seen, attention = [], prompt_cache.F.scaled_dot_product_attention
+
+    def watching(query, keys, values, attn_mask, scale):
+        seen.append((attn_mask.data_ptr(), attn_mask.dtype, attn_mask.shape[-1] - keys.shape[2], attn_mask.stride()))
+        return attention(query, keys, values, attn_mask=attn_mask, scale=scale)
+
+    monkeypatch.setattr(prompt_cache.F, "scaled_dot_product_attention", watching)
+    batch._step(64, False)
+    (address, used, difference, strides), *others = seen
+    assert len(others) == 1
+    assert set(others) == {(address, used, difference, strides)}
+    assert (used, difference, strides[-1]) == (dtype, 0, 1)
+    assert all(stride % 16 == 0 for stride in strides[:-1])
 
 
-def test_a_step_that_can_not_be_captured_runs_without(monkeypatch):
-    plain = proposal().propose([[5, 9, 30]], seed=4)
-    log = fake_cuda(monkeypatch, captures=False)
-    with pytest.warns(UserWarning, match=r"can't be captured in a CUDA graph \(operation not permitted when stream is"):
-        assert_same(proposal().propose([[5, 9, 30]], seed=4), plain)
-    assert log == []
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_draw_takes_three_operators_and_logits_as_they_are(dtype, monkeypatch):
+    batch, prompts = rounded_batch(proposal(), [[5, 9, 30], [7]], dtype)
+    seen, sample = [], drawing.ops.sample_tokens
+    monkeypatch.setattr(drawing.ops, "sample_tokens", lambda x, *given: seen.append(x.dtype) or sample(x, *given))
+    batch._draw(prompts.logits.repeat_interleave(8, dim=0), False)
+    with Watch() as watch:
+        logits = batch._cache.step(batch._tokens[0], batch._slot, 64)
+        watch.seen.clear()
+        batch._draw(logits, False)
+    assert watch.seen == ["index", "sample_tokens", "append_tokens"]
+    assert set(seen) == {torch.float32 if dtype == torch.float64 else dtype}

@@ -21,7 +21,7 @@ from daemon_fast.experiments import baselines, measures, page
 from daemon_fast.experiments.collected import Collected, Ess, Means
 from daemon_fast.experiments.domain import DomainData
 from daemon_fast.experiments.page import COLOURS, LABELS, Cell, Row, Section, Table, number
-from daemon_fast.seeds import batch_seed, generator
+from daemon_fast.seeds import batch_seed, generator, stream
 
 HEADING = "Alignment"
 BOOTSTRAP = 1000
@@ -102,14 +102,12 @@ def compute(
 
     def described(name: str, values: Tensor, expected: bool) -> Method:
         paired = ((values.double() - human) / held_out.spread)[:, :k]  # of the same prefix
-        distances = paired[resamples].mean(1).square().mean(1).sqrt()
-        low, high = torch.quantile(distances, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
         return Method(
             name=name,
             expected=expected,
             means=Means.of(values),
             distance=held_out.distance(values),
-            interval=(low, high),
+            interval=measures.distance_interval(paired, resamples),
             relative_rmse=measures.relative_rmse(values[:, :k], human[:, :k]),
             nearest=[] if expected else [metric for metric, best in nearest.items() if best == name],
             mauve=None if expected else (mauve or {}).get(name),
@@ -168,7 +166,7 @@ def _baseline(data: DomainData, method: str) -> list[list[int]]:
     known += [getattr(getattr(amateur, "config", None), "_name_or_path", "")]
     rows: list[list[int]] = []
     for i, start in enumerate(range(0, len(prefixes), BASELINE_BATCH)):
-        batch, seed = prefixes[start : start + BASELINE_BATCH], batch_seed(data.options.seed, i)
+        batch, seed = prefixes[start : start + BASELINE_BATCH], batch_seed(stream(data.options.seed, "baseline"), i)
 
         def draw(batch: list[list[int]] = batch, seed: int = seed) -> np.ndarray[Any, Any]:
             return baselines.decode(method, data.model, batch, new_tokens, seed, amateur).cpu().numpy()

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from daemon_fast import ops
@@ -47,10 +48,12 @@ class Perplexity:
 def compute(held_out: Collected, mu: Tensor, sizes: Sequence[int] = ()) -> Perplexity:
     """Perplexities, and the paper's identity for the gain.
 
-    log p_mu(x) = log base(x) - E(x) - log Z. log Z of a prefix is estimated from its M candidates, with a standard
-    error of sqrt((M / ESS - 1) / M), by the delta method. If human expectations are met, the mean gain of p_mu over
-    the base, in nats a text, is KL(p_mu || base), which the same weights estimate: mean over prefixes of
-    Σ_j w̄_j log(M w̄_j).
+    log p_mu(x) = log base(x) - E(x) - log Z, where Z is the expectation of exp(-E) under the base. That of a prefix is
+    estimated from its M candidates, weighed by the base's own weights where others than the base drew them: with mu = 0
+    it is 1, also if they can't draw all that the base can. By the delta method the standard error of log Z is
+    √Σ_j (w̄_j - b̄_j)², of weights w̄ and base weights b̄ that sum to 1 each. If human expectations are met, the mean gain
+    of p_mu over the base, in nats a text, is KL(p_mu || base), which the same weights estimate: mean over prefixes of
+    -Σ_j w̄_j E_j - log Z.
 
     Parameters
     ----------
@@ -58,16 +61,19 @@ def compute(held_out: Collected, mu: Tensor, sizes: Sequence[int] = ()) -> Perpl
     sizes : numbers of candidates to repeat it with, each taking as many disjoint groups as M holds
     """
     energy_of_human = held_out.human[:, : held_out.fitted].double() @ mu
-    log_w, tokens = held_out.log_w(mu), float(held_out.human_tokens.sum())
-    n, m = log_w.shape
+    energy = held_out.features[..., : held_out.fitted].double() @ mu
+    base = torch.zeros_like(energy) if held_out.base_log_w is None else held_out.base_log_w.double()
+    tokens = float(held_out.human_tokens.sum())
+    n, m = energy.shape
 
     def with_size(size: int) -> Estimate:
-        groups = log_w[:, : m // size * size].reshape(-1, size)
-        weighed = ops.importance_weights(groups)
-        gains = -energy_of_human - weighed.log_mean.reshape(n, -1).mean(1)
-        kl = (weighed.weights * (weighed.weights * size).clamp_min(1e-300).log()).sum(1)
-        log_z_error = ((size / weighed.ess - 1).clamp_min(0) / size).sqrt()
-        per_text, error = float(gains.mean()), float(gains.std()) / math.sqrt(n)
+        groups, base_groups = (part[:, : m // size * size].reshape(-1, size) for part in (energy, base))
+        weighed, unweighed = ops.importance_weights(base_groups - groups), ops.importance_weights(base_groups)
+        log_z = weighed.log_mean - unweighed.log_mean
+        gains = -energy_of_human - log_z.reshape(n, -1).mean(1)
+        kl = -(weighed.weights * groups).sum(1) - log_z
+        log_z_error = (weighed.weights - unweighed.weights).square().sum(1).sqrt()
+        per_text, error = float(gains.mean()), float(gains.std()) / math.sqrt(n) if n > 1 else math.nan
         return Estimate(
             m=size,
             perplexity=math.exp(-float((held_out.human_log_base.double() + gains).sum()) / tokens),
@@ -109,7 +115,7 @@ def run(data: DomainData) -> Perplexity:
 
 def section(result: Perplexity) -> Section:
     by_m: list[Row] = [
-        [str(x.m), perplexity_cell(x.perplexity, x.ess), f"{x.gain_per_text:.4f} ± {x.gain_per_text_error:.4f}",
+        [str(x.m), perplexity_cell(x.perplexity, x.ess), f"{x.gain_per_text:.4f} ± {number(x.gain_per_text_error, 4)}",
          number(x.kl_per_text), number(x.log_z_error), ess_cell(x.ess)]
         for x in (*result.by_m, result.tilted)
     ]  # fmt: skip
@@ -140,7 +146,7 @@ def table(result: Perplexity) -> Table:
         tilts["p_mu refitted to tilt p_theta itself"] = result.tilting_model
     for name, found in tilts.items():
         tilted = found.tilted
-        gain = f"{tilted.gain:.4f} ± {tilted.gain_error:.4f}"
+        gain = f"{tilted.gain:.4f} ± {number(tilted.gain_error, 4)}"
         rows.append([name, perplexity_cell(tilted.perplexity, tilted.ess), gain])
     caption = "Human continuations of held-out prefixes. Gain: over what is tilted, ± standard error over prefixes."
     return Table(["perplexity of human text", "perplexity", "gain, nats a token"], rows, caption)
@@ -150,8 +156,8 @@ def verdict(result: Perplexity) -> list[str]:
     tilted = result.tilted
     found = perplexity_cell(tilted.perplexity, tilted.ess)
     sentence = (
-        f"Perplexity of human text is {found} under DAEMON and {result.base:.3f} under what it tilts: a gain of "
-        f"{tilted.gain:.4f} ± {tilted.gain_error:.4f} nats a token"
+        f"Perplexity of human text is {found} under DAEMON and {number(result.base)} under what it tilts: a gain of "
+        f"{tilted.gain:.4f} ± {number(tilted.gain_error, 4)} nats a token"
     )
     if found.flag:
         return [f"{sentence}, which means nothing here."]
@@ -167,6 +173,6 @@ def verdict(result: Perplexity) -> list[str]:
         again = other.tilted
         sentences.append(
             f"Refitted to tilt the model itself, DAEMON has {perplexity_cell(again.perplexity, again.ess)}: a gain of "
-            f"{again.gain:.4f} ± {again.gain_error:.4f} nats a token over the model."
+            f"{again.gain:.4f} ± {number(again.gain_error, 4)} nats a token over the model."
         )
     return sentences

@@ -66,7 +66,7 @@ def section(result: Tail) -> Section:
 def _draw(result: Tail, high: int, wide: int, figure: Any) -> None:
     x = [(one.low + one.high) / 2 for one in result.bins]
     for k, name in enumerate(result.names):
-        axes, scale = figure.add_subplot(high, wide, k + 1), 1 if name == "ent" else 100
+        axes, scale = figure.add_subplot(high, wide, k + 1), 1 if name in ("ent", "nats") else 100
         means = [scale * one.means.mean[k] for one in result.bins]
         errors = [scale * one.means.standard_error[k] for one in result.bins]
         axes.errorbar(x, means, yerr=errors, fmt="o-", color="#2b6ca3", markersize=3)

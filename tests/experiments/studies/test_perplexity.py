@@ -53,6 +53,36 @@ def test_candidates_of_a_proposal_serve_to_tilt_the_model():
     np.testing.assert_allclose(held_out.expected(MU).mean(0), p_mu @ LISTED, atol=0.01)
 
 
+@pytest.mark.parametrize("mu", [torch.zeros(2, dtype=torch.float64), MU])
+def test_the_divergence_is_from_the_model_not_from_what_drew(mu):
+    p_mu, _ = tilted(mu)
+    other = P**0.5 / (P**0.5).sum()
+    held_out = drawn_from(collected(n=400, m=2000, human=p_mu), other, 3).tilting_model()
+    found = perplexity.compute(held_out, mu).tilted
+    assert found.kl_per_text == pytest.approx(float((p_mu * (p_mu / P).log()).sum()), abs=0.01)
+
+
+def test_without_a_tilt_there_is_no_gain_whatever_the_proposal_cannot_draw():
+    """As by top-k: base log-weights know nothing of the sequences left out, whose share must not count as a gain."""
+    half = torch.where(torch.arange(81) < 40, P, 0) / P[:40].sum()
+    held_out = drawn_from(collected(n=50, m=30), half, 3).tilting_model()
+    found = perplexity.compute(held_out, torch.zeros(2, dtype=torch.float64), [5])
+    for estimate in (found.tilted, *found.by_m):
+        assert estimate.gain == pytest.approx(0, abs=1e-12)
+        assert estimate.kl_per_text == pytest.approx(0, abs=1e-12)
+        assert estimate.perplexity == pytest.approx(found.model)
+
+
+def test_what_is_infinite_or_unknown_says_so():
+    held_out = collected(n=1, m=30)
+    found = perplexity.compute(replace(held_out, human_log_base=torch.full((1,), -math.inf)), MU)
+    text = perplexity.table(found).text() + " ".join(perplexity.verdict(found))
+    assert "infinite (some human text can't be drawn)" in text
+    assert "± unknown" in text
+    assert "nan" not in text
+    assert "inf " not in text
+
+
 def test_the_error_of_log_z_is_that_of_repeated_estimates():
     held_out = collected(n=5000, m=40)
     log_z = ops.importance_weights(held_out.log_w(MU)).log_mean

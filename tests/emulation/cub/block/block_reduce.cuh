@@ -1,5 +1,5 @@
-// Stand-in for CUB's header of the same name: same interface and same duties of the caller (only thread 0 gets the
-// result; the storage is used again only behind a barrier), none of the code.
+// Stand-in for CUB's header of the same name: same interface, same duties of the caller (only thread 0 gets the result;
+// the storage is used again only behind a barrier) and same order of operations, so that rounding is the same too.
 #pragma once
 
 #include "cuda.h"
@@ -17,11 +17,17 @@ class BlockReduce {
 
     template <class Op>
     Value Reduce(Value value, Op op) {
+        static_assert(kThreads % emulation::kWarp == 0);
         if (blockDim.x != kThreads) emulation::fail("BlockReduce for another block size");
         storage_.values[threadIdx.x] = value;
         __syncthreads();
-        if (threadIdx.x == 0)
-            for (int i = 1; i < kThreads; ++i) value = op(value, storage_.values[i]);
+        if (threadIdx.x != 0) return value;
+        for (Value* warp = storage_.values; warp < storage_.values + kThreads; warp += emulation::kWarp) {
+            for (unsigned distance = 1; distance < emulation::kWarp; distance *= 2)
+                for (unsigned lane = 0; lane + distance < emulation::kWarp; ++lane)
+                    warp[lane] = op(warp[lane], warp[lane + distance]);
+            value = warp == storage_.values ? *warp : op(value, *warp);
+        }
         return value;
     }
 

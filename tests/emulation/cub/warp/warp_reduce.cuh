@@ -1,4 +1,4 @@
-// Stand-in for CUB's header of the same name; see block_reduce.cuh.
+// Stand-in for CUB's header of the same name; see block_reduce.cuh. Only lane 0 gets the result.
 #pragma once
 
 #include "cuda.h"
@@ -13,7 +13,10 @@ class WarpReduce {
 
     template <class Op>
     Value Reduce(Value value, Op op) {
-        for (int distance = 16; distance > 0; distance /= 2) value = op(value, __shfl_xor_sync(~0u, value, distance));
+        for (int distance = 1; distance < 32; distance *= 2) {
+            const Value other = __shfl_down_sync(~0u, value, distance);
+            if (threadIdx.x % emulation::kWarp + distance < emulation::kWarp) value = op(value, other);
+        }
         return value;
     }
 };
