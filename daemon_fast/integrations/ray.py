@@ -102,7 +102,11 @@ class _Decode:
         self._field, self._work = field, DecodeWork(decoder, num_samples, seed)
 
     def __call__(self, table: pyarrow.Table) -> pyarrow.Table:
+        if RESULT in table.column_names:
+            raise InvalidInput(f"the rows have a column {RESULT!r} already")
         texts = _values(table, self._field)
+        if not texts:
+            return table.drop_columns([ROW]).append_column(RESULT, pyarrow.nulls(0, self._work.result_type()))
         drawn = iter(self._work([Item({}, text) for text in texts if _is_text(text)], table[ROW][0].as_py()))
         missing = {"error": f"has no string field {self._field!r}"}
         results = [next(drawn) if _is_text(text) else missing for text in texts]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -204,3 +205,16 @@ def test_targets_out_of_reach_are_the_same_error(engine):
     words = ["w1 " * 20] * 12  # nobody's candidates repeat so much
     with pytest.raises(InfeasibleTargets, match="tr_8"):
         cluster.fit(measured_here(words, engine, ["sr_1", "tr_8"]))
+
+
+def test_an_empty_block_and_a_column_of_the_results_name():
+    """Ray may hand over a block without rows; two columns of one name could not be written at the end."""
+    actor = object.__new__(cluster._Decode)
+    actor._field = "text"
+    actor._work = SimpleNamespace(result_type=lambda: pyarrow.struct([("error", pyarrow.string())]))
+    empty = pyarrow.table(
+        {"text": pyarrow.array([], pyarrow.string()), cluster.ROW: pyarrow.array([], pyarrow.int64())}
+    )
+    assert actor(empty).column_names == ["text", "daemon"]
+    with pytest.raises(InvalidInput, match="the rows have a column 'daemon' already"):
+        actor(pyarrow.table({"text": ["a"], "daemon": [1], cluster.ROW: [0]}))
