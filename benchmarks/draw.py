@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +55,6 @@ def main() -> None:
         heads = [name for name in rows[0] if name not in ("rule", "M", "mu")]
         lines = [[f"{row['rule']}, M = {row['M']}", *(row[name] for name in heads)] for row in rows]
         text.append(f"## {domain}, {count} prefixes\n\n{table([domain, *heads], lines)}\n\n{verdict}")
-    seconds = call_times(proposal)
-    figures["seconds"] = seconds
-    lines = [[str(m), value] for m, value in seconds.items()]
-    text.append("## A call: one prefix, drawing and choosing\n\n" + table(["M", "seconds"], lines))
     title = f"# Race and SIR: pools of {POOL} candidates of {NEW_TOKENS} tokens, ridge {RIDGE}"
     finish("draw", title + "\n\n" + "\n\n".join(text), figures)
 
@@ -155,22 +149,6 @@ def one_text(features: Tensor, mu: Tensor, m: int, rule: Draw, targets: Tensor, 
         chosen = torch.multinomial(chances(-(part @ mu), rule), 1, generator=random)[:, 0]
         squares += norm((part[rows, chosen].mean(0) - targets) / spread) ** 2
     return math.sqrt(squares / TEXTS)
-
-
-def call_times(proposal: TransformersProposal, sizes: Sequence[int] = SIZES) -> dict[int, float]:
-    """Median seconds of drawing M candidates of one prefix; choosing takes microseconds (see choosing.py)."""
-    pairs = split(read_texts("wikipedia"), proposal.tokenizer, PREFIX_TOKENS, NEW_TOKENS, 3, 1)
-    settings = proposal.settings.sampling()
-    found = {}
-    for m in sizes:
-        few = TransformersProposal(proposal.model, proposal.tokenizer, **{**settings, "num_candidates": m})
-        times = []
-        for prefix in pairs.prefixes:
-            begin = time.perf_counter()
-            few.propose([prefix], seed=0)
-            times.append(time.perf_counter() - begin)
-        found[m] = sorted(times)[1]
-    return found
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import sys
 from importlib import import_module
-from importlib.metadata import version
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from daemon_fast.proposals.transformers import TransformersProposal
     from daemon_fast.proposals.vllm import VLLMProposal
 
-__version__ = version("daemon-fast")
+__version__: str
 
 __all__ = [
     "Candidates",
@@ -90,6 +89,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # a third of the time that --help takes
+
+        return version("daemon-fast")
     if name in _HOMES:
         return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     if name in ("errors", "metrics"):

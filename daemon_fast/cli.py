@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import io
 import json
 import math
 import os
@@ -71,7 +72,15 @@ class _Commands(click.Group):
 
     command_class = _Command
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        with _output_errors(ctx):  # of --help and --version
+            return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
+        with _output_errors(ctx):
+            return self._invoke(ctx)
+
+    def _invoke(self, ctx: click.Context) -> Any:
         try:
             try:
                 return super().invoke(ctx)
@@ -90,13 +99,19 @@ class _Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("interrupted; run the same command again to go on from here", err=True)
             sys.exit(130)
-        except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.ENOSPC):
-                raise
-            _drop_stdout()
-            if error.errno == errno.EPIPE:  # who read it, head, say, has enough
-                sys.exit(141)
-            _fail(ctx, "standard output can't be written: the disk is full")
+
+
+@contextmanager
+def _output_errors(context: click.Context) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        _drop_stdout()
+        if error.errno == errno.EPIPE:  # who read it, head, say, has enough
+            sys.exit(141)
+        _fail(context, "standard output can't be written: the disk is full")
 
 
 def _fail(context: click.Context, *problems: object) -> NoReturn:
@@ -183,6 +198,8 @@ force_option = click.option("--force", is_flag=True, help="Overwrite what is the
 def main() -> None:
     """Decode language models so that expected metrics equal those of human text (DAEMON, arXiv 2310.01041)."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a text, or a file's name, that the terminal's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 
 
@@ -194,7 +211,7 @@ def _engine(
 
     try:
         parsed = json.loads(arguments or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(f"--engine-args is not JSON: {error}") from error
     if not isinstance(parsed, dict):
         raise InvalidInput(f"--engine-args = {arguments} must be a JSON object")
@@ -227,9 +244,7 @@ def _quiet_transformers() -> None:
 @click.option("--top-k", default=0, help="0: all.")
 @click.option("--top-p", default=1.0)
 @click.option("--normalization", type=click.Choice(["per_prefix", "global"]), default="per_prefix")
-@click.option(
-    "--draw", type=click.Choice(["race", "sir"]), help="What chooses among candidates. [default: race; sir if global]"
-)
+@click.option("--draw", type=click.Choice(["race", "sir"]), default="sir", help="What chooses among candidates.")
 @click.option("--base", type=click.Choice(["proposal", "model"]), default="proposal", help="What is tilted.")
 @click.option(
     "--spread", metavar="NAMES", default="", callback=lambda _context, _option, value: _listed(value),
@@ -405,7 +420,7 @@ def decode(
     from daemon_fast.files import check_writable
 
     # Known before a model is loaded: `process` finds out again, with all that it takes to read them.
-    find_sources(source, format_)
+    find_sources(source, format_, output)
     output_format(output)
     if output != "-":
         check_writable(output, force)
@@ -509,7 +524,7 @@ def metrics(
         measure.distinct = distinct
     summary, written = Summary(), 0
     with _binary(output, force) as sink:
-        for batch in measure_records(_items(file, field, format_), measure):
+        for batch in measure_records(_items(file, field, format_, output), measure):
             summary.add(batch)
             lines = batch.rows(id_field) if as_json else () if wanted is None else batch.passing(wanted)
             for line in lines:
@@ -542,14 +557,14 @@ def metrics(
     sys.exit(1 if summary.unusable else 0)
 
 
-def _items(file: str, field: str, format_: Format | None) -> Iterator[Item]:
+def _items(file: str, field: str, format_: Format | None, output: Path | None) -> Iterator[Item]:
     """Records of files, or texts of an embedded collection."""
     from daemon_fast.data import records
     from daemon_fast.data.texts import read_texts
     from daemon_fast.embedded import TEXTS
 
     if file not in TEXTS:
-        yield from records.read_records(file, field, format=format_)
+        yield from records.read_records(file, field, format=format_, output=output)
         return
     for number, text in enumerate(read_texts(file), 1):
         yield records.Item({field: text}, text, None, file, number)

@@ -49,17 +49,19 @@ def check_writable(path: str | os.PathLike[str], force: bool = False) -> None:
     InvalidInput
         It is there, and `force` is not given.
     DataError
-        Its folder is missing or can't be written, or it is a folder itself.
+        Its folder is missing or can't be written, or it is a folder itself, a pipe or a device.
     """
     path = Path(path)
     with writing(path):  # what the system allows only it can say: permissions, read-only disks, long names
         if path.is_dir():
             raise DataError(f"{path} can't be written: it is a folder; give the name of a file")
+        if path.exists() and not path.is_file():  # a file in the place of /dev/null would be a calamity
+            raise DataError(f"{path} can't be written: it is a pipe or a device; give the name of a file")
         if not path.parent.is_dir():
             raise DataError(f"{path} can't be written: there is no folder {path.parent}")
         if os.path.lexists(path) and not force:
             raise InvalidInput(f"{path} is there already: --force (force=True) overwrites it; or choose another name")
-        probe = _temporary(path)
+        probe = _temporary(os.path.realpath(path))
         probe.open("wb").close()
         probe.unlink()
 
@@ -95,8 +97,10 @@ def writing(path: str | os.PathLike[str], kept: str = "") -> Iterator[None]:
 def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """A binary file to write; when it is closed, it takes the place of `path` in one step.
 
-    It is on disk before that, so that a crash leaves the old file or the new one, and no half of it.
+    It is on disk before that, so that a crash leaves the old file or the new one, and no half of it. A symbolic link
+    stays one: what it leads to is replaced.
     """
+    path = os.path.realpath(path)
     temporary = _temporary(path)
     try:
         with temporary.open("wb") as file:
@@ -167,13 +171,16 @@ def check_same_run(folder: Path, run: Mapping[str, Any], what: str) -> None:
     ------
     InvalidInput
         The folder belongs to another run, or holds files without a readable manifest.
+    DataError
+        The manifest can't be written.
     """
     run = json.loads(json.dumps(run))
     found = read_manifest(folder)
     if found is None and any(path.suffix in (".npz", ".jsonl") for path in folder.iterdir()):
         raise InvalidInput(f"{folder} holds {what} but no readable {MANIFEST}: delete it or choose another")
     if found is None:
-        write_text(folder / MANIFEST, json.dumps(run, indent=2) + "\n")
+        with writing(folder / MANIFEST):
+            write_text(folder / MANIFEST, json.dumps(run, indent=2) + "\n")
         return
     for name, value in run.items():
         if found.get(name) != value:

@@ -58,6 +58,12 @@ def resolve_device(device: str | None = None) -> torch.device:
         )
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise DeviceUnavailable(f"device {device!r} was asked for, but there are {torch.cuda.device_count()} GPUs")
+    if resolved.type not in ("cpu", "cuda"):
+        try:
+            torch.zeros(1, device=resolved).item()
+        except (RuntimeError, NotImplementedError, AssertionError, ImportError) as error:
+            reason = str(error).splitlines()[0]
+            raise DeviceUnavailable(f"device {device!r} was asked for, but can't be used: {reason}") from error
     return resolved
 
 

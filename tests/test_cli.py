@@ -21,7 +21,7 @@ from daemon_fast.data.records import RESULTS
 from daemon_fast.errors import LowEffectiveSampleSize, TargetsNotMet
 from daemon_fast.fit.resample import RIDGES
 
-COMMAND = [sys.executable, "-c", "from daemon_fast.cli import main; main()"]
+COMMAND = [sys.executable, "-m", "daemon_fast"]
 NO_HUB = {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 
@@ -525,3 +525,48 @@ def test_a_reader_that_has_enough(tmp_path):
     assert process.wait() == 141
     assert "Traceback" not in shown
     assert "Exception ignored" not in shown
+
+
+@pytest.mark.parametrize("module", ["click", "daemon_fast.embedded"])
+def test_interrupted_before_its_imports_are_done(tmp_path, module):
+    """What a Ctrl-C in the first tenth of a second meets."""
+    (tmp_path / "begin.py").write_text(
+        f"""
+import runpy, sys
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+runpy.run_module("daemon_fast", run_name="__main__")
+"""
+    )
+    found = subprocess.run([sys.executable, str(tmp_path / "begin.py")], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (130, "interrupted\n")
+
+
+def test_closed_streams_and_a_full_disk_are_no_tracebacks(texts):
+    for command in (f"metrics {texts} >&-", f"metrics {texts} --json >&-", "metrics - <&-", f"metrics {texts} 2>&-"):
+        line = f"{sys.executable} -m daemon_fast {command}"
+        found = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)
+        assert "Traceback" not in found.stderr
+        assert found.returncode == (2 if "<" in command else 0)
+    for command in ("--help", "--version"):
+        line = f"{sys.executable} -m daemon_fast {command} > /dev/full"
+        found = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)
+        assert (found.returncode, found.stderr) == (2, "Error: standard output can't be written: the disk is full\n")
+
+
+def test_text_that_the_terminal_cannot_show(texts):
+    """Of any output in the encoding of an old terminal, and the name of a file that is no UTF-8."""
+    found = subprocess.run(
+        [*COMMAND, "metrics", texts], capture_output=True, check=False, env={**NO_HUB, "PYTHONIOENCODING": "cp437"}
+    )
+    assert (found.returncode, found.stderr) == (0, b"")
+    show = "import sys; from daemon_fast.cli import main; main(['doctor'], standalone_mode=False)"
+    show = show.replace("['doctor']", "['completion', 'bash']") + "; print('caf\\udce9 \u4e2d')"
+    found = subprocess.run(
+        [sys.executable, "-c", show], capture_output=True, text=True, check=False,
+        env={**NO_HUB, "PYTHONIOENCODING": "latin-1"},
+    )  # fmt: skip
+    assert found.stdout.endswith("caf\\udce9 \\u4e2d\n"), found.stderr

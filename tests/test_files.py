@@ -33,6 +33,24 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     assert names(tmp_path) == ["a.txt"]
 
 
+def test_links_stay_and_lead_to_the_new_file(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk/target")
+    for text in ("first", "second"):
+        files.check_writable(tmp_path / "link", force=True)
+        files.write_text(tmp_path / "link", text)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "disk" / "target").read_text() == text
+    assert names(tmp_path / "disk") == ["target"]
+
+
+def test_pipes_and_devices_are_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="it is a pipe or a device"):
+        files.check_writable(tmp_path / "pipe", force=True)
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_arrays_round_trip_and_damage_is_none(tmp_path):
     path = tmp_path / "a.npz"
     assert files.read_arrays(path) is None
@@ -43,6 +61,15 @@ def test_arrays_round_trip_and_damage_is_none(tmp_path):
     for cut in range(0, len(whole), 7):
         path.write_bytes(whole[:cut])
         assert files.read_arrays(path) is None
+
+
+def test_a_full_disk_is_named_when_a_run_begins(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "write_text", full)
+    with pytest.raises(DataError, match=r"manifest.json can't be written: the disk is full"):
+        files.check_same_run(tmp_path, {"seed": 1}, "parts")
 
 
 def test_a_folder_belongs_to_one_run(tmp_path):

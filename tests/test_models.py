@@ -119,6 +119,8 @@ def test_what_is_not_there_is_named():
         load_language_model("./none")
     with pytest.raises(InvalidInput, match="device 'gpu' is none that torch knows"):
         resolve_device("gpu")
+    with pytest.raises(DeviceUnavailable, match="device 'meta' was asked for, but can't be used"):
+        resolve_device("meta")
     if not torch.cuda.is_available():
         with pytest.raises(DeviceUnavailable, match="sees no GPU"):
             resolve_device("cuda")

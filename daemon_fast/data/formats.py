@@ -8,6 +8,7 @@ import glob
 import gzip
 import io
 import json
+import os
 import re
 import sys
 import zlib
@@ -53,6 +54,7 @@ GZIP, ZSTANDARD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"  # what suc
 UTF8_MARK, UTF16_MARKS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 PARQUET_ROWS = 1024  # that are read together
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can hold it, UTF-8 can't
+STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]')
 STANDARD_INPUT = "standard input"
 
 
@@ -82,7 +84,7 @@ class Row:
     unit: str = "line"
 
 
-def find_sources(where: str | Path, format: Format | None = None) -> list[Source]:
+def find_sources(where: str | Path, format: Format | None = None, output: str | Path | None = None) -> list[Source]:
     """The files that a name stands for.
 
     Parameters
@@ -90,6 +92,7 @@ def find_sources(where: str | Path, format: Format | None = None) -> list[Source
     where : a file, a folder (all files in it, hidden ones and those that begin with "_" left out), a pattern such as
         "part-*.jsonl.gz", or "-" for standard input
     format : of all of them; default: by name
+    output : what is written: it, and what there is of it before it is whole, are none of a folder's or pattern's files
 
     Raises
     ------
@@ -99,22 +102,39 @@ def find_sources(where: str | Path, format: Format | None = None) -> list[Source
     name, path = str(where), Path(where)
     if name == "-":
         return [Source(None, format, told=format is not None)]
+    if not name:  # which Path takes for this folder
+        raise DataError("the name of the file to read is empty")
+    try:
+        paths = _found(name, path)
+    except OSError as error:  # a name too long, a folder that may not be read
+        raise DataError(f"{name} can't be read: {error.strerror or error}") from error
+    if output is not None and paths != [path]:
+        paths = [found for found in paths if not _is_of(found, output)]
+    if not paths:
+        raise DataError(f"{name}: there is no file in it" if path.is_dir() else f"{name} matches no file")
+    return [Source(p, format or _format_of(p), p.name, format is not None) for p in paths]
+
+
+def _found(name: str, path: Path) -> list[Path]:
     if path.is_dir():
         hidden = (".", "_")
-        paths = sorted(
+        return sorted(
             p
             for p in path.rglob("*")
             if p.is_file() and not any(s.startswith(hidden) for s in p.relative_to(path).parts)
         )
-    elif path.exists():
-        paths = [path]
-    elif glob.has_magic(name):
-        paths = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if p.is_file())
-    else:
-        raise DataError(f"{name} can't be read: No such file or directory")
-    if not paths:
-        raise DataError(f"{name}: there is no file in it" if path.is_dir() else f"{name} matches no file")
-    return [Source(p, format or _format_of(p), p.name, format is not None) for p in paths]
+    if path.exists():
+        return [path]
+    if glob.has_magic(name):
+        return sorted(p for p in map(Path, glob.glob(name, recursive=True)) if p.is_file())
+    raise DataError(f"{name} can't be read: No such file or directory")
+
+
+def _is_of(path: Path, output: str | Path) -> bool:
+    """Whether it is an output, of its parts, or what is written before it takes its place."""
+    found, whole = os.path.abspath(path), os.path.abspath(output)
+    rest = found.removeprefix(whole)
+    return found.startswith(whole) and bool(re.fullmatch(r"|\.parts[/\\].*|\.\d+\.tmp", rest, re.DOTALL))
 
 
 def _format_of(path: Path) -> Format | None:
@@ -232,7 +252,7 @@ def _elements(source: Source, content: bytes) -> Iterator[Row]:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{source.name} is not UTF-8: byte {error.start} is {content[error.start]:#04x}") from error
-    decoder, blank = json.JSONDecoder(), re.compile(r"[\s,]*")
+    blank = re.compile(r"[\s,]*")
     at, number, is_array = 0, 0, text.startswith("[")
     at += is_array
     while True:
@@ -245,12 +265,25 @@ def _elements(source: Source, content: bytes) -> Iterator[Row]:
             return
         number += 1
         try:
-            _, end = decoder.raw_decode(text, at)
+            end = _end(text, at)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{source.name} is not JSON in element {number}: {error}") from error
         # A line break in JSON is white space between tokens: in a string it is written as \n.
         yield Row(number, text[at:end].replace("\n", " ").replace("\r", " "), unit="element")
         at = end
+
+
+def _end(text: str, begin: int) -> int:
+    """Where a value of JSON ends. What Python can't hold of it is told later, of the record alone."""
+    try:
+        return json.JSONDecoder(parse_int=len).raw_decode(text, begin)[1]
+    except RecursionError:
+        depth = 0
+        for found in STRING_OR_BRACKET.finditer(text, begin):
+            depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
+            if depth == 0:
+                return found.end()
+        raise
 
 
 # ---- Parquet --------------------------------------------------------------------------------------------------------
@@ -267,15 +300,26 @@ def parquet_file(source: Source) -> Any:
         raise DataError("Parquet can't be read from standard input: give a file")
     parquet = arrow("parquet")
     try:
-        return parquet.ParquetFile(source.path)
-    except ValueError as error:  # what pyarrow raises derives from it
+        file = parquet.ParquetFile(source.path)
+        names = file.schema_arrow.names
+    except (ValueError, OSError, NotImplementedError) as error:  # what pyarrow raises derives from these
         raise DataError(f"{source.name} is no Parquet file: {error}") from error
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise DataError(f"{source.name} has several columns of one name, which no record can hold: {', '.join(twice)}")
+    return file
 
 
 def _parquet_rows(source: Source) -> Iterator[Row]:
     number = 0
     with parquet_file(source) as file:
-        for batch in file.iter_batches(PARQUET_ROWS):
+        batches = file.iter_batches(PARQUET_ROWS)
+        while True:
+            try:
+                batch = next(batches, None)
+            except (ValueError, NotImplementedError) as error:  # what pyarrow raises derives from these
+                raise DataError(f"{source.name} can't be read after row {number}: {error}") from error
+            if batch is None:
+                return
             names = batch.schema.names
             for values in zip(*(python_values(column) for column in batch.columns), strict=True):
                 number += 1
@@ -302,10 +346,19 @@ def python_values(column: pyarrow.Array) -> list[Any]:
 def _python_value(scalar: Any) -> Any:
     try:
         return scalar.as_py()
-    except UnicodeDecodeError:
-        return scalar.as_buffer().to_pybytes() if hasattr(scalar, "as_buffer") else str(scalar)
     except (ValueError, OverflowError, NotImplementedError, ImportError):
-        return str(scalar)
+        lib = arrow("lib")
+    if isinstance(scalar, lib.StructScalar):
+        return {name: _python_value(value) for name, value in scalar.items()}
+    if isinstance(scalar, lib.MapScalar):
+        return [tuple(_python_value(entry).values()) for entry in scalar.values]
+    if isinstance(scalar, lib.ListScalar):
+        return [_python_value(value) for value in scalar.values]
+    if isinstance(scalar, lib.DictionaryScalar | lib.ExtensionScalar):
+        return _python_value(scalar.value)
+    if isinstance(scalar, lib.BinaryScalar):
+        return scalar.as_buffer().to_pybytes()
+    return scalar.cast(lib.string()).as_py()
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------

@@ -48,6 +48,8 @@ __all__ = ["DecodeWork", "Item", "Record", "Summary", "Work", "process", "read_r
 Record = dict[str, Any]
 RESULT = "daemon"  # the field that a record gets
 RESULTS = "results.jsonl"  # the log of a run
+TOO_DEEP = "is nested too deeply"
+DEEPEST = 200  # objects and arrays within each other, which Python's recursion leaves room for wherever they are read
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,13 @@ class Work(Protocol):
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
-def read_records(where: str | os.PathLike[str], field: str = "text", *, format: Format | None = None) -> Iterator[Item]:
+def read_records(
+    where: str | os.PathLike[str],
+    field: str = "text",
+    *,
+    format: Format | None = None,
+    output: str | os.PathLike[str] | None = None,
+) -> Iterator[Item]:
     """Records of files, one at a time.
 
     Parameters
@@ -111,13 +119,14 @@ def read_records(where: str | os.PathLike[str], field: str = "text", *, format: 
     field : that must be a string, "meta.title" or "messages.0.content" for one within others; the name that texts
         without one get: lines of text, strings of an array
     format : "json", "text" or "parquet", of files whose names don't tell
+    output : what is written of them, which is none of a folder's or pattern's files
 
     Raises
     ------
     DataError
         A file can't be read, or its format is unknown. What is wrong with a single record is told in its place.
     """
-    for source in find_sources(os.fspath(where), format):
+    for source in find_sources(os.fspath(where), format, None if output is None else os.fspath(output)):
         yield from _items(source, field)
 
 
@@ -150,13 +159,27 @@ def _parsed(row: Row, field: str) -> tuple[Record, str | None, str | None]:
 
     try:
         record = json.loads(text, parse_constant=constant)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return {}, None, f"is not JSON: {error}"
+    except RecursionError:
+        return {}, None, TOO_DEEP
     if isinstance(record, str):
         return {field: record}, None, None
     if not isinstance(record, dict):
         return {}, None, f"is no JSON object but {type(record).__name__}"
+    if text.count("[") + text.count("{") > DEEPEST and _is_deep(record):
+        return {}, None, TOO_DEEP
     return record, None if beyond_json else text.strip(), None
+
+
+def _is_deep(record: Record) -> bool:
+    layer: list[Any] = [record]
+    for _ in range(DEEPEST):
+        children = (item for value in layer for item in (value.values() if isinstance(value, dict) else value))
+        layer = [child for child in children if isinstance(child, dict | list)]
+        if not layer:
+            return False
+    return True
 
 
 def lookup(record: Record, field: str) -> Any:
@@ -176,7 +199,7 @@ def lookup(record: Record, field: str) -> Any:
 
 def _problem(record: Record, text: Any, field: str) -> str | None:
     if isinstance(text, bytes):
-        return f"has no text but bytes in {field!r}: not UTF-8"
+        return f"has no text but bytes in {field!r}: a column of strings is needed, of UTF-8"
     if not isinstance(text, str):
         others = [name for name, value in record.items() if isinstance(value, str)]
         return f"has no string field {field!r}" + (f", but {', '.join(others[:5])}" if others else "")
@@ -219,7 +242,8 @@ def process(
     DataError
         A source can't be read, or the destination not be written; what is done is kept.
     """
-    target, sources = os.fspath(destination), find_sources(os.fspath(where), format)
+    target = os.fspath(destination)
+    sources = find_sources(os.fspath(where), format, target)
     to_parquet = output_format(target) == "parquet"
     if target == "-":
         return _stream(sources, work, field, chunk_size, description)
@@ -267,7 +291,7 @@ def _stream(sources: Sequence[Source], work: Work, field: str, chunk_size: int, 
     with progress(desc=description, unit="record") as bar:
         for number, chunk in enumerate(iter(lambda: list(islice(found, chunk_size)), [])):
             for item, result in zip(chunk, _worked(chunk, work, number), strict=True):
-                sys.stdout.write(_line(item, result).decode())
+                sys.stdout.buffer.write(_line(item, result))  # UTF-8, whatever a terminal's encoding is
                 errors += [result["error"]] if "error" in result else []
             sys.stdout.flush()
             total += len(chunk)
@@ -379,6 +403,10 @@ def _parquet_schema(sources: Sequence[Source], work: Work) -> Any:
         schema = lib.unify_schemas(schemas)
     except (ValueError, TypeError) as error:
         raise DataError(f"the files have columns of different types: {error}") from error
+    everywhere = set.intersection(*(set(some.names) for some in schemas))
+    for i, column in enumerate(schema):
+        if column.name not in everywhere:  # null where a file lacks it
+            schema = schema.set(i, column.with_nullable(True))
     if RESULT in schema.names:
         raise DataError(f"{sources[0].name} has a column {RESULT!r} already")
     schema = schema.append(lib.field(RESULT, work.result_type()))

@@ -89,7 +89,7 @@ def run(output: Path, *, quick: bool, device: str | None, seed: int, echo: Calla
         directory = output / "candidates" / ("quick" if quick else "full")
         fitted = measure(proposal, to_fit, metrics, seed=seed, batch_size=BATCH_SIZE, directory=directory / "fit")
         names = metrics_module.column_names(metrics)
-        result = fit(fitted.features, fitted.human, draw="race", ridge="cv", names=names, seed=seed)
+        result = fit(fitted.features, fitted.human, ridge="cv", names=names, seed=seed)
     energy, drawing = result.energy(metrics, proposal.settings, seed=seed), fitted.seconds
     energy.save(output / "energy.json")
 

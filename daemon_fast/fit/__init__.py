@@ -28,7 +28,7 @@ from daemon_fast.metrics import Metric
 from daemon_fast.ops import Draw, Normalization
 from daemon_fast.proposals.base import ProposalSettings
 
-__all__ = ["FitResult", "Ridge", "check_draw", "check_ridge", "default_draw", "fit", "warn_of_unbounded"]
+__all__ = ["FitResult", "Ridge", "check_draw", "check_ridge", "fit", "warn_of_unbounded"]
 
 TOLERATED = 0.1  # residual, in standard deviations of a metric, up to which a target counts as met
 
@@ -285,11 +285,6 @@ def _checked(
     penalty = 0.0 if isinstance(ridge, str) else float(ridge)
     problem = Problem.standardised(samples, mean, normalization, names, penalty)
     return problem, None if human is None else human - problem.centre
-
-
-def default_draw(normalization: Normalization) -> Draw:
-    """The rule of an artefact unless told another: the race where it is defined."""
-    return "sir" if normalization == "global" else "race"
 
 
 def check_draw(draw: Draw, normalization: Normalization) -> None:

@@ -26,7 +26,7 @@ from daemon_fast.errors import (
     TargetsNotMet,
 )
 from daemon_fast.files import check_folder
-from daemon_fast.fit import FitResult, Ridge, check_draw, check_ridge, default_draw, fit, warn_of_unbounded
+from daemon_fast.fit import FitResult, Ridge, check_draw, check_ridge, fit, warn_of_unbounded
 from daemon_fast.fit.advice import advice
 from daemon_fast.fit.dual import Problem
 from daemon_fast.fit.newton import newton
@@ -58,7 +58,7 @@ def fit_energy(
     num_targets: int | None = None,
     prefix_tokens: int = 32,
     normalization: Normalization = "per_prefix",
-    draw: Draw | None = None,
+    draw: Draw = "sir",
     base: Base = "proposal",
     spread: Sequence[str] = (),
     ridge: Ridge = "cv",
@@ -82,8 +82,7 @@ def fit_energy(
     num_prefixes : N, of which candidates are drawn
     num_targets : human continuations that give the targets; default: those of the prefixes
     prefix_tokens : where texts are cut
-    normalization, ridge, bootstrap : see `daemon_fast.fit`
-    draw : "race" or "sir", see there; default: the race, and SIR with global weights
+    normalization, draw, ridge, bootstrap : see `daemon_fast.fit`
     base : "proposal": that is tilted, as in the paper; "model": p_theta at temperature 1 is
     spread : names among the metrics, whose squares and products are to have human means, too: see `metrics.Spread`
     seed : of the choice of texts, the candidates and the bootstrap
@@ -164,7 +163,7 @@ def prepare(
     num_targets: int | None = None,
     prefix_tokens: int = 32,
     normalization: Normalization = "per_prefix",
-    draw: Draw | None = None,
+    draw: Draw = "sir",
     base: Base = "proposal",
     spread: Sequence[str] = (),
     ridge: Ridge = "cv",
@@ -207,7 +206,7 @@ def prepare(
         if value not in get_args(options):
             problems.found.append(InvalidInput(f"{name} = {value!r} must be one of {', '.join(get_args(options))}"))
     with problems:
-        check_draw(draw or default_draw(normalization), normalization)
+        check_draw(draw, normalization)
     parsed: list[Metric] = []
     with problems:
         parsed = metrics_module.parse(metrics, encoder)
@@ -290,7 +289,7 @@ def _fitted(
     metrics: list[Metric],
     spread: Sequence[str],
     normalization: Normalization,
-    draw: Draw | None,
+    draw: Draw,
     ridge: Ridge,
     bootstrap: int,
     seed: int,
@@ -307,7 +306,7 @@ def _fitted(
     try:
         result = fit(
             features, human, measured.base_log_w, normalization=normalization,
-            draw=draw or default_draw(normalization), ridge=ridge, names=names,
+            draw=draw, ridge=ridge, names=names,
             bootstrap=bootstrap, seed=seed, progress=True,
         )  # fmt: skip
     except InfeasibleTargets as error:

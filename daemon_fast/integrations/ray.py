@@ -30,7 +30,6 @@ from daemon_fast.data.texts import split
 from daemon_fast.decode import SIRDecoder
 from daemon_fast.energy import Base, Energy
 from daemon_fast.errors import DataError, InvalidInput, MissingPackage
-from daemon_fast.fit import default_draw
 from daemon_fast.fit import fit as fit_samples
 from daemon_fast.fit.samples import Block
 from daemon_fast.metrics import Function, Metric
@@ -103,7 +102,11 @@ class _Decode:
         self._field, self._work = field, DecodeWork(decoder, num_samples, seed)
 
     def __call__(self, table: pyarrow.Table) -> pyarrow.Table:
+        if RESULT in table.column_names:
+            raise InvalidInput(f"the rows have a column {RESULT!r} already")
         texts = _values(table, self._field)
+        if not texts:
+            return table.drop_columns([ROW]).append_column(RESULT, pyarrow.nulls(0, self._work.result_type()))
         drawn = iter(self._work([Item({}, text) for text in texts if _is_text(text)], table[ROW][0].as_py()))
         missing = {"error": f"has no string field {self._field!r}"}
         results = [next(drawn) if _is_text(text) else missing for text in texts]
@@ -255,7 +258,7 @@ def fit(
     dataset: Dataset,
     *,
     normalization: Normalization = "per_prefix",
-    draw: Draw | None = None,
+    draw: Draw = "sir",
     ridge: float = 0.0,
     metrics: Iterable[Metric | Function] = (),
 ) -> Energy:
@@ -264,7 +267,7 @@ def fit(
     Parameters
     ----------
     dataset : of `measure`
-    normalization, draw, ridge : see `daemon_fast.fit_energy`; the ridge is a number here
+    normalization, draw, ridge : see `daemon_fast.fit`; the ridge is a number here
     metrics : your own, if it was measured with some
 
     Raises
@@ -277,10 +280,7 @@ def fit(
     measured = RaySamples(dataset)
     fitted = metrics_module.from_specs(measured.run["metrics"], metrics)
     names = metrics_module.column_names(fitted)
-    result = fit_samples(
-        measured, measured.targets(), normalization=normalization, draw=draw or default_draw(normalization),
-        ridge=ridge, names=names,
-    )  # fmt: skip
+    result = fit_samples(measured, measured.targets(), normalization=normalization, draw=draw, ridge=ridge, names=names)
     settings, base, seed = (measured.run[name] for name in ("proposal_settings", "base", "seed"))
     return result.energy(fitted, ProposalSettings(**settings), base, seed)
 

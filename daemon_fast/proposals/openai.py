@@ -181,13 +181,13 @@ class ServerProposal:
         **settings: Any,
     ) -> None:
         openai = require("openai", "candidates from a server need", "'daemon-fast[server]'")
-        for name, value, valid in (
-            ("max_in_flight", max_in_flight, max_in_flight >= 1),
-            ("timeout", timeout, 0 < timeout < float("inf")),
-            ("max_retries", max_retries, max_retries >= 0),
+        for name, value, kind, least in (
+            ("max_in_flight", max_in_flight, int, 1),
+            ("timeout", timeout, int | float, 1e-3),
+            ("max_retries", max_retries, int, 0),
         ):
-            if not valid:
-                raise InvalidInput(f"{name} = {value} is out of range")
+            if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < float("inf"):
+                raise InvalidInput(f"{name} = {value!r} must be a number from {least} on")
         self.base_url, self._log_probs = base_url, log_probs
         self._max_in_flight, self._max_retries = max_in_flight, max_retries
         self.tokenizer = load_tokenizer(model_id)

@@ -122,6 +122,24 @@ def test_what_is_not_known_is_refused(tmp_path, name, content, message):
         list(read_records(tmp_path / name))
 
 
+def test_names_that_no_file_can_have(tmp_path):
+    with pytest.raises(DataError, match="can't be read: File name too long"):
+        list(read_records(tmp_path / ("x" * 300)))
+    with pytest.raises(DataError, match="the name of the file to read is empty"):
+        list(read_records(""))
+
+
+def test_an_element_of_an_array_that_python_cannot_hold_costs_no_other(tmp_path):
+    deep, digits = "[" * 100_000 + '"]\\"]"' + "]" * 100_000, "1" * 5000
+    (tmp_path / "a.json").write_text(
+        f'[{{"text": "a"}}, {{"x": {deep}, "text": "b"}}, {{"n": {digits}}}, {{"text": "c"}}]'
+    )
+    found = list(read_records(tmp_path / "a.json"))
+    assert [item.text for item in found] == ["a", "", "", "c"]
+    assert found[1].problem == "is nested too deeply"
+    assert found[2].problem.startswith("is not JSON: Exceeds the limit")
+
+
 def test_a_format_that_the_name_does_not_tell(tmp_path):
     (tmp_path / "prompts").write_bytes(LINES)
     assert [item.record for item in read_records(tmp_path / "prompts", format="json")] == RECORDS

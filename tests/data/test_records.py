@@ -74,7 +74,7 @@ def test_bad_records_are_told_in_their_place(tmp_path):
             "in.jsonl, line 6 is not UTF-8: byte 10 is 0xff",
             "in.jsonl, line 7 has a field 'daemon' already",
             "in.jsonl, line 8 has half a surrogate pair, \\ud835, as character 2 of 'text'",
-            "in.jsonl, line 9 is not JSON",
+            "in.jsonl, line 9 is nested too deeply",
             "in.jsonl, line 10 is not JSON",
         ],
         strict=True,
@@ -151,6 +151,25 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     left[0] = 100
     process(source, out, shout, {}, chunk_size=2)
     assert out.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("pattern", ["", "*.jsonl"])
+def test_an_output_among_its_sources_is_none_of_them(tmp_path, pattern):
+    source, out = tmp_path / "data" / pattern, tmp_path / "data" / "out.jsonl"
+    out.parent.mkdir()
+    write(out.parent / "in.jsonl", LINES)
+    (out.parent / "out.jsonl.77.tmp").touch()  # a run that was killed as it ended
+    calls = []
+
+    @Work
+    def killed(items, number):
+        calls.append(number)
+        return shout(items, number) if len(calls) < 2 else pytest.exit("killed")
+
+    with pytest.raises(pytest.exit.Exception):
+        process(source, out, killed, {}, chunk_size=3)
+    for force in (False, True):
+        assert process(source, out, shout, {}, chunk_size=3, force=force).records == 10
 
 
 def test_parts_of_another_run_are_refused(tmp_path):
@@ -251,6 +270,18 @@ def test_columns_give_back_what_was_put_in_or_are_json_text(tmp_path):
     assert (found[0]["s"], found[1]["s"]) == ("\\ud800", None)  # as JSON writes it: Arrow has no form for it
 
 
+@pytest.mark.parametrize("depth", [150, 250, 600, 900])
+@pytest.mark.parametrize("end", ["1", "NaN"])
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_deep_nesting_costs_its_own_record_at_most(tmp_path, depth, end, suffix):
+    pytest.importorskip("pyarrow")
+    deep = f'{{"text": "a", "x": {"[" * depth + end + "]" * depth}}}'
+    brackets = json.dumps({"text": "[" * 1000})
+    summary = process(write(tmp_path / "in.jsonl", [LINES[0], deep, brackets]), tmp_path / f"out.{suffix}", shout, {})
+    assert summary.records == 3
+    assert summary.errors == ([] if depth < records.DEEPEST else ["in.jsonl, line 2 is nested too deeply"])
+
+
 def test_columns_that_differ_between_parts_of_a_file(tmp_path):
     pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -338,7 +369,66 @@ def test_text_that_is_not_utf_8_in_parquet_is_that_records_error(tmp_path):
     table = pa.table({"text": pa.array([b"one", b"caf\xe9", b"two"]).view(pa.string())})
     parquet.write_table(table, tmp_path / "in.parquet")
     summary = process(tmp_path / "in.parquet", tmp_path / "out.parquet", shout, {})
-    assert summary.errors == ["in.parquet, row 2 has no text but bytes in 'text': not UTF-8"]
+    assert summary.errors == [
+        "in.parquet, row 2 has no text but bytes in 'text': a column of strings is needed, of UTF-8"
+    ]
+
+
+def test_what_python_has_no_value_for_costs_no_run_within_others_either(tmp_path):
+    pytest.importorskip("pyarrow")
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    latin = pa.array([b"caf\xe9", b"x"]).view(pa.string())
+    far = pa.array([300_000_000_000, 0], pa.timestamp("s"))  # the year 11476
+    columns = {
+        "list": pa.ListArray.from_arrays([0, 1, 2], latin),
+        "struct": pa.StructArray.from_arrays([latin, far], ["a", "b"]),
+        "map": pa.MapArray.from_arrays([0, 1, 2], pa.array(["k", "l"]), latin),
+        "far": pa.ListArray.from_arrays([0, 1, 2], far),
+    }
+    parquet.write_table(pa.table({"text": ["a", "b"], **columns}), tmp_path / "in.parquet")
+    for suffix in ("jsonl", "parquet"):
+        assert process(tmp_path / "in.parquet", tmp_path / f"out.{suffix}", shout, {}).errors == []
+    row = read(tmp_path / "out.jsonl")[0]
+    assert (row["list"], row["struct"]["a"], row["map"]) == (["Y2Fm6Q=="], "Y2Fm6Q==", [["k", "Y2Fm6Q=="]])
+    assert row["far"][0].startswith("11476-")
+    assert row["struct"]["b"].startswith("11476-")
+
+
+def test_parquet_that_arrow_cannot_read_is_named(tmp_path):
+    pytest.importorskip("pyarrow")
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    latin = pa.array([b"caf\xe9", b"x"]).view(pa.string())
+    table = pa.table({"text": pa.DictionaryArray.from_arrays(pa.array([0, 1]), latin)})
+    parquet.write_table(table, tmp_path / "in.parquet")
+    with pytest.raises(DataError, match=r"in\.parquet can't be read after row 0: Invalid UTF8 payload"):
+        list(read_records(tmp_path / "in.parquet"))
+
+
+def test_a_column_that_is_never_null_and_that_another_file_lacks(tmp_path):
+    pytest.importorskip("pyarrow")
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    (tmp_path / "in").mkdir()
+    schema = pa.schema([pa.field("text", pa.string(), nullable=False), pa.field("n", pa.int8(), nullable=False)])
+    parquet.write_table(pa.table([["a"], [1]], schema=schema), tmp_path / "in" / "0.parquet")
+    parquet.write_table(pa.table({"text": ["b"]}), tmp_path / "in" / "1.parquet")
+    process(tmp_path / "in", tmp_path / "out.parquet", shout, {})
+    assert parquet.read_table(tmp_path / "out.parquet")["n"].to_pylist() == [1, None]
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+    pytest.importorskip("pyarrow")
+    from pyarrow import Table, parquet
+
+    parquet.write_table(Table.from_arrays([["a"], ["b"], [1]], names=["text", "x", "x"]), tmp_path / "in.parquet")
+    for out in ("out.jsonl", "out.parquet"):
+        with pytest.raises(DataError, match=r"several columns of one name, which no record can hold: x$"):
+            process(tmp_path / "in.parquet", tmp_path / out, shout, {})
 
 
 def test_a_column_of_the_results_name_is_refused_before_the_work(tmp_path):

@@ -29,10 +29,10 @@ def pairs_of_the_toy(n=200, seed=1):
     return Pairs([[0]] * n, toy.SEQUENCES[drawn].tolist())
 
 
-@pytest.mark.parametrize("normalization", ["per_prefix", "global"])
-def test_expected_metrics_of_the_fits_own_candidates_are_those_of_the_human_texts(normalization):
+@pytest.mark.parametrize(("normalization", "draw"), [("per_prefix", "sir"), ("per_prefix", "race"), ("global", "sir")])
+def test_expected_metrics_of_the_fits_own_candidates_are_those_of_the_human_texts(normalization, draw):
     pairs, proposal = pairs_of_the_toy(), toy.ToyProposal(num_candidates=12)
-    options = {"ridge": 0, "normalization": normalization, "draw": "sir", "batch_size": 7}
+    options = {"ridge": 0, "normalization": normalization, "draw": draw, "batch_size": 7}
     energy = fit_energy(proposal, pairs, NAMES, num_prefixes=200, **options)
     want = metrics.features(energy.metrics, toy.as_candidates(torch.tensor(pairs.continuations), 200)).mean((0, 1))
     torch.testing.assert_close(energy.targets, want.double())
@@ -40,11 +40,12 @@ def test_expected_metrics_of_the_fits_own_candidates_are_those_of_the_human_text
     drawn, _ = collect(toy.ToyProposal(num_candidates=12), pairs.prefixes, None, seed=0, batch_size=7)
     decoded = SIRDecoder(energy, toy.ToyProposal(num_candidates=12)).choose(drawn)
     if normalization == "per_prefix":
-        chances = torch.tensor([reference.race_probabilities(row) for row in decoded.weights.tolist()])
+        chances = decoded.weights
+        if draw == "race":
+            chances = torch.tensor([reference.race_probabilities(row) for row in decoded.weights.tolist()])
         expected = (chances.double()[..., None] * decoded.candidate_features.double()).sum(1).mean(0)
         torch.testing.assert_close(expected, energy.targets, atol=1e-6, rtol=0)
     assert max(map(abs, energy.diagnostics.residual)) < 1e-9
-    draw = "race" if normalization == "per_prefix" else "sir"
     assert (energy.normalization, energy.draw, energy.base) == (normalization, draw, "proposal")
     assert (energy.diagnostics.num_prefixes, energy.diagnostics.num_targets) == (200, 200)
 
@@ -116,6 +117,11 @@ def test_the_model_itself_can_be_what_is_tilted(proposal):
     tilted = fit_energy(warm, TEXTS, ["sr_1", "ent"], base="model", **options)
     assert tilted.base == "model"
     assert not torch.equal(tilted.mu, fit_energy(warm, TEXTS, ["sr_1", "ent"], **options).mu)
+
+
+def test_a_race_needs_prefixes_weights(proposal):
+    with pytest.raises(InvalidInput, match="draw = 'race' is not defined for normalization = 'global'"):
+        fit_energy(proposal, TEXTS, ["sr_1"], num_prefixes=10, prefix_tokens=4, normalization="global", draw="race")
 
 
 def test_bad_calls(proposal):

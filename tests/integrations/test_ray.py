@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -124,17 +125,16 @@ def test_every_row_is_decoded_once_though_a_worker_is_killed(engine):
     assert len(pids) >= 3  # two workers, and the one that took the killed one's place
 
 
-@pytest.mark.parametrize("normalization", ["per_prefix", "global"])
+@pytest.mark.parametrize(("normalization", "draw"), [("per_prefix", "sir"), ("per_prefix", "race"), ("global", "sir")])
 @pytest.mark.parametrize("base", ["proposal", "model"])
-def test_the_fit_over_blocks_is_the_fit_of_one_tensor(request, engine, base, normalization):
+def test_the_fit_over_blocks_is_the_fit_of_one_tensor(request, engine, base, normalization, draw):
     measured = request.getfixturevalue("measured" if base == "proposal" else "measured_for_the_model")
     assert len(measured.to_arrow_refs()) > 2
     features, human, base_log_w = in_one_process(measured)
     assert (base_log_w is None) == (base == "proposal")
     assert features.shape == (60, 8, 3)
-    draw = "race" if normalization == "per_prefix" else "sir"
     alone = fit(features, human, base_log_w, normalization=normalization, draw=draw, names=NAMES)
-    together = cluster.fit(measured, normalization=normalization)
+    together = cluster.fit(measured, normalization=normalization, draw=draw)
     torch.testing.assert_close(together.mu, alone.mu, atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(together.targets, alone.targets, atol=1e-9, rtol=0)
     found = together.diagnostics
@@ -205,3 +205,16 @@ def test_targets_out_of_reach_are_the_same_error(engine):
     words = ["w1 " * 20] * 12  # nobody's candidates repeat so much
     with pytest.raises(InfeasibleTargets, match="tr_8"):
         cluster.fit(measured_here(words, engine, ["sr_1", "tr_8"]))
+
+
+def test_an_empty_block_and_a_column_of_the_results_name():
+    """Ray may hand over a block without rows; two columns of one name could not be written at the end."""
+    actor = object.__new__(cluster._Decode)
+    actor._field = "text"
+    actor._work = SimpleNamespace(result_type=lambda: pyarrow.struct([("error", pyarrow.string())]))
+    empty = pyarrow.table(
+        {"text": pyarrow.array([], pyarrow.string()), cluster.ROW: pyarrow.array([], pyarrow.int64())}
+    )
+    assert actor(empty).column_names == ["text", "daemon"]
+    with pytest.raises(InvalidInput, match="the rows have a column 'daemon' already"):
+        actor(pyarrow.table({"text": ["a"], "daemon": [1], cluster.ROW: [0]}))
