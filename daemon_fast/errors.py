@@ -24,6 +24,7 @@ __all__ = [
     "SeveralProblems",
     "TargetsNotMet",
     "UnboundedTilt",
+    "Undefined",
     "UnknownMetric",
     "require",
 ]
@@ -91,6 +92,10 @@ class InfeasibleTargets(FitError, ValueError):
 
 class FitDidNotConverge(FitError, RuntimeError):
     """The fit neither reached its tolerance nor proved the targets infeasible."""
+
+
+class Undefined(DaemonFastError):
+    """A figure that was asked for is not defined for what was drawn: a standard deviation of one text, a log of 0."""
 
 
 class LowEffectiveSampleSize(UserWarning):

@@ -30,10 +30,13 @@ def test_the_benchmark_of_the_fit_solves_its_problem(monkeypatch):
     known = {
         name: getattr(problem, name) for name in ("samples", "targets", "normalization", "names", "scale", "ridge")
     }
-    watched = fit.Watched(**known)
-    fit.METHODS["newton"](watched)
-    _, steps = watched.reached(1e-9)
-    assert 3 < steps < 20
+    steps = {}
+    for method in ("newton", "L-BFGS"):
+        watched = fit.Watched(**known)
+        fit.METHODS[method][0](watched)
+        _, steps[method] = watched.reached(1e-9)
+    assert 3 < steps["newton"] < 20
+    assert steps["newton"] < steps["L-BFGS"] < 200
 
 
 # ---- gpu.py: what drives its stages, and all of them small ----------------------------------------------------------

@@ -1,4 +1,6 @@
-"""Other ways to decode, to hold DAEMON against: Transformers' own, and two of the literature that it lacks."""
+"""Other ways to decode, to hold DAEMON against: Transformers' own, four of the literature, and two choices of its own
+candidates.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,15 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from daemon_fast.errors import InvalidInput
+from daemon_fast.experiments.collected import Collected
 
-__all__ = ["BASELINES", "ContrastiveDecoding", "contrastive_search", "decode"]
+__all__ = [
+    "BASELINES", "CHOICES", "ContrastiveDecoding", "Truncation", "choices", "contrastive_search", "decode",
+    "p_less", "top_n_sigma",
+]  # fmt: skip
 
 SAMPLE = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-# Name -> options of `generate`. The two contrastive ones are below.
+# Name -> options of `generate`. What the contrastive ones, top-n-sigma and p-less do is below.
 BASELINES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "beam 5": {"do_sample": False, "num_beams": 5},
@@ -22,10 +28,13 @@ BASELINES: dict[str, dict[str, Any]] = {
     "nucleus 0.95": {**SAMPLE, "top_p": 0.95},
     "typical 0.95": {**SAMPLE, "typical_p": 0.95},
     "min-p 0.1": {**SAMPLE, "min_p": 0.1},
-    "contrastive decoding": {},
+    "top-n-sigma 1": SAMPLE,
+    "p-less": SAMPLE,
+    "contrastive decoding": {"do_sample": False},
     "contrastive search": {},
 }
 AMATEUR_WINDOW = 8
+CHOICES = ("nearest candidate", "likeliest candidate")
 
 
 @torch.inference_mode()
@@ -52,18 +61,63 @@ def decode(
     if method == "contrastive search":
         found: Tensor = contrastive_search(model, ids, new_tokens)
         return found
-    options = dict(BASELINES[method])
-    if method == "contrastive decoding":
-        processor = ContrastiveDecoding(amateur or model, None if amateur is not None else AMATEUR_WINDOW)
-        options = {"do_sample": False, "logits_processor": LogitsProcessorList([processor])}
+    processors: dict[str, LogitsProcessor] = {
+        "top-n-sigma 1": Truncation(top_n_sigma),
+        "p-less": Truncation(p_less),
+        "contrastive decoding": ContrastiveDecoding(amateur or model, None if amateur is not None else AMATEUR_WINDOW),
+    }
+    processor = LogitsProcessorList([processors[method]] if method in processors else [])
     torch.manual_seed(seed)
     pad = model.generation_config.pad_token_id
     out = model.generate(
         ids, attention_mask=torch.ones_like(ids), min_new_tokens=new_tokens, max_new_tokens=new_tokens,
-        pad_token_id=0 if pad is None else pad, **options,
+        pad_token_id=0 if pad is None else pad, logits_processor=processor, **BASELINES[method],
     )  # fmt: skip
     drawn: Tensor = out[:, ids.shape[1] :]
     return drawn
+
+
+def choices(held_out: Collected, targets: Tensor) -> dict[str, Tensor]:
+    """Of DAEMON's own M candidates, the one that a score prefers: what M candidates are worth without its weights.
+
+    Parameters
+    ----------
+    targets : [K] human means, as DAEMON was given them
+
+    Returns
+    -------
+    name in `CHOICES` -> [N] int64, which candidate: the one whose fitted metrics lie nearest to the targets, in
+    standard deviations of human text; and the one of the highest log p_theta a token (best of n)
+    """
+    k = held_out.fitted
+    gaps = (held_out.features[..., :k].double() - targets) / held_out.spread[:k]
+    per_token = held_out.log_p.double() / held_out.lengths.clamp_min(1)
+    return dict(zip(CHOICES, (gaps.square().sum(2).argmin(1), per_token.argmax(1)), strict=True))
+
+
+class Truncation(LogitsProcessor):  # type: ignore[misc]
+    """Leaves out the tokens whose logits lie below a threshold, a function of logits [N, V] that gives [N, 1]."""
+
+    def __init__(self, threshold: Callable[[Tensor], Tensor]) -> None:
+        self._threshold = threshold
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        out: Tensor = scores.masked_fill(scores < self._threshold(scores.float()), -torch.inf)
+        return out
+
+
+def top_n_sigma(logits: Tensor) -> Tensor:
+    """The largest less one standard deviation of the logits (n = 1). Source: Tang et al. 2024 (arXiv 2411.07641)."""
+    known = logits.isfinite()  # end-of-text, which is not to be drawn, is -inf
+    count = known.sum(-1, keepdim=True)
+    centred = logits - logits.where(known, 0.0).sum(-1, keepdim=True) / count
+    variance = centred.square().where(known, 0.0).sum(-1, keepdim=True) / count
+    return logits.amax(-1, keepdim=True) - variance.sqrt()
+
+
+def p_less(logits: Tensor) -> Tensor:
+    """Where p = Σ p², the chance that two draws agree. Source: Tan et al. 2025 (arXiv 2509.23234)."""
+    return (2 * logits).logsumexp(-1, keepdim=True) - logits.logsumexp(-1, keepdim=True)
 
 
 class ContrastiveDecoding(LogitsProcessor):  # type: ignore[misc]

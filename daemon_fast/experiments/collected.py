@@ -12,8 +12,8 @@ from torch import Tensor
 
 from daemon_fast import ops
 from daemon_fast.energy import Energy
-from daemon_fast.errors import FitError
-from daemon_fast.experiments.measures import distance_to_human, weighted_mean
+from daemon_fast.errors import FitError, Undefined
+from daemon_fast.experiments.measures import distance_interval, distance_to_human, weighted_mean
 from daemon_fast.fit import fit
 from daemon_fast.fit.race import probabilities
 from daemon_fast.fit.samples import Block
@@ -57,16 +57,16 @@ class Ess:
 
 @dataclass(frozen=True)
 class NotDone:
-    """Stands where a result would: the study does not apply, or a fit of it has no solution."""
+    """Stands where a result would: the study does not apply, a fit of it has no solution, or a figure is undefined."""
 
     reason: str
 
 
 def attempt(study: Callable[[], T]) -> T | NotDone:
-    """What a study finds, or why its fit has no solution. Any other fault is one, and ends the run."""
+    """What a study finds, or why its fit has no solution or a figure no value. Any other fault ends the run."""
     try:
         return study()
-    except FitError as error:
+    except (FitError, Undefined) as error:
         return NotDone(str(error))
 
 
@@ -88,6 +88,7 @@ class Collected:
     lengths : [N, M]
     base_log_w : [N, M] base log-weights, or None where they are 0
     draw : the rule that chooses among candidates
+    truncated : whether the proposal can't draw all that p_theta can: top-k, top-p or min-p leave tokens out
     """
 
     names: list[str]
@@ -103,6 +104,7 @@ class Collected:
     lengths: Tensor
     base_log_w: Tensor | None = None
     draw: Draw = "sir"
+    truncated: bool = False
 
     @classmethod
     def of(
@@ -125,6 +127,7 @@ class Collected:
             lengths=candidates.lengths.reshape(candidates.shape),
             base_log_w=energy.base_log_w(candidates),
             draw=energy.draw,
+            truncated=energy.proposal_settings.truncates,
         )
 
     @property
@@ -150,7 +153,10 @@ class Collected:
 
     def tilting_model(self) -> Collected:
         """The same where p_theta itself is tilted, not the proposal."""
-        return replace(self, human_log_base=self.human_log_p, base_log_w=self.log_p - self.log_q)
+        truncated = self.truncated or bool((self.human_log_base == -torch.inf).any())
+        return replace(
+            self, human_log_base=self.human_log_p, base_log_w=self.log_p - self.log_q, truncated=truncated
+        )  # fmt: skip
 
     def fit_mu(self, ridge: float, normalization: Normalization = "per_prefix", draw: Draw | None = None) -> Tensor:
         """[K] float64 mu of a fit of these candidates to these human texts, for their own rule unless told another."""
@@ -185,3 +191,8 @@ class Collected:
         """To human text, of values [N, K'], over the fitted metrics."""
         k = self.fitted
         return distance_to_human(values[:, :k], self.human[:, :k], self.spread[:k])
+
+    def interval(self, values: Tensor, seed: int = 0) -> tuple[float, float]:
+        """95%, of that distance."""
+        k = self.fitted
+        return distance_interval(values[:, :k], self.human[:, :k], self.spread[:k], seed)

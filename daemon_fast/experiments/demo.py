@@ -139,9 +139,10 @@ def _examples(proposal: TransformersProposal, continuations: list[list[int]], de
 
 
 def _print(results: Results, echo: Callable[[str], Any]) -> None:
-    aligned, compared = alignment.table(results.alignment), perplexity.table(results.perplexity)
-    for text, caption in ((aligned.text(transposed=True), aligned.caption), (compared.text(), compared.caption)):
-        echo(f"\n{text}\n{fill(caption, WIDTH)}")
+    for table in (alignment.table(results.alignment), alignment.spread_table(results.alignment)):
+        echo(f"\n{table.text(transposed=True)}\n{fill(table.caption, WIDTH)}")
+    compared = perplexity.table(results.perplexity)
+    echo(f"\n{compared.text()}\n{fill(compared.caption, WIDTH)}")
     echo("")
     for sentence in (*alignment.verdict(results.alignment), *perplexity.verdict(results.perplexity)):
         echo(fill(sentence, WIDTH))

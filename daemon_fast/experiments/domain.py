@@ -17,7 +17,7 @@ from daemon_fast.data.collect import collect, human_folder, saved_batch_size, sc
 from daemon_fast.data.formats import Format
 from daemon_fast.data.texts import Pairs, read_texts, split
 from daemon_fast.energy import Energy
-from daemon_fast.errors import DataError, InvalidInput
+from daemon_fast.errors import DataError, InvalidInput, Problems
 from daemon_fast.experiments.collected import Collected
 from daemon_fast.files import digest, read_arrays, write_arrays, writing
 from daemon_fast.proposals.candidates import Candidates
@@ -36,12 +36,28 @@ class Sizes:
     held_out : prefixes of each domain that the fit has not seen; fewer where the texts don't suffice
     pool_prefixes, pool_candidates : for the convergence study
     sweep_prefixes : to fit, and as many held out, at each temperature of the sweep
+
+    Raises
+    ------
+    InvalidInput
+        Too few, or a pool that does not divide into the tenths that its jackknife leaves out.
     """
 
     held_out: int = 300
     pool_prefixes: int = 10
     pool_candidates: int = 1000
     sweep_prefixes: int = 50
+
+    def __post_init__(self) -> None:
+        least = {"held_out": 2, "pool_prefixes": 1, "pool_candidates": 20, "sweep_prefixes": 2}
+        problems = [
+            InvalidInput(f"{name} = {getattr(self, name)} must be at least {fewest}")
+            for name, fewest in least.items()
+            if getattr(self, name) < fewest
+        ]
+        if self.pool_candidates % 10:
+            problems.append(InvalidInput(f"pool_candidates = {self.pool_candidates} must be a multiple of 10"))
+        Problems(problems).report()
 
 
 @dataclass(frozen=True)
@@ -99,9 +115,10 @@ class DomainData:
         seen = max(fit_prefixes, fit_texts)
         self.to_fit_pairs, self.target_pairs = pairs[:fit_prefixes], pairs[:fit_texts]
         self.held_out_pairs = pairs[seen : seen + options.sizes.held_out]
-        if not len(self.held_out_pairs):
+        if (left := len(self.held_out_pairs)) < 2:
             raise DataError(
-                f"{domain.name}: {len(pairs)} texts are long enough, and the fit took {seen}: none is held out"
+                f"{domain.name}: {len(pairs)} texts are long enough, and the fit took {seen}: "
+                + (f"{left} is held out, and standard deviations need 2" if left else "none is held out")
             )
         self.metrics = [*self.energy.metrics]
         more = [name for name in ("div", "ent") if name not in self.energy.names]

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from daemon_fast.errors import InvalidInput, require
+from daemon_fast.errors import Undefined, require
 from daemon_fast.models import DEFAULT_ENCODER, load_encoder
 from daemon_fast.proposals.transformers import TransformersProposal
+from daemon_fast.seeds import generator
 
 __all__ = [
-    "FEATURIZERS",
-    "distance_interval",
-    "distance_to_human",
-    "embed",
-    "mauve_scores",
-    "noise_floor",
-    "relative_rmse",
-    "weighted_mean",
-]
+    "FEATURIZERS", "distance_interval", "distance_to_human", "embed", "mauve_scores", "noise_floor", "relative_rmse",
+    "wasserstein", "weighted_mean",
+]  # fmt: skip
 
 FEATURIZERS = ("encoder", "model")
 EMBEDDED = 100  # texts at once
-TAIL = 0.025  # on either side of an interval
+NOISE_DRAWS = 4000
 
 
 def weighted_mean(features: Tensor, weights: Tensor) -> Tensor:
@@ -38,65 +33,111 @@ def weighted_mean(features: Tensor, weights: Tensor) -> Tensor:
 def distance_to_human(method: Tensor, human: Tensor, spread: Tensor) -> float:
     """Root mean square over metrics of (mean of method - mean of human) / (standard deviation of human text).
 
+    Without what the noise of both means adds to its square: of a method whose expectations are human, the square is 0
+    on average, and here 0 where it would be below.
+
     Parameters
     ----------
     method : [N, K] values, or expected values, per prefix
-    human : [N', K] values per prefix
+    human : [N', K] values per prefix; the first are of the same prefixes
     spread : [K] standard deviation of all human text that was measured, `human` and more
 
     Raises
     ------
-    InvalidInput
-        A metric that doesn't vary over the human texts.
+    Undefined
+        A metric that doesn't vary over the human texts, or a single prefix.
     """
-    if not (spread > 0).all():
-        raise InvalidInput(f"metric {int((~(spread > 0)).nonzero()[0])} does not vary over the human texts")
-    return float(((method.double().mean(0) - human.double().mean(0)) / spread).square().mean().sqrt())
+    gap, terms = _gap(method, human, spread)
+    return math.sqrt(max(0.0, float((gap.square() - terms.square().sum(0)).mean())))
 
 
-def distance_interval(differences: Tensor, resamples: Tensor) -> tuple[float, float]:
-    """95% confidence interval of a distance, by the bootstrap.
+def distance_interval(method: Tensor, human: Tensor, spread: Tensor, seed: int = 0) -> tuple[float, float]:
+    """A 95% interval of that distance: those at which a gap as small as the one seen, and one as large, is no surprise.
 
-    A distance is a norm: noise lifts it, and the resampled ones doubly, so that their quantiles are no interval where
-    it is small. Instead the interval holds each distance t at which the one that was found would be neither among the
-    lowest nor the highest 2.5%: t in the direction that was found, plus the noise of the resampled means; and the one
-    that was found, which by luck can be lower than any distance explains.
+    At a true distance D, the squared gap is |sqrt(K) D u + e|², with e normal noise of the covariance that the texts
+    show, and u the direction of the gap. An end is the D at which 2.5% of it lie beyond the one seen. Where noise has
+    made the gap smaller than it is on average for human expectations, the upper end is that of the average: a lucky
+    sample does not measure better than others.
 
     Parameters
     ----------
-    differences : [N, K] method - human, in standard deviations of human text; of the same prefix each
-    resamples : [B, N] numbers of resampled prefixes
+    method, human, spread : as of `distance_to_human`
+    seed : of the noise
+
+    Raises
+    ------
+    Undefined
+        As `distance_to_human`.
     """
+    gap, terms = _gap(method, human, spread)
+    covariance = terms.T @ terms
+    variances, axes = torch.linalg.eigh(covariance)
+    noise = torch.randn(NOISE_DRAWS, len(gap), generator=generator(seed, "interval"), dtype=torch.float64)
+    noise = (noise * variances.clamp_min(0).sqrt()) @ axes.T
+    size, length = noise.square().sum(1), float(gap.norm().clamp_min(1e-300))
+    direction = gap / length
+    along, variance = noise @ direction, float(direction @ covariance @ direction)
+    # The direction is as noisy as the gap, and its error goes with the gap's: too little noise along it is seen where
+    # the gap is too small. The upper end allows for that.
+    error = 2 * float((noise @ (covariance @ direction - variance * direction)).std()) / length
+    most = min(float(variances[-1]), variance + error)
+    inflated = along * math.sqrt(most / max(variance, 1e-300))
 
-    def distance(values: Tensor) -> Tensor:
-        return values.square().mean(-1).sqrt()
-
-    mean = differences.mean(0)
-    found, noise = distance(mean), torch.stack([differences[some].mean(0) for some in resamples]) - mean
-    direction = mean / found.clamp_min(1e-300)
-
-    def up_to(holds: Callable[[Tensor], Tensor]) -> float:
-        """The distance up to which something holds of the distances found in its place."""
-        low, high = 0.0, float(found + distance(noise).max())
-        for _ in range(50):
+    def end(seen: float, along: Tensor, share: float) -> float:
+        """The D at which a share of the squared gaps lies below the one seen; 0 if fewer do at D = 0 already."""
+        low, high = 0.0, 1.0 + 2 * math.sqrt(seen / len(gap)) + 4 * float(size.max().sqrt())
+        for _ in range(30):
             middle = (low + high) / 2
-            low, high = (middle, high) if holds(distance(middle * direction + noise)) else (low, middle)
+            squares = len(gap) * middle**2 + 2 * math.sqrt(len(gap)) * middle * along + size
+            low, high = (middle, high) if float((squares <= seen).double().mean()) > share else (low, middle)
         return low
 
-    lowest = up_to(lambda others: (others >= found).double().mean() <= TAIL)
-    highest = up_to(lambda others: (others <= found).double().mean() > TAIL)
-    return lowest, max(highest, float(found))
+    seen, usual = float(gap.square().sum()), float(covariance.trace())
+    return end(seen, along, 0.975), end(max(seen, usual), inflated, 0.025)
+
+
+def _gap(method: Tensor, human: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+    """[K] mean of method - mean of human, in standard deviations; [max(N, N'), K] terms whose squares sum to its noise.
+
+    A term is what one prefix adds, by both of its texts: so noise that both have in common is not counted.
+    """
+    n, h = len(method), len(human)
+    if min(n, h) < 2:
+        raise Undefined("the distance to human text needs two prefixes at least: one has no standard deviation")
+    if not (spread > 0).all():
+        raise Undefined(f"metric {int((~(spread > 0)).nonzero()[0])} does not vary over the human texts")
+    method, human = method.double() / spread, human.double() / spread
+    terms = torch.zeros(max(n, h), method.shape[1], dtype=torch.float64)
+    terms[:n] += (method - method.mean(0)) / n
+    terms[:h] -= (human - human.mean(0)) / h
+    return method.mean(0) - human.mean(0), terms * math.sqrt(min(n, h) / (min(n, h) - 1))
 
 
 def noise_floor(num_human: int) -> float:
-    """The distance that a method of exactly human expectations would show, from the noise of the human means."""
+    """What the noise of the human means alone adds: a distance below it is hardly told from 0."""
     return 1 / math.sqrt(num_human)
 
 
-def relative_rmse(method: Tensor, human: Tensor) -> float:
-    """The paper's measure: root mean square over metrics of (mean of method - mean of human) / mean of human."""
+def relative_rmse(method: Tensor, human: Tensor) -> float | None:
+    """The paper's measure: root mean square over metrics of (mean of method - mean of human) / mean of human.
+
+    None where a human mean is 0.
+    """
     means = human.double().mean(0)
+    if (means == 0).any():
+        return None
     return float(((method.double().mean(0) - means) / means).square().mean().sqrt())
+
+
+def wasserstein(values: Tensor, weights: Tensor, human: Tensor) -> float:
+    """Wasserstein-1 distance of the law of `values` [S] with `weights` [S], which sum to 1, from human values [N].
+
+    The area between the two distribution functions.
+    """
+    values, human = values.double(), human.double()
+    points, order = torch.cat([values, human]).sort()
+    mass = torch.cat([weights.double(), torch.full_like(human, -1 / len(human))])[order]
+    return float((mass.cumsum(0)[:-1].abs() * points.diff()).sum())
 
 
 def mauve_scores(human: np.ndarray[Any, Any], others: np.ndarray[Any, Any], draws: int) -> list[float]:

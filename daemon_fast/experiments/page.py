@@ -16,8 +16,8 @@ from daemon_fast.errors import require
 from daemon_fast.experiments.collected import Means
 
 __all__ = [
-    "COLOURS", "LABELS", "Cell", "Chapter", "Figure", "Row", "Section", "Table", "ess_cell", "means", "new_figure",
-    "number", "perplexity_cell", "render", "svg",
+    "COLOURS", "LABELS", "Cell", "Chapter", "Figure", "Row", "Section", "Table", "distance", "ess_cell", "means",
+    "new_figure", "number", "perplexity_cell", "render", "svg",
 ]  # fmt: skip
 
 COLOURS = {"sampling": "#c44e52", "daemon": "#2b6ca3", "human": "0.2", "refitted": "#2b6ca3", "reused": "#8172b3"}
@@ -120,6 +120,11 @@ def number(value: float, digits: int = 3) -> str:
     return "unknown" if math.isnan(value) else "infinite"
 
 
+def distance(value: float, interval: tuple[float, float]) -> str:
+    """With its 95% interval."""
+    return f"{value:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"
+
+
 def means(names: Sequence[str], found: Means) -> list[str]:
     """With standard errors, x100; but `ent` and `nats`, which are no fractions."""
     scales = [1 if name in ("ent", "nats") else 100 for name in names]
@@ -131,12 +136,12 @@ def ess_cell(ess: float) -> Cell:
     return Cell(f"{ess:.1f}", "next to no choice" if ess < LOW_ESS else "")
 
 
-def perplexity_cell(perplexity: float, ess: float | None = None) -> Cell:
-    """With the effective sample size that its log Z comes from, if it has one."""
+def perplexity_cell(perplexity: float | None, ess: float | None = None) -> Cell:
+    """With the effective sample size that its log Z comes from, if it has one. None: undefined."""
+    if perplexity is None:
+        return Cell("undefined")
     flag = ""
-    if perplexity == math.inf:
-        flag = "some human text can't be drawn"
-    elif perplexity < 1:
+    if perplexity < 1:
         flag = "means nothing: below 1"
     elif ess is not None and ess < LOW_ESS:
         flag = f"means nothing: log Z of an ESS of {ess:.1f}"

@@ -80,6 +80,11 @@ class ProposalSettings:
         bad = [name for name, valid in limits.items() if not valid]
         Problems(InvalidInput(f"{name} = {getattr(self, name)} must be {expected[name]}") for name in bad).report()
 
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens are left out, so that some texts can't be drawn."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
+from toy_studies import collected
 
 from daemon_fast.errors import InvalidInput
 from daemon_fast.experiments import baselines
@@ -29,6 +32,53 @@ def last_logits(model, ids):
     logits = model(ids, use_cache=False).logits[0, -1].float()
     logits[0] = -torch.inf  # end of text
     return logits
+
+
+@pytest.mark.parametrize("logits", [[3.0, 2.9, 1.0, -4.0], [0.0, 0.0, 0.0, 0.0], [5.0, -torch.inf, 4.5, -2.0]])
+def test_truncations(logits):
+    """By their definitions, token by token; end-of-text, whose logit is -inf, takes no part."""
+    p = torch.tensor(logits).double().softmax(0).tolist()
+    known = [logit for logit in logits if logit > -torch.inf]
+    mean = sum(known) / len(known)
+    sigma = (sum((logit - mean) ** 2 for logit in known) / len(known)) ** 0.5
+    agree = sum(x * x for x in p)
+    for threshold, want in (
+        (baselines.top_n_sigma, [logit >= max(known) - sigma - 1e-6 for logit in logits]),
+        (baselines.p_less, [x >= agree - 1e-7 for x in p]),
+    ):
+        rows = torch.tensor([logits, [0.0, 1.0, 2.0, 30.0]])
+        kept = baselines.Truncation(threshold)(None, rows - torch.tensor([[0.0], [7.0]]))
+        assert (kept > -torch.inf).tolist() == [want, [False, False, False, True]]
+
+
+@pytest.mark.parametrize(("method", "threshold"), [("top-n-sigma 1", "top_n_sigma"), ("p-less", "p_less")])
+@torch.inference_mode()
+def test_only_kept_tokens_are_drawn(model, method, threshold):
+    out = baselines.decode(method, model, PREFIXES * 5, 9, seed=1)
+    below = 0
+    for prefix, drawn in zip(PREFIXES * 5, out.tolist(), strict=True):
+        for t, token in enumerate(drawn):
+            logits = last_logits(model, torch.tensor([prefix + drawn[:t]]))[None]
+            kept = logits >= getattr(baselines, threshold)(logits) - 1e-4
+            assert kept[0, token]
+            below += int((~kept).sum())
+    assert below > 0
+
+
+def test_choices_of_the_same_candidates():
+    held_out = collected(n=7, m=9)
+    held_out = replace(held_out, lengths=torch.arange(1, 64).reshape(7, 9))
+    targets = torch.tensor([0.3, 0.6])
+    found = baselines.choices(held_out, targets)
+    assert list(found) == list(baselines.CHOICES)
+    for i in range(7):
+        gaps = [
+            sum(((float(row[k]) - float(targets[k])) / float(held_out.spread[k])) ** 2 for k in range(2))
+            for row in held_out.features[i]
+        ]
+        assert gaps[int(found["nearest candidate"][i])] == pytest.approx(min(gaps))
+        per_token = [float(log_p) / int(n) for log_p, n in zip(held_out.log_p[i], held_out.lengths[i], strict=True)]
+        assert per_token[int(found["likeliest candidate"][i])] == pytest.approx(max(per_token))
 
 
 @torch.inference_mode()

@@ -81,7 +81,12 @@ def test_every_study_is_there(finished):
         assert domain.ridge == 1e-3  # the artefact's, which refits take over
         table = domain.studies["alignment"]
         assert table.names == [*NAMES, "div"]
-        assert {method.name for method in table.methods} == {"sampling", "daemon", *baselines.BASELINES}
+        assert {method.name for method in table.methods} == {
+            "sampling",
+            "daemon",
+            *baselines.CHOICES,
+            *baselines.BASELINES,
+        }
         assert table.of("greedy").means.mean[0] > table.of("sampling").means.mean[0]  # it repeats itself
         swept = [row.temperature for row in domain.studies["temperatures"].rows]
         assert swept == [0.8, 0.85, 0.9, 0.95, 1.0]  # 0.9 is the artefact's own: nothing is drawn again for it
@@ -279,6 +284,58 @@ def test_a_refit_needs_to_know_the_texts_of_the_fit(setting, tmp_path):
     with pytest.raises(InvalidInput, match="cool: the artefact does not say which texts it was fitted to"):
         run(setting, tmp_path, domains=[unknown], wanted=["ablation"])
     assert run(setting, tmp_path, domains=[unknown], wanted=["tail"]).domains["cool"].fit_prefixes == 0
+
+
+def test_one_text_held_out_is_an_error(setting, tmp_path):
+    domain = setting[0][0]
+    diagnostics = replace(domain.energy.diagnostics, num_targets=39)
+    few = replace(domain, energy=replace(domain.energy, diagnostics=diagnostics))
+    with pytest.raises(DataError, match="1 is held out, and standard deviations need 2"):
+        run(setting, tmp_path, domains=[few])
+
+
+def test_sizes_that_leave_candidates_out_or_have_no_deviation_are_refused():
+    with pytest.raises(InvalidInput, match="pool_candidates = 997 must be a multiple of 10"):
+        Sizes(pool_candidates=997)
+    with pytest.raises(InvalidInput, match="held_out = 1 must be at least 2\nsweep_prefixes = 0 must be at least 2"):
+        Sizes(held_out=1, sweep_prefixes=0)
+
+
+@pytest.mark.parametrize("base", ["proposal", "model"])
+def test_a_proposal_that_leaves_tokens_out_has_no_gain(setting, tmp_path, base):
+    """Human text that top-k can't draw has an infinite perplexity; what the model draws beside it has an unknown Z."""
+    domain = setting[0][0]
+    settings = replace(domain.energy.proposal_settings, top_k=2)
+    energy = replace(domain.energy, proposal_settings=settings, base=base)
+    wanted = ["perplexity", "one_metric", "temperatures", "tail", "transfer"]
+    report = run(setting, tmp_path, domains=[replace(domain, energy=energy)], wanted=wanted)
+    found = report.domains["cool"].studies
+    reason = "can't draw 12 of 12 human texts" if base == "proposal" else "log Z of tilting p_theta is not known"
+    assert reason in found["perplexity"].reason
+    assert reason in found["one_metric"].perplexity.reason
+    for row in found["temperatures"].rows:
+        for tilt in (row.sampling, row.reused):
+            assert tilt.perplexity is tilt.gain is tilt.gain_error is None
+            assert tilt.distance > 0
+    assert found["tail"].bins
+    page = (tmp_path / "report.html").read_text()
+    assert ">undefined<" in page
+    assert not re.search(r">[^<]*\b(nan|inf)\b", page)
+
+
+def test_human_text_that_does_not_vary_is_an_answer(setting, tmp_path):
+    """No standard deviation is a unit then; the run goes on, and says so in the place of each distance."""
+    domain, tokenizer = setting[0][0], setting[2]
+    rows = [[2 + (7 * i + j) % tiny.WORDS for j in range(24)] for i in range(40)]  # nothing repeats
+    path = tmp_path / "plain.txt"
+    path.write_text("\n".join(tokenizer.batch_decode(rows)) + "\n")
+    wanted = ["alignment", "perplexity", "temperatures", "ablation", "tail"]
+    report = run(setting, tmp_path / "out", domains=[replace(domain, data=str(path))], wanted=wanted)
+    found = report.domains["cool"].studies
+    for study in ("alignment", "temperatures", "ablation"):
+        assert found[study].reason == "metric 0 does not vary over the human texts"
+    assert found["perplexity"].tilted.perplexity > 1
+    assert found["tail"].bins
 
 
 def test_another_models_artefact_is_refused(setting, tmp_path):

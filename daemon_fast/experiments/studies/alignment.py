@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,6 @@ from daemon_fast.experiments.page import COLOURS, LABELS, Cell, Row, Section, Ta
 from daemon_fast.seeds import batch_seed, generator, stream
 
 HEADING = "Alignment"
-BOOTSTRAP = 1000
 DRAWS = 5  # of MAUVE's clustering, and of the methods that it is cheap to draw again
 ENOUGH_TEXTS = 1000  # of each side, for MAUVE; its authors recommend thousands
 BASELINE_BATCH = 100  # prefixes that `generate` gets at once: a CPU draws faster in large batches
@@ -46,9 +45,11 @@ class Method:
     name: str
     expected: bool  # whether its values are expectations over its draw, or of one text a prefix
     means: Means
+    spread: list[float]  # [K'] standard deviation of one drawn text, over that of human text
+    wasserstein: list[float]  # [K'] Wasserstein-1 distance of one drawn text's law, in the same unit
     distance: float
-    interval: tuple[float, float]  # 95%, by the bootstrap over prefixes
-    relative_rmse: float
+    interval: tuple[float, float]  # 95%
+    relative_rmse: float | None  # None where a human mean is 0
     nearest: list[str]  # metrics in which no other method of single texts has a mean nearer to the human one
     mauve: Mauve | None
 
@@ -58,7 +59,7 @@ class Method:
 
     @property
     def distance_text(self) -> str:
-        return "{:.3f} ({:.3f} to {:.3f})".format(self.distance, *self.interval)
+        return page.distance(self.distance, self.interval)
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,14 @@ class Alignment:
 
     names: list[str]  # K' metrics
     fitted: int  # the first of them, which distances are over
-    spread: list[float]  # [K'] standard deviation of human text
+    spread: list[float]  # [K'] standard deviation of all human text: the unit
+    human_spread: list[float]  # [K'] that of these prefixes' human text, over it
     prefixes: int
     noise_floor: float
     ess: Ess
     human: Means
     methods: list[Method]
+    amateur: str | None = None  # of contrastive decoding; None: the model itself, of a short context
 
     def of(self, name: str, expected: bool = False) -> Method:
         return next(method for method in self.methods if (method.name, method.expected) == (name, expected))
@@ -92,39 +95,56 @@ def compute(
     mu : [K]
     drawn : name -> [N, K'] metrics of one text a prefix
     mauve : name -> MAUVE of the same texts
-    seed : of the bootstrap
+    seed : of the intervals
     """
-    human, names, k = held_out.human.double(), held_out.names, held_out.fitted
-    resamples = torch.randint(len(human), (BOOTSTRAP, len(human)), generator=generator(seed, "bootstrap"))
+    human, names, k, n = held_out.human.double(), held_out.names, held_out.fitted, len(held_out.human)
     # Expectations have less noise than single texts: they don't compete with them.
     gaps = {name: (values.double().mean(0) - human.mean(0)).abs() for name, values in drawn.items()}
     nearest = {name: min(gaps, key=lambda method: float(gaps[method][i])) for i, name in enumerate(names)}
 
-    def described(name: str, values: Tensor, expected: bool) -> Method:
-        paired = ((values.double() - human) / held_out.spread)[:, :k]  # of the same prefix
+    def described(name: str, values: Tensor, chances: Tensor | None = None) -> Method:
+        """Of one text a prefix, [N, K']; or of expectations [N, K'] by the chances [N, M] of candidates to be drawn."""
+        texts, weights = values, torch.full((n,), 1 / n, dtype=torch.float64)
+        if chances is not None:
+            texts, weights = held_out.features.flatten(0, 1), chances.flatten() / n
+        texts, single = texts.double() / held_out.spread, chances is None
         return Method(
             name=name,
-            expected=expected,
+            expected=not single,
             means=Means.of(values),
+            spread=_deviation(texts, weights).tolist(),
+            wasserstein=[
+                measures.wasserstein(texts[:, i], weights, human[:, i] / held_out.spread[i]) for i in range(len(names))
+            ],
             distance=held_out.distance(values),
-            interval=measures.distance_interval(paired, resamples),
+            interval=held_out.interval(values, seed),
             relative_rmse=measures.relative_rmse(values[:, :k], human[:, :k]),
-            nearest=[] if expected else [metric for metric, best in nearest.items() if best == name],
-            mauve=None if expected else (mauve or {}).get(name),
+            nearest=[metric for metric, best in nearest.items() if best == name and single],
+            mauve=(mauve or {}).get(name) if single else None,
         )
 
-    single = [described(name, values, False) for name, values in drawn.items()]
-    expectations = {"sampling": held_out.expected(), "daemon": held_out.expected(mu)}
+    m = held_out.lengths.shape[1]
     return Alignment(
         names=names,
         fitted=k,
         spread=held_out.spread.tolist(),
-        prefixes=len(human),
-        noise_floor=measures.noise_floor(len(human)),
+        human_spread=(human.std(0) / held_out.spread).tolist(),
+        prefixes=n,
+        noise_floor=measures.noise_floor(n),
         ess=Ess.of(held_out.weights(mu)),
         human=Means.of(human),
-        methods=[*single, *(described(name, values, True) for name, values in expectations.items())],
+        methods=[
+            *(described(name, values) for name, values in drawn.items()),
+            described("sampling", held_out.expected(), torch.full((n, m), 1 / m, dtype=torch.float64)),
+            described("daemon", held_out.expected(mu), held_out.chances(mu)),
+        ],
     )
+
+
+def _deviation(values: Tensor, weights: Tensor) -> Tensor:
+    """[K] standard deviation of values [S, K] with weights [S]; that of a sample where they are equal."""
+    centred = values - weights @ values
+    return ((weights @ centred.square()) / (1 - weights.square().sum())).sqrt()
 
 
 def run(data: DomainData) -> Alignment:
@@ -146,6 +166,9 @@ def run(data: DomainData) -> Alignment:
         "sampling": [texts(torch.full_like(index, j)) for j in range(min(DRAWS, m))],
         "daemon": [texts(column) for column in chosen.T],
     }
+    for method, best in baselines.choices(held_out, data.energy.targets).items():
+        draws[method] = [texts(best)]
+        drawn[method] = held_out.features[torch.arange(len(pairs)), best]
     for method in tqdm(baselines.BASELINES, desc=f"{data.domain.name}: baselines"):
         decoded = Pairs(pairs.prefixes, _baseline(data, method))
         draws[method] = [decoded.continuations]
@@ -155,7 +178,11 @@ def run(data: DomainData) -> Alignment:
     except MissingPackage as error:
         warnings.warn(f"MAUVE is left out: {error}", stacklevel=2)
         mauve = {}
-    return compute(held_out, mu, drawn, mauve, seed)
+    return replace(compute(held_out, mu, drawn, mauve, seed), amateur=_name(data.options.amateur))
+
+
+def _name(amateur: Any) -> str | None:
+    return None if amateur is None else getattr(amateur.config, "_name_or_path", "") or type(amateur).__name__
 
 
 def _baseline(data: DomainData, method: str) -> list[list[int]]:
@@ -163,7 +190,7 @@ def _baseline(data: DomainData, method: str) -> list[list[int]]:
     prefixes, new_tokens = data.held_out_pairs.prefixes, data.energy.proposal_settings.max_new_tokens
     amateur = data.options.amateur if "decoding" in method else None
     known = [method, new_tokens, data.options.seed, str(data.model.dtype)]
-    known += [getattr(getattr(amateur, "config", None), "_name_or_path", "")]
+    known += [_name(amateur) or ""]
     rows: list[list[int]] = []
     for i, start in enumerate(range(0, len(prefixes), BASELINE_BATCH)):
         batch, seed = prefixes[start : start + BASELINE_BATCH], batch_seed(stream(data.options.seed, "baseline"), i)
@@ -212,11 +239,15 @@ def section(result: Alignment) -> Section:
         8, 0.5 * result.fitted + 2, partial(draw_metrics, result),
         "Distance of each metric from its human mean, for plain sampling and DAEMON",
     )  # fmt: skip
+    amateur = result.amateur or (
+        f"the model itself, of its last {baselines.AMATEUR_WINDOW} tokens alone; --amateur names a weaker one"
+    )
     return Section(
         "How near each way to decode comes to human text: one continuation of each held-out prefix; 'expected' takes "
         "the mean over the draw instead.",
-        [table(result)],
+        [table(result), spread_table(result)],
         [distances, metrics],
+        notes=[f"The amateur of contrastive decoding is {amateur}."],
         verdict=verdict(result),
     )
 
@@ -232,14 +263,31 @@ def table(result: Alignment) -> Table:
             for name, text in zip(result.names, page.means(result.names, method.means), strict=True)
         ]
         score = [str(method.mauve or "-")] * len(mauve)
-        rows.append([method.label, method.distance_text, number(method.relative_rmse), *score, *means])
+        relative = "undefined" if method.relative_rmse is None else number(method.relative_rmse)
+        rows.append([method.label, method.distance_text, relative, *score, *means])
     return Table(
         head,
         rows,
         f"{result.prefixes} held-out prefixes. Distance to human text over the {result.fitted} fitted metrics, in "
-        "standard deviations of human text, with the 95% interval of a bootstrap over prefixes; its noise floor is "
+        "standard deviations of human text, without what noise adds, and its 95% interval; the noise floor is "
         f"{result.noise_floor:.3f}, and {result.noise_floor * 2**0.5:.3f} for single texts. Means x100 (ent: "
-        "perplexity) ± standard error over prefixes. Marked: the nearest to human of single texts.",
+        "perplexity) ± standard error over prefixes. Marked: the nearest to human of single texts. The "
+        f"nearest and the likeliest candidate are of the same {result.ess.candidates} as DAEMON's.",
+    )
+
+
+def spread_table(result: Alignment) -> Table:
+    rows: list[Row] = [["human", *(f"{spread:.2f}, -" for spread in result.human_spread)]]
+    for method in result.methods:
+        cells = zip(method.spread, method.wasserstein, strict=True)
+        rows.append([method.label, *(f"{spread:.2f}, {distance:.2f}" for spread, distance in cells)])
+    return Table(
+        ["spread, Wasserstein", *result.names],
+        rows,
+        "Spread: standard deviation of one drawn text, over that of all human text: a method whose means are human can "
+        "still draw texts too much alike. Wasserstein: distance of the law of one drawn text from that of the held-out "
+        "human texts, in the same unit; two samples of one law have some, too. 'Expected' takes the law over all "
+        "candidates by their chances to be drawn.",
     )
 
 
@@ -253,7 +301,7 @@ def _draw_distances(result: Alignment, figure: Any) -> None:
     axes.set_yticks(range(len(result.methods)), [method.label for method in result.methods])
     axes.set_ylim(len(result.methods) - 0.4, -0.6)
     axes.set_xlim(left=0)
-    axes.set_xlabel("distance to human text, in standard deviations (line: 95% of the bootstrap over prefixes)")
+    axes.set_xlabel("distance to human text, in standard deviations (line: 95% interval)")
     axes.legend(loc="lower right")
 
 
@@ -288,7 +336,7 @@ def verdict(result: Alignment) -> list[str]:
         f"In expectation, DAEMON's distance to human text is {daemon.distance:.3f} standard deviations, plain "
         f"sampling's {sampling.distance:.3f}, the noise floor {floor:.3f}: DAEMON is "
         + ("nearer" if daemon.distance < sampling.distance else "not nearer")
-        + (", within the noise of the human means." if daemon.distance <= floor else "."),
+        + (", and its interval reaches 0." if daemon.interval[0] == 0 else "."),
         _of_single_texts([method for method in result.methods if not method.expected], floor * 2**0.5),
         f"The effective sample size of DAEMON's draw is {ess.mean:.1f} of {ess.candidates} candidates on average and "
         f"{ess.min:.1f} at least" + (f"; below {LOW_ESS:g} there is next to no choice." if ess.min < LOW_ESS else "."),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from daemon_fast import ops
+from daemon_fast.errors import Undefined
 from daemon_fast.experiments import page
 from daemon_fast.experiments.collected import Collected, Ess, NotDone, attempt
 from daemon_fast.experiments.domain import DomainData
@@ -71,12 +72,19 @@ def compute(pool: Collected, mu: Tensor, sizes: Sequence[int], seed: int = 0) ->
     Parameters
     ----------
     mu : [K]
-    sizes : M, of which those up to half the pool are taken
+    sizes : M, of which those are taken that divide the pool: all of its candidates then count
     seed : of the orders
+
+    Raises
+    ------
+    Undefined
+        A pool that does not divide into tenths, or into groups of any of the sizes.
     """
     features, log_w = pool.features[..., : pool.fitted].double(), pool.log_w(mu)
     n, m, k = features.shape
-    sizes = [size for size in sizes if size <= m // 2]
+    sizes = [size for size in sizes if m % size == 0 and size <= m // 2]
+    if m % JACKKNIFE or not sizes:
+        raise Undefined(f"a pool of {m} candidates does not divide into {JACKKNIFE} parts and into groups of any size")
     spread = features.reshape(-1, k).std(0).clamp_min(1e-12)
     random = generator(seed, "orders")
     orders = [torch.randperm(m, generator=random) for _ in range(ORDERS)]

@@ -24,6 +24,7 @@ class Projection:
     direction: str  # "reverse" (DAEMON) or "forward"
     means: Means
     distance: float
+    interval: tuple[float, float]
     ess: float  # mean over prefixes
     largest_weight: float  # mean over prefixes
 
@@ -77,12 +78,9 @@ def compute(to_fit: Collected, held_out: Collected) -> ForwardKL:
             ("forward", forward_weights(*standardized(collected), multiplier)),
         ):
             values = weighted_mean(collected.features, weights)
-            largest = float(weights.amax(1).mean())
-            rows.append(
-                Projection(
-                    name, direction, Means.of(values[:, :k]), collected.distance(values), Ess.of(weights).mean, largest
-                )
-            )
+            distance, interval, ess = collected.distance(values), collected.interval(values), Ess.of(weights).mean
+            means, largest = Means.of(values[:, :k]), float(weights.amax(1).mean())
+            rows.append(Projection(name, direction, means, distance, interval, ess, largest))
     return ForwardKL(to_fit.fitted_names, (multiplier / scale).tolist(), rows)
 
 
@@ -134,7 +132,7 @@ def run(data: DomainData) -> ForwardKL:
 def section(result: ForwardKL) -> Section:
     rows: list[Row] = [
         [row.on, row.direction, *page.means(result.names, row.means),
-         number(row.distance), ess_cell(row.ess), number(row.largest_weight)]
+         page.distance(row.distance, row.interval), ess_cell(row.ess), number(row.largest_weight)]
         for row in result.rows
     ]  # fmt: skip
     return Section(

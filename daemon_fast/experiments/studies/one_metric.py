@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from daemon_fast.errors import InvalidInput
 from daemon_fast.experiments import page
-from daemon_fast.experiments.collected import Collected, Means, NotDone
+from daemon_fast.experiments.collected import Collected, Means, NotDone, attempt
 from daemon_fast.experiments.domain import DomainData
 from daemon_fast.experiments.page import Row, Section, Table
 from daemon_fast.experiments.studies import perplexity
@@ -24,7 +24,7 @@ class OneMetric:
     human: Means
     sampling: Means
     daemon: Means
-    perplexity: perplexity.Perplexity
+    perplexity: perplexity.Perplexity | NotDone
 
 
 def compute(to_fit: Collected, held_out: Collected, name: str = METRIC, ridge: float = 0.0) -> OneMetric:
@@ -49,7 +49,7 @@ def compute(to_fit: Collected, held_out: Collected, name: str = METRIC, ridge: f
         human=Means.of(held.human),
         sampling=Means.of(held.expected()),
         daemon=Means.of(held.expected(mu)),
-        perplexity=perplexity.compute(held, mu),
+        perplexity=attempt(lambda: perplexity.compute(held, mu)),
     )
 
 
@@ -63,10 +63,12 @@ def section(result: OneMetric) -> Section:
     name = result.metric
     found = {"human": result.human, "plain sampling": result.sampling, "DAEMON": result.daemon}
     rows: list[Row] = [[who, *page.means([name], means)] for who, means in found.items()]
+    caption, notes = f"Mean x100 ± standard error, held-out prefixes. mu = {result.mu:.4g}.", []
+    tables = [Table(["", name], rows, caption)]
+    if isinstance(result.perplexity, NotDone):
+        notes.append(f"Perplexity: not done: {result.perplexity.reason}")
+    else:
+        tables.append(perplexity.table(result.perplexity))
     return Section(
-        f"A fit of {name} only, as in the paper: does it reach the human level, and at what cost?",
-        [
-            Table(["", name], rows, f"Mean x100 ± standard error, held-out prefixes. mu = {result.mu:.4g}."),
-            perplexity.table(result.perplexity),
-        ],
+        f"A fit of {name} only, as in the paper: does it reach the human level, and at what cost?", tables, notes=notes
     )

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from daemon_fast import ops
+from daemon_fast.errors import Undefined
 from daemon_fast.experiments.collected import Collected, NotDone, attempt
 from daemon_fast.experiments.domain import DomainData
 from daemon_fast.experiments.page import Row, Section, Table, ess_cell, number, perplexity_cell
 
 HEADING = "Perplexity of human text"
 SIZES = (5, 10, 25, 50, 100)
+LARGEST = 700.0  # of a logarithm whose exponential float64 holds
 
 
 @dataclass(frozen=True)
@@ -48,54 +51,116 @@ class Perplexity:
 def compute(held_out: Collected, mu: Tensor, sizes: Sequence[int] = ()) -> Perplexity:
     """Perplexities, and the paper's identity for the gain.
 
-    log p_mu(x) = log base(x) - E(x) - log Z, where Z is the expectation of exp(-E) under the base. That of a prefix is
-    estimated from its M candidates, weighed by the base's own weights where others than the base drew them: with mu = 0
-    it is 1, also if they can't draw all that the base can. By the delta method the standard error of log Z is
-    √Σ_j (w̄_j - b̄_j)², of weights w̄ and base weights b̄ that sum to 1 each. If human expectations are met, the mean gain
-    of p_mu over the base, in nats a text, is KL(p_mu || base), which the same weights estimate: mean over prefixes of
-    -Σ_j w̄_j E_j - log Z.
+    log p_mu(x) = log base(x) - E(x) - log Z, Z the mean of exp(-E) under the base, for which a prefix's M candidates
+    stand: with base weights v̄_j ∝ exp(b_j), which are 1/M where the proposal itself is tilted, and with
+    w̄_j ∝ exp(b_j - E_j),
+
+        log Z = log Σ_j v̄_j exp(-E_j)        KL(p_mu || base) = -Σ_j w̄_j E_j - log Z
+
+    The first is too low by O(1/M), the second off by as much: a jackknife over the candidates leaves O(1/M²). The
+    standard error of log Z is sqrt(Σ_j (w̄_j - v̄_j)²), by the delta method. If human expectations are met, the mean
+    gain of p_mu over the base, in nats a text, is that KL.
 
     Parameters
     ----------
     mu : [K]
-    sizes : numbers of candidates to repeat it with, each taking as many disjoint groups as M holds
+    sizes : numbers of candidates to repeat it with, in groups that use all candidates alike
+
+    Raises
+    ------
+    Undefined
+        Human text that the proposal can't draw, one prefix or candidate, or a prefix whose log Z a single candidate
+        decides.
     """
+    if (unseen := int((held_out.human_log_base == -torch.inf).sum())) > 0:
+        raise Undefined(
+            f"the proposal leaves out tokens, and can't draw {unseen} of {len(held_out.human)} human texts: their "
+            "perplexity is infinite, under it and under what tilts it"
+        )
+    if held_out.truncated and held_out.base_log_w is not None:
+        raise Undefined(
+            "the proposal leaves out tokens (top-k, top-p or min-p), so that its candidates can't stand for all that "
+            "p_theta draws: log Z of tilting p_theta is not known"
+        )
     energy_of_human = held_out.human[:, : held_out.fitted].double() @ mu
-    energy = held_out.features[..., : held_out.fitted].double() @ mu
-    base = torch.zeros_like(energy) if held_out.base_log_w is None else held_out.base_log_w.double()
-    tokens = float(held_out.human_tokens.sum())
-    n, m = energy.shape
+    tokens, (n, m) = float(held_out.human_tokens.sum()), held_out.lengths.shape
+    if n < 2 or m < 2:
+        raise Undefined(f"a gain and its error need two prefixes and two candidates at least: there are {n} x {m}")
+    tilt = -(held_out.features[..., : held_out.fitted].double() @ mu)
+    base = torch.zeros_like(tilt) if held_out.base_log_w is None else held_out.base_log_w.double()
+
+    def perplexity_of(log_p: Tensor) -> float:
+        a_token = -float(log_p.double().sum()) / tokens
+        if not a_token < LARGEST:
+            raise Undefined(f"perplexity of human text is too large for a number: exp({a_token:.4g})")
+        return math.exp(a_token)
 
     def with_size(size: int) -> Estimate:
-        groups, base_groups = (part[:, : m // size * size].reshape(-1, size) for part in (energy, base))
-        weighed, unweighed = ops.importance_weights(base_groups - groups), ops.importance_weights(base_groups)
-        log_z = weighed.log_mean - unweighed.log_mean
-        gains = -energy_of_human - log_z.reshape(n, -1).mean(1)
-        kl = -(weighed.weights * groups).sum(1) - log_z
-        log_z_error = (weighed.weights - unweighed.weights).square().sum(1).sqrt()
-        per_text, error = float(gains.mean()), float(gains.std()) / math.sqrt(n) if n > 1 else math.nan
+        starts = torch.arange(0, m, math.gcd(m, size))  # groups overlap where M is no multiple of their size
+        at = (starts[:, None] + torch.arange(size)) % m
+        found = log_z_and_kl(*(values[:, at].reshape(-1, size) for values in (base, tilt)))
+        gains = -energy_of_human - found.log_z.reshape(n, -1).mean(1)
+        per_text, error = float(gains.mean()), float(gains.std()) / math.sqrt(n)
         return Estimate(
             m=size,
-            perplexity=math.exp(-float((held_out.human_log_base.double() + gains).sum()) / tokens),
+            perplexity=perplexity_of(held_out.human_log_base.double() + gains),
             gain=per_text * n / tokens,
             gain_error=error * n / tokens,
             gain_per_text=per_text,
             gain_per_text_error=error,
-            kl_per_text=float(kl.mean()),
-            log_z_error=float(log_z_error.mean()),
-            log_z_error_of_mean=float(log_z_error.square().mean().sqrt()) / math.sqrt(len(groups)),
-            ess=float(weighed.ess.mean()),
+            kl_per_text=float(found.kl.mean()),
+            log_z_error=float(found.log_z_error.mean()),
+            log_z_error_of_mean=float(found.log_z_error.square().mean().sqrt()) / math.sqrt(n * m / size),
+            ess=float(found.ess.mean()),
         )
 
-    def plain(log_p: Tensor) -> float:
-        return math.exp(-float(log_p.double().sum()) / tokens)
-
     return Perplexity(
-        model=plain(held_out.human_log_p),
-        base=plain(held_out.human_log_base),
+        model=perplexity_of(held_out.human_log_p),
+        base=perplexity_of(held_out.human_log_base),
         tilted=with_size(m),
         by_m=[with_size(size) for size in sizes if size < m],
     )
+
+
+class LogZ(NamedTuple):
+    """Of G groups of candidates, each [G] float64."""
+
+    log_z: Tensor
+    log_z_error: Tensor
+    kl: Tensor
+    ess: Tensor
+
+
+def log_z_and_kl(base: Tensor, tilt: Tensor) -> LogZ:
+    """log Z and KL(p_mu || base), jackknifed, from base log-weights and -E, each [G, M]; see `compute`.
+
+    Raises
+    ------
+    Undefined
+        A group with a candidate without which nothing is left.
+    """
+    m, ess = base.shape[1], ops.importance_weights(base + tilt).ess
+    v, w = base.softmax(1), (base + tilt).softmax(1)
+    # From the tilt of the largest weight, so that its rounding does not hide the others.
+    most = tilt.gather(1, w.argmax(1, keepdim=True))
+    tilt = tilt - most
+    mean = (w * tilt).sum(1, keepdim=True)
+    log_z = (base + tilt).logsumexp(1, keepdim=True) - base.logsumexp(1, keepdim=True)
+    v_left, w_left = _left_out(v), _left_out(w)
+    if not ((v_left > 0) & (w_left > 0)).all():
+        raise Undefined("one candidate has all the weight of its prefix: log Z is not known")
+    # Without candidate j:
+    log_zs = log_z + w_left.log() - v_left.log()
+    means = mean + w * (mean - tilt) / w_left
+    jackknifed = m * log_z - (m - 1) * log_zs.mean(1, keepdim=True)
+    kl = m * (mean - log_z) - (m - 1) * (means - log_zs).mean(1, keepdim=True)
+    return LogZ((jackknifed + most)[:, 0], (w - v).square().sum(1).sqrt(), kl[:, 0], ess)
+
+
+def _left_out(weights: Tensor) -> Tensor:
+    """[G, M] sums of the other weights of a group, from weights [G, M] that sum to 1."""
+    first = weights.argmax(1, keepdim=True)
+    return (1 - weights).scatter(1, first, weights.scatter(1, first, 0.0).sum(1, keepdim=True))
 
 
 def run(data: DomainData) -> Perplexity:
@@ -122,8 +187,9 @@ def section(result: Perplexity) -> Section:
     fewer = Table(
         ["M", "perplexity", "gain, nats a text", "KL, nats a text", "error of log Z", "ESS"],
         by_m,
-        "The same from fewer candidates: log Z from few candidates is too low, which flatters the perplexity. Error of "
-        f"log Z: of one prefix; of their mean it is {result.tilted.log_z_error_of_mean:.3f} at M = {result.tilted.m}.",
+        "The same from fewer candidates. log Z is jackknifed over them: from few it would be too low, and flatter the "
+        "perplexity. Error of log Z: of one prefix; of their mean it is "
+        f"{result.tilted.log_z_error_of_mean:.3f} at M = {result.tilted.m}.",
     )
     other, notes = result.tilting_model, []
     if isinstance(other, NotDone):

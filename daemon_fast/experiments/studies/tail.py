@@ -32,9 +32,9 @@ class Tail:
 
 def compute(held_out: Collected, bins: int = 8) -> Tail:
     """Candidates in bins of equal number by log p_theta a token, least probable first: metrics of each bin."""
-    per_token = (held_out.log_p.double() / held_out.lengths).flatten()
+    per_token = (held_out.log_p.double() / held_out.lengths.clamp_min(1)).flatten()
     features = held_out.features[..., : held_out.fitted].reshape(len(per_token), -1)
-    parts = per_token.argsort().tensor_split(bins)
+    parts = per_token.argsort().tensor_split(max(1, min(bins, len(per_token) // 2)))  # one has no standard error
     return Tail(
         held_out.fitted_names,
         [

@@ -14,7 +14,7 @@ from daemon_fast.experiments import page
 from daemon_fast.experiments.collected import Collected, Ess, NotDone, attempt
 from daemon_fast.experiments.domain import DomainData
 from daemon_fast.experiments.measures import noise_floor
-from daemon_fast.experiments.page import COLOURS, LABELS, Row, Section, Table, ess_cell, number, perplexity_cell
+from daemon_fast.experiments.page import COLOURS, LABELS, Row, Section, Table, ess_cell, perplexity_cell
 from daemon_fast.experiments.studies import perplexity
 
 HEADING = "Temperature of the proposal"
@@ -26,11 +26,12 @@ class Tilt:
     """Of held-out prefixes, in expectation."""
 
     distance: float
+    interval: tuple[float, float]
     diversity: float
     coherence: float | None  # None where `coh` was not measured
-    perplexity: float  # of human text, under the proposal or under p_mu
-    gain: float  # nats a token over the proposal
-    gain_error: float
+    perplexity: float | None  # of human text, under the proposal or under p_mu; None where it is undefined
+    gain: float | None  # nats a token over the proposal
+    gain_error: float | None
     ess: float  # mean over prefixes; where it is low, log Z of p_mu is, too, and the perplexity means nothing
 
 
@@ -61,11 +62,17 @@ def compute(collected: Mapping[float, tuple[Collected, Collected]], mu: Tensor, 
     """
 
     def tilted(held_out: Collected, by: Tensor) -> Tilt:
-        values, found = held_out.expected(by), perplexity.compute(held_out, by).tilted
+        values, found = held_out.expected(by), attempt(lambda: perplexity.compute(held_out, by).tilted)
+        known = None if isinstance(found, NotDone) else found
         return Tilt(
-            held_out.distance(values), *_diversity_and_coherence(held_out, values), found.perplexity, found.gain,
-            found.gain_error, Ess.of(held_out.weights(by)).mean,
-        )  # fmt: skip
+            held_out.distance(values),
+            held_out.interval(values),
+            *_diversity_and_coherence(held_out, values),
+            known.perplexity if known else None,
+            known.gain if known else None,
+            known.gain_error if known else None,
+            Ess.of(held_out.weights(by)).mean,
+        )
 
     rows = []
     for tau, (to_fit, held_out) in sorted(collected.items()):
@@ -122,7 +129,7 @@ def section(result: Temperatures) -> Section:
                 notes.append(f"No refit at {row.temperature:g}: {found.reason}")
                 continue
             rows.append(
-                [*first, number(found.distance), share(found.diversity), share(found.coherence),
+                [*first, page.distance(found.distance, found.interval), share(found.diversity), share(found.coherence),
                  perplexity_cell(found.perplexity, found.ess), ess_cell(found.ess)]
             )  # fmt: skip
     figures = []
@@ -130,8 +137,9 @@ def section(result: Temperatures) -> Section:
         figures.append(page.svg(7, 4.5, partial(_draw, result, coherence), "Diversity against coherence"))
     head = ["temperature", "method", "distance", "diversity x100", "coherence x100", "perplexity of human text", "ESS"]
     caption = (
-        f"Held-out prefixes, in expectation; noise floor {result.noise_floor:.3f}. Perplexity under the proposal "
-        "(sampling) or under p_mu."
+        f"Held-out prefixes, in expectation, with 95% intervals; noise floor {result.noise_floor:.3f}. Perplexity "
+        "under the proposal (sampling) or under p_mu; undefined where human text can't be drawn, or where a single "
+        "candidate decides log Z."
     )
     return Section(
         "Diversity against coherence, with mu refitted at each temperature and with the artefact's own reused.",

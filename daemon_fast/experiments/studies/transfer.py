@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from daemon_fast.experiments import page
 from daemon_fast.experiments.collected import Collected, Ess, NotDone
 from daemon_fast.experiments.domain import DomainData
 from daemon_fast.experiments.measures import noise_floor
-from daemon_fast.experiments.page import Row, Section, Table, ess_cell, number
+from daemon_fast.experiments.page import Row, Section, Table, ess_cell
 
 HEADING = "Transfer"
 
@@ -19,6 +20,7 @@ HEADING = "Transfer"
 class Used:
     fitted_on: str
     distance: float
+    interval: tuple[float, float]
     ess: float
 
 
@@ -28,17 +30,20 @@ class Transfer:
 
     noise_floor: float
     sampling: float
+    sampling_interval: tuple[float, float]
     rows: list[Used]
 
 
 def compute(held_out: Collected, mu: Mapping[str, Tensor]) -> Transfer:
     """Distance to human text in expectation, by each mu [K] of those given by the domain that they were fitted on."""
+    plain, tilted = held_out.expected(), {name: held_out.expected(one) for name, one in mu.items()}
     return Transfer(
         noise_floor(len(held_out.human)),
-        held_out.distance(held_out.expected()),
+        held_out.distance(plain),
+        held_out.interval(plain),
         [
-            Used(name, held_out.distance(held_out.expected(one)), Ess.of(held_out.weights(one)).mean)
-            for name, one in mu.items()
+            Used(name, held_out.distance(values), held_out.interval(values), Ess.of(held_out.weights(mu[name])).mean)
+            for name, values in tilted.items()
         ],
     )
 
@@ -51,9 +56,17 @@ def run(data: DomainData) -> Transfer | NotDone:
 
 
 def section(result: Transfer) -> Section:
-    rows: list[Row] = [[row.fitted_on, number(row.distance), ess_cell(row.ess)] for row in result.rows]
-    rows.append(["plain sampling", number(result.sampling), "-"])
+    rows: list[Row] = [
+        [row.fitted_on, page.distance(row.distance, row.interval), ess_cell(row.ess)] for row in result.rows
+    ]
+    rows.append(["plain sampling", page.distance(result.sampling, result.sampling_interval), "-"])
     return Section(
         "The mu of each domain, used on the held-out prefixes of this one.",
-        [Table(["mu fitted on", "distance", "ESS"], rows, f"In expectation. Noise floor {result.noise_floor:.3f}.")],
+        [
+            Table(
+                ["mu fitted on", "distance", "ESS"],
+                rows,
+                f"In expectation, with 95% intervals. Noise floor {result.noise_floor:.3f}.",
+            )
+        ],
     )

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from toy_studies import FITTED, LISTED, MU, P, collected, draw, tilted
 
 from daemon_fast.experiments.studies import alignment
@@ -24,7 +25,7 @@ def test_it_finds_the_exact_distances():
         np.testing.assert_allclose(found.means.mean, truth @ LISTED, atol=0.01)
         gap = (truth - p_mu) @ FITTED / held_out.spread[:2]
         assert found.distance == pytest.approx(float(gap.square().mean().sqrt()), abs=0.02)
-        assert found.interval[0] - 0.01 <= found.distance <= found.interval[1] + 1e-9
+        assert found.interval[0] <= found.distance <= found.interval[1]
     assert exact.nearest == ["sr_2", "tr_2", "div"]
     assert sampling.nearest == result.of("daemon", expected=True).nearest == []
     assert sampling.interval[0] > exact.interval[1]
@@ -33,6 +34,37 @@ def test_it_finds_the_exact_distances():
     )
     assert result.of("daemon", expected=True).distance < 0.1 * sampling.distance
     assert result.noise_floor == pytest.approx(n**-0.5)
+
+
+def test_spread_and_wasserstein_are_those_of_the_law_of_one_text():
+    """Exact on the listed model: the law of one draw of each method, against that of human text, p_mu."""
+    n, (p_mu, _) = 4000, tilted()
+    held_out = collected(n=n, m=50)
+    result = alignment.compute(held_out, MU, {"sampling": held_out.features[:, 0]})
+    laws = {("sampling", False): P, ("sampling", True): P, ("daemon", True): p_mu}
+    unit = held_out.spread
+    for (name, expected), law in laws.items():
+        found = result.of(name, expected)
+        deviation = (law @ LISTED**2 - (law @ LISTED) ** 2).sqrt() / unit
+        np.testing.assert_allclose(found.spread, deviation, rtol=0.05)
+        for k in range(3):
+            order = LISTED[:, k].argsort()
+            gaps = (law - p_mu)[order].cumsum(0)[:-1].abs()
+            want = float((gaps * LISTED[order, k].diff()).sum() / unit[k])
+            assert found.wasserstein[k] == pytest.approx(want, abs=0.06)
+    np.testing.assert_allclose(result.human_spread, 1, rtol=0.05)
+    table = alignment.spread_table(result)
+    assert table.rows[0][1].endswith(", -")
+    sampling = result.of("sampling")
+    assert table.rows[1][1] == f"{sampling.spread[0]:.2f}, {sampling.wasserstein[0]:.2f}"
+
+
+def test_a_human_mean_of_zero_leaves_the_relative_measure_undefined():
+    held_out = collected(n=50)
+    nothing = replace(held_out, human=held_out.human.clone().index_fill_(1, torch.tensor([0]), 0.0))
+    result = alignment.compute(nothing, MU, {"sampling": held_out.features[:, 0], "daemon": held_out.features[:, 1]})
+    assert [method.relative_rmse for method in result.methods] == [None] * 4
+    assert alignment.table(result).rows[1][2] == "undefined"
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +105,20 @@ def test_mauve_of_few_texts_is_flagged_and_no_verdict(result):
     few = replace(result, prefixes=999)
     assert str(alignment.table(few).head[3]) == "MAUVE (means little: 999 texts)"
     assert not any("MAUVE" in sentence for sentence in alignment.verdict(few))
+
+
+def test_an_interval_that_reaches_zero_is_said(result):
+    def reaching(method):
+        return replace(method, interval=(0.0, 0.1)) if method.name == "daemon" else replace(method, interval=(0.1, 0.2))
+
+    told = alignment.verdict(replace(result, methods=[reaching(method) for method in result.methods]))[0]
+    assert told.endswith("DAEMON is nearer, and its interval reaches 0.")
+
+
+def test_the_section_names_the_amateur(result):
+    assert "is the model itself, of its last 8 tokens alone" in alignment.section(result).notes[0]
+    named = alignment.section(replace(result, amateur="distilgpt2"))
+    assert named.notes == ["The amateur of contrastive decoding is distilgpt2."]
 
 
 def test_an_effective_sample_size_near_one_is_said(result):
