@@ -141,7 +141,9 @@ def test_fit_on_a_gpu_equals_that_on_the_cpu(cuda):
     targets = torch.tensor([0.1, -0.2, 0.3, 0.0], dtype=F64)
     base = torch.randn(60, M, generator=generator)
     for normalization in ("per_prefix", "global"):
-        here = daemon_fast.fit(features, targets, base, normalization, bootstrap=5)
-        there = daemon_fast.fit(features.to(cuda), targets.to(cuda), base.to(cuda), normalization, bootstrap=5)
+        here = daemon_fast.fit(features, targets, base, normalization=normalization, bootstrap=5)
+        there = daemon_fast.fit(
+            features.to(cuda), targets.to(cuda), base.to(cuda), normalization=normalization, bootstrap=5
+        )
         torch.testing.assert_close(here.mu, there.mu, rtol=1e-8, atol=1e-10)
         torch.testing.assert_close(here.confidence_interval, there.confidence_interval, rtol=1e-8, atol=1e-10)

@@ -379,6 +379,9 @@ class _Graphs:
                 "the same result but slower",
                 stacklevel=2,
             )
+        except BaseException:  # an interrupt: a later call may capture, but not in a pool that was given back
+            self._pool = torch.cuda.graph_pool_handle()
+            raise
         finally:
             torch.cuda.current_stream().wait_stream(stream)
 
@@ -424,9 +427,10 @@ def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
         torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
     graph.reset()
     _failed.append(graph)
-    # Before torch 2.12, CUDA's generator gives no numbers after a failed capture until another has succeeded.
+    # Before torch 2.12, CUDA's generator gives no numbers after a failed capture until another has succeeded: one with
+    # memory of its own, as the failed one may have given back the pool's.
     with contextlib.suppress(RuntimeError):
         graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        graph.capture_begin(capture_error_mode="thread_local")
         torch.zeros(1, device="cuda")
         graph.capture_end()
