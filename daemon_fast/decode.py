@@ -13,6 +13,7 @@ from daemon_fast import ops
 from daemon_fast.energy import Energy
 from daemon_fast.errors import ArtefactError, InvalidInput, LowEffectiveSampleSize
 from daemon_fast.fit.race import probabilities
+from daemon_fast.memory import check_fits
 from daemon_fast.ops import Draw
 from daemon_fast.progress import progress as shown
 from daemon_fast.proposals.base import Prefixes, Proposal, ProposalSettings, as_list
@@ -159,7 +160,13 @@ class SIRDecoder:
         """Choose from candidates that are there already. The same seed chooses the same on CPU and CUDA."""
         if num_samples < 1:
             raise InvalidInput(f"num_samples = {num_samples} must be >= 1")
-        device = candidates.tokens.device
+        n, device = candidates.shape[0], candidates.tokens.device
+        check_fits(
+            f"num_samples = {num_samples} of {n} prefixes",
+            {"draws": n * num_samples * 3 * 8, "their metrics": n * num_samples * 4},
+            torch.device("cpu"),
+            "num_samples",
+        )
         begin = _seconds(device)
         features = self.energy.features(candidates)
         measured = _seconds(device)

@@ -170,6 +170,12 @@ def test_low_ess_warns_and_says_what_to_do():
         SIRDecoder(energy(proposal), proposal)(["x"] * 5)
 
 
+def test_more_draws_than_memory_holds_are_refused():
+    proposal = toy.ToyProposal(num_candidates=4)
+    with pytest.raises(InvalidInput, match=r"num_samples = 1000000000000 of 1 prefixes takes at least .* lower num_s"):
+        SIRDecoder(energy(proposal), proposal)("x", num_samples=10**12)
+
+
 def test_another_vocabulary_is_an_error_and_other_settings_a_warning():
     proposal = toy.ToyProposal(num_candidates=25)
     fitted = energy(proposal)

@@ -7,6 +7,7 @@ and a run that is killed goes on to the same bytes.
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -252,6 +254,28 @@ def process(
     output, kept = f"output {target}", f"what is done is kept in {folder}"
     with writing(output, kept):
         folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        return _process(sources, where, target, folder, work, settings, field, chunk_size, description, to_parquet)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two runs that write the same parts would ruin each other's. The lock ends with the process that holds it."""
+    with writing(folder):
+        file = (folder / LOCK).open("w")
+    with file as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InvalidInput(f"{folder} is being written by another run") from error
+        yield
+
+
+def _process(
+    sources: Sequence[Source], where: str | os.PathLike[str], target: str, folder: Path, work: Work, settings: Record,
+    field: str, chunk_size: int, description: str, to_parquet: bool,
+) -> Summary:  # fmt: skip
+    output, kept = f"output {target}", f"what is done is kept in {folder}"
     run = {**settings, "field": field, "chunk_size": chunk_size}
     if any(source.path is None or not source.path.is_file() for source in sources):  # a pipe can't be read twice
         sources = [_spooled(sources[0], folder, output)]
@@ -301,7 +325,7 @@ def _stream(sources: Sequence[Source], work: Work, field: str, chunk_size: int, 
     return Summary(total, errors)
 
 
-SPOOL = "input"
+SPOOL, LOCK = "input", "lock"
 
 
 def _spooled(source: Source, folder: Path, output: str) -> Source:

@@ -172,6 +172,20 @@ def test_an_output_among_its_sources_is_none_of_them(tmp_path, pattern):
         assert process(source, out, shout, {}, chunk_size=3, force=force).records == 10
 
 
+def test_two_runs_to_one_output_do_not_mix(tmp_path):
+    source, out, seen = write(tmp_path / "in.jsonl", LINES), tmp_path / "out.jsonl", []
+
+    def twice(items, number):
+        with pytest.raises(InvalidInput, match="is being written by another run"):
+            process(source, out, shout, {}, chunk_size=2)
+        seen.append(number)
+        return shout(items, number)
+
+    process(source, out, Work(twice), {}, chunk_size=2)
+    assert seen == [0, 1, 2, 3, 4]
+    assert len(read(out)) == 10
+
+
 def test_parts_of_another_run_are_refused(tmp_path):
     source, out = write(tmp_path / "in.jsonl", LINES), tmp_path / "out.jsonl"
 
