@@ -25,9 +25,9 @@ from daemon_fast.data.collect import batches, scores
 from daemon_fast.data.texts import read_texts, split
 from daemon_fast.experiments.measures import weighted_mean
 from daemon_fast.fit import fit
-from daemon_fast.fit.race import probabilities
 from daemon_fast.models import DEFAULT_ENCODER
 from daemon_fast.ops import Draw
+from daemon_fast.race import probabilities
 from daemon_fast.seeds import generator
 
 SIZES = (5, 8, 12, 25, 50)

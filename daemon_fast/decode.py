@@ -12,12 +12,12 @@ from torch import Tensor
 from daemon_fast import ops
 from daemon_fast.energy import Energy
 from daemon_fast.errors import ArtefactError, InvalidInput, LowEffectiveSampleSize
-from daemon_fast.fit.race import probabilities
 from daemon_fast.memory import check_fits
 from daemon_fast.ops import Draw
 from daemon_fast.progress import progress as shown
 from daemon_fast.proposals.base import Prefixes, Proposal, ProposalSettings, as_list
 from daemon_fast.proposals.candidates import Candidates
+from daemon_fast.race import probabilities
 from daemon_fast.seeds import batch_seed, generator
 
 __all__ = ["Decoded", "SIRDecoder"]

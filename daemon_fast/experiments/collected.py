@@ -15,10 +15,10 @@ from daemon_fast.energy import Energy
 from daemon_fast.errors import FitError, Undefined
 from daemon_fast.experiments.measures import distance_interval, distance_to_human, weighted_mean
 from daemon_fast.fit import fit
-from daemon_fast.fit.race import probabilities
 from daemon_fast.fit.samples import Block
 from daemon_fast.ops import Draw, Normalization
 from daemon_fast.proposals.candidates import Candidates
+from daemon_fast.race import probabilities
 
 __all__ = ["Collected", "Ess", "Means", "NotDone", "attempt"]
 

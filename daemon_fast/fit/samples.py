@@ -14,7 +14,7 @@ from torch import Tensor
 
 from daemon_fast import ops
 from daemon_fast.errors import InvalidInput
-from daemon_fast.fit.race import race_moments
+from daemon_fast.race import race_moments
 
 __all__ = ["Block", "InMemory", "Samples", "centred", "tilted_moments"]
 

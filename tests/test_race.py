@@ -9,9 +9,8 @@ import pytest
 import torch
 from scipy import integrate
 
-from daemon_fast import fit, ops, reference
+from daemon_fast import fit, ops, race, reference
 from daemon_fast.errors import InfeasibleTargets, InvalidInput
-from daemon_fast.fit import race
 from daemon_fast.fit.samples import Block
 
 F64 = torch.float64
