@@ -491,6 +491,7 @@ def metrics(
     The exit code is 1 if a record can't be used.
     """
     from daemon_fast.filters import parse_filter
+    from daemon_fast.progress import progress
     from daemon_fast.text_metrics import DistinctNGrams, Summary, TextMetrics, measure_records
 
     problems = Problems()
@@ -523,8 +524,11 @@ def metrics(
     if not as_json and wanted is None:
         measure.distinct = distinct
     summary, written = Summary(), 0
-    with _binary(output, force) as sink:
+    rows_on_screen = (as_json or wanted is not None) and output is None and sys.stdout.isatty()
+    bar = progress(desc="metrics", unit="record", delay=2.0, disable=rows_on_screen)
+    with _binary(output, force) as sink, bar:
         for batch in measure_records(_items(file, field, format_, output), measure):
+            bar.update(len(batch.items))
             summary.add(batch)
             lines = batch.rows(id_field) if as_json else () if wanted is None else batch.passing(wanted)
             for line in lines:

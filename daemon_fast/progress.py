@@ -33,6 +33,7 @@ def progress(
     total: int | None = None,
     initial: int = 0,
     disable: bool = False,
+    delay: float = 0.0,
 ) -> Any:
     """A tqdm bar on standard error: count, total, rate and time left.
 
@@ -44,6 +45,7 @@ def progress(
     iterable : to go through; None: call `update(n)` on the bar
     total : how many there are; default: the length of `iterable`
     initial : how many an earlier run has done
+    delay : seconds before anything is shown
     """
     # Read at each call: tqdm itself reads it once, when it is imported.
     disable = disable or os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
@@ -52,4 +54,4 @@ def progress(
         if sys.stderr.isatty()
         else {"file": _Log(), "ncols": 100, "ascii": True, "mininterval": SECONDS_BETWEEN_LINES}
     )
-    return tqdm(iterable, desc=desc, unit=unit, total=total, initial=initial, disable=disable, **in_log)
+    return tqdm(iterable, desc=desc, unit=unit, total=total, initial=initial, disable=disable, delay=delay, **in_log)
