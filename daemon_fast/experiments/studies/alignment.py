@@ -270,8 +270,8 @@ def table(result: Alignment) -> Table:
         rows,
         f"{result.prefixes} held-out prefixes. Distance to human text over the {result.fitted} fitted metrics, in "
         "standard deviations of human text, without what noise adds, and its 95% interval; the noise floor is "
-        f"{result.noise_floor:.3f}, and {result.noise_floor * 2**0.5:.3f} for single texts. Means x100 (ent: "
-        "perplexity) ± standard error over prefixes. Marked: the nearest to human of single texts. The "
+        f"{result.noise_floor:.3f}, and {result.noise_floor * 2**0.5:.3f} for single texts. Means x100 (not "
+        "ent and nats) ± standard error over prefixes. Marked: the nearest to human of single texts. The "
         f"nearest and the likeliest candidate are of the same {result.ess.candidates} as DAEMON's.",
     )
 

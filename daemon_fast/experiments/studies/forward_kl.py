@@ -142,7 +142,7 @@ def section(result: ForwardKL) -> Section:
             Table(
                 ["prefixes", "KL", *result.names, "distance", "ESS", "largest weight"],
                 rows,
-                "Means x100 (ent: perplexity) ± standard error. ESS and largest weight are means over prefixes; on "
+                "Means x100 (not ent and nats) ± standard error. ESS and largest weight are means over prefixes; on "
                 "those of the fit, distance is to the texts that gave its targets.",
             )
         ],
