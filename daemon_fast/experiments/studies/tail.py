@@ -58,7 +58,7 @@ def section(result: Tail) -> Section:
     high = -(-len(result.names) // wide)
     return Section(
         "Candidates of held-out prefixes in bins of equal number, by log p_theta a token.",
-        [Table(["log p a token", "candidates", *result.names], rows, "Means x100 (not ent and nats) ± standard error.")],
+        [Table(["log p a token", "candidates", *result.names], rows, "Means x100 (not ent, nats) ± standard error.")],
         [page.svg(2.2 * wide, 1.9 * high, partial(_draw, result, high, wide), "Metrics by probability")],
     )
 
