@@ -57,6 +57,7 @@ def calls():
                     for grads in (normal(2, 3), torch.zeros(2, 3)):
                         yield "token_logprobs_backward", *grads, logits, ids, temperature
                 yield "sample_tokens", logits, uniforms(3), temperature
+        yield "sample_tokens", normal(3, 70_001).to(logit), uniforms(3), 0.9  # several pieces a lane
     for rows in (1, 128, 129):
         buffers = [torch.zeros(4, rows, dtype=kind) for kind in (torch.int64, torch.float32, torch.float32)]
         state = torch.zeros(rows, dtype=torch.int64), torch.arange(rows) % 3 > 0
