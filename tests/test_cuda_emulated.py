@@ -42,6 +42,10 @@ def calls():
             lengths = torch.tensor([T, T // 2, 0])
             for length in (lengths, lengths.int()):
                 yield "repetition", tokens, length, [1, 2, 3, 5, T + 1], [1, 8, T]
+        repeated = torch.randint(0, 2, (1, 66_000), generator=generator).to(
+            token
+        )  # more rounds than a table's word counts
+        yield "repetition", repeated, torch.tensor([66_000]), list(range(1, 10)), [8]
         for T, alphabet in ((0, 1), (1, 1), (32, 9), (150, 1), (150, 10), (300, 10**9), (512, 300)):  # a warp a row
             tokens = torch.randint(-alphabet, alphabet, (5, T), generator=generator).to(token)
             lengths = torch.tensor([T, T // 2, 0, max(T - 1, 0), min(T, 1)])
@@ -196,11 +200,12 @@ def test_draws_that_are_not_defined(cuda_code, rule, M):
 
 @pytest.mark.parametrize("normalization", ["per_prefix", "global"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_moments_that_are_not_defined(cuda_code, bad, normalization):
-    features = torch.randn(40, 33, 2, generator=torch.Generator().manual_seed(0))
-    base = torch.zeros(40, 33, dtype=F64)
+@pytest.mark.parametrize("M", [25, 33])
+def test_moments_that_are_not_defined(cuda_code, bad, normalization, M):
+    features = torch.randn(40, M, 2, generator=torch.Generator().manual_seed(0))
+    base = torch.zeros(40, M, dtype=F64)
     base[17] = bad if bad < 0 else 0
-    base[17, 32] = bad
+    base[17, M - 1] = bad
     features, mu, base = on(cuda_code, features, torch.ones(2, dtype=F64), base)
     defined = bad < 0 and normalization == "global"  # one prefix without weight is no loss to global weights
     for out in daemon_fast.tilted_moments(features, mu, base, normalization):
