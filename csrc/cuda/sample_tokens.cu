@@ -29,9 +29,9 @@ std::tuple<Tensor, Tensor, Tensor> sample_tokens(Tensor logits, Tensor uniforms,
             "sample_tokens", logits, sum_pieces_kernel<Logit, tempered.value>, rows_at_once * blocks, kPieceThreads, 0,
             rows, logits.stride(0), R, V, static_cast<int>(pieces), by, sums);
         launch(
-            "sample_tokens", logits, sample_tokens_kernel<Logit, tempered.value>, R, kDrawThreads, 0, rows, logits.stride(0),
-            uniforms.const_data_ptr<double>(), uniforms.stride(0), R, V, static_cast<int>(pieces), by, sums,
-            ids.mutable_data_ptr<int64_t>(), log_p.mutable_data_ptr<float>(), log_q.mutable_data_ptr<float>());
+            "sample_tokens", logits, sample_tokens_kernel<Logit, tempered.value>, R, kDrawThreads, 0, rows,
+            logits.stride(0), uniforms.const_data_ptr<double>(), uniforms.stride(0), R, V, static_cast<int>(pieces), by,
+            sums, ids.mutable_data_ptr<int64_t>(), log_p.mutable_data_ptr<float>(), log_q.mutable_data_ptr<float>());
     });
     return {ids, log_p, log_q};
 }
