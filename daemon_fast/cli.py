@@ -302,7 +302,6 @@ def fit(
     with problems:
         engine = _engine(engine_name, engine_args, served_model, model, device, dtype)
     with problems:
-        check_model(model)
         tokenizer = load_tokenizer(model)
     with problems:
         resolve_device(device)

@@ -228,9 +228,7 @@ def _text_rows(source: Source, file: IO[bytes]) -> Iterator[Row]:
     if source.format == "text" and not source.told and _is_object(start):
         # Continued as if it were prose, it would give results that look right.
         raise DataError(f"{source.name} holds JSON, not text: name it .jsonl, or insist by --format text")
-    of_many_lines = source.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".json") and not _is_object(
-        start
-    )
+    of_many_lines = _uncompressed(source.name).endswith(".json") and not _is_object(start)
     if is_json and (start.startswith(b"[") or (start.startswith(b"{") and of_many_lines)):
         whole = start + b"".join(line for _, line in numbered)
         yield from _elements(source, whole)
