@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -397,6 +398,7 @@ def to_json(value: Any) -> str:
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_as_json)
     except ValueError:
+        warnings.warn("NaN and infinite numbers of records are written as null, as JSON has neither", stacklevel=2)
         text = json.dumps(_finite(value), ensure_ascii=False, default=_as_json)
     return SURROGATE.sub(escaped, text)
 

@@ -257,7 +257,8 @@ def test_lines_are_carried_as_they_were(tmp_path):
 
 def test_what_json_lacks_is_null(tmp_path):
     source = write(tmp_path / "in.jsonl", ['{"text": "a", "x": NaN, "y": [1, -Infinity]}'])
-    process(source, tmp_path / "out.jsonl", shout, {})
+    with pytest.warns(UserWarning, match="are written as null, as JSON has neither"):
+        process(source, tmp_path / "out.jsonl", shout, {})
     assert read(tmp_path / "out.jsonl")[0] == {
         "text": "a", "x": None, "y": [1, None], "daemon": {"loud": "A", "chunk": 0},
     }  # fmt: skip
