@@ -193,6 +193,11 @@ def measure(
     return _map(dataset, _Measure, arguments, batch_size, options)
 
 
+def _is_in(field: str, column: str) -> bool:
+    """Whether a column has the field, or has it within."""
+    return field == column or field.startswith(f"{column}.")
+
+
 @dataclass(frozen=True)
 class _Texts:
     """Where rows hold texts, and where these are cut."""
@@ -226,8 +231,11 @@ class _Exchanges:
 
     def _rows(self, table: pyarrow.Table) -> list[Record]:
         """With the columns that may hold either."""
-        read = (self.prompt_field, *((self.response_field,) if self.response_field else ("response", "completion")))
-        names = [name for name in table.column_names if any(f"{field}.".startswith(f"{name}.") for field in read)]
+        of_prompt = [name for name in table.column_names if _is_in(self.prompt_field, name)]
+        if not of_prompt:
+            _values(table, self.prompt_field)  # says which columns there are
+        others = (self.response_field,) if self.response_field else ("response", "completion")
+        names = {*of_prompt, *(name for name in table.column_names for field in others if _is_in(field, name))}
         columns = [_values(table, name) for name in names]
         return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
