@@ -25,6 +25,7 @@ __all__ = [
     "Reader",
     "Refused",
     "are_copies",
+    "as_completion",
     "choices_of",
     "letters",
     "log_probs",
@@ -41,6 +42,9 @@ SPOILED = {
     "abort", "aborted", "cancelled", "content_filter", "error", "function_call", "refusal", "safety", "timeout",
     "tool_calls", "tool_use",
 }  # fmt: skip
+
+# What the message of a chat may hold beside an answer: thinking, by the names that servers give it, and others.
+BESIDE_ANSWERS = ("reasoning_content", "reasoning", "thinking", "refusal", "tool_calls", "function_call", "audio")
 
 # Texts that are tokenized again may have other numbers of tokens than were drawn: by a quarter, and two more.
 DRIFT, DRIFT_TOKENS = 1.25, 2
@@ -122,6 +126,8 @@ class Reader:
             )
         if self._lost_tokens(choice, tokens, reason):
             return self._of_text(choice, prefix, None, reason)
+        if log_p is None and choice.get("text") == "" and reason in ENDED:
+            log_p = []  # so some servers give those of the empty answer
         if self.log_probs and log_p is None:
             raise EngineError(
                 f"{self.url} gives no log-probabilities: with log_probs = False all metrics but ent go without"
@@ -183,7 +189,7 @@ class Reader:
             )
         self._check_minimum(len(tokens) - ended, s.min_new_tokens if ended or not full else 0)
         stopped = ended or reason in ENDED
-        tokens, ended = self._with_end(tokens, log_p, reason in ENDED, ended)
+        tokens, log_p, ended = self._with_end(tokens, log_p, reason in ENDED, ended)
         shown = text if isinstance(text, str) else None
         return Drawn(tokens, _fitting(log_p, tokens), self._length(tokens, ended), stopped, shown, False, False)
 
@@ -219,18 +225,21 @@ class Reader:
             self._check_minimum(drawn, s.min_new_tokens)
         tokens = tokens[: s.max_new_tokens]
         ended = stopped and bool(tokens) and self._ends(tokens[-1])
-        tokens, ended = self._with_end(tokens, log_p, stopped, ended)
+        tokens, log_p, ended = self._with_end(tokens, log_p, stopped, ended)
         return Drawn(tokens, _fitting(log_p, tokens), self._length(tokens, ended), stopped, text, True, reason is None)
 
     def _with_end(
         self, tokens: list[int], log_p: list[float] | None, stopped: bool, ended: bool
-    ) -> tuple[list[int], bool]:
-        """With the end-of-text token that the server left out, where it counts or has a log-probability."""
+    ) -> tuple[list[int], list[float] | None, bool]:
+        """With the end-of-text token that the server left out, where it counts or log-probabilities are known: its own
+        is NaN if they are those of the other tokens."""
         s, eos = self.settings, self.tokenizer.eos_token_id
         lacks_end = stopped and not ended and eos is not None and len(tokens) < s.max_new_tokens
+        if lacks_end and log_p is not None and len(log_p) == len(tokens):
+            log_p = [*log_p, nan]
         if lacks_end and (s.count_eos or (log_p is not None and len(log_p) == len(tokens) + 1)):
-            return [*tokens, eos], True
-        return tokens, ended
+            return [*tokens, eos], log_p, True
+        return tokens, log_p, ended
 
     def _length(self, tokens: list[int], ended: bool) -> int:
         return len(tokens) - (ended and not self.settings.count_eos)
@@ -264,6 +273,34 @@ def choices_of(reply: dict[str, Any]) -> list[dict[str, Any]]:
     return [first[index] for index in sorted(first)]
 
 
+def as_completion(choice: dict[str, Any], url: str) -> dict[str, Any]:
+    """A choice of a chat with its answer as a text, as completions have it.
+
+    Raises
+    ------
+    EngineError
+        There is more, or other, than an answer.
+    """
+    message = choice.get("message")
+    if not isinstance(message, dict):
+        raise EngineError(f"{url} gives a choice without a message")
+    if others := [name for name in BESIDE_ANSWERS if message.get(name)]:
+        name = others[0]
+        raise EngineError(
+            f"{url} answers with {name} ({said(message[name])[:60]!r}): only what the model writes as an answer is a "
+            "sample of it; switch off thinking, or how the server parses it, and tools"
+        )
+    content = message.get("content")
+    if isinstance(content, list):
+        kinds = [part.get("type") if isinstance(part, dict) else part for part in content]
+        if others := [kind for kind in kinds if kind != "text"]:
+            raise EngineError(f"{url} answers with a part of type {said(others[0])[:60]!r}: only text is a sample")
+        content = "".join(str(part.get("text")) for part in content)
+    if content is None and _reason(choice) in ENDED:
+        content = ""  # so some servers give the empty answer
+    return {**choice, "text": content}
+
+
 def log_probs(choice: dict[str, Any]) -> list[float] | None:
     given = choice.get("logprobs") or {}
     if (entries := given.get("content")) is not None:  # llama.cpp answers in the form that chats have
@@ -283,7 +320,7 @@ def token_ids(choice: dict[str, Any]) -> list[int] | None:
     if ids is None and (entries := given.get("content")) is not None:
         ids = [entry.get("id") for entry in entries]
         ids = None if None in ids else ids
-    names = given.get("tokens") or []
+    names = given.get("tokens") or [entry.get("token") for entry in given.get("content") or []]
     if ids is None and names and all(isinstance(name, str) and name.startswith(TOKEN_ID) for name in names):
         ids = [int(name.removeprefix(TOKEN_ID)) for name in names]
     if ids is None or (not ids and choice.get("text")):

@@ -139,13 +139,13 @@ def chats_are_answered(proposal, teacher):
             proposal.propose([CHATS[0], chat], 0)
 
 
-def answers_end(many, teacher, atol=1e-3):
+def answers_end(many, teacher, prompts=RENDERED, atol=1e-3):
     """With hundreds of candidates: which ended, how long they are, and that the end is part of log p.
 
     What is drawn up to the end is compared with a plain pass; empty answers are among them.
     """
     m, longest = many.settings.num_candidates, many.settings.max_new_tokens
-    c, counts = many.propose(RENDERED, seed=7), many.settings.count_eos
+    c, counts = many.propose(prompts, seed=7), many.settings.count_eos
     empty = full = 0
     for r, row in enumerate(c.tokens.tolist()):
         drawn = int((c.token_log_p[r] != 0).sum())
