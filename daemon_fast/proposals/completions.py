@@ -284,8 +284,8 @@ def as_completion(choice: dict[str, Any], url: str) -> dict[str, Any]:
     message = choice.get("message")
     if not isinstance(message, dict):
         raise EngineError(f"{url} gives a choice without a message")
-    if others := [name for name in BESIDE_ANSWERS if message.get(name)]:
-        name = others[0]
+    name = next((name for name in BESIDE_ANSWERS if message.get(name)), None)
+    if name is not None:
         raise EngineError(
             f"{url} answers with {name} ({said(message[name])[:60]!r}): only what the model writes as an answer is a "
             "sample of it; switch off thinking, or how the server parses it, and tools"
