@@ -91,12 +91,14 @@ class Reader:
     Attributes
     ----------
     url : of the server, for errors
+    eos_token_ids : the tokens that end a text, whether the server knows it or not
     vocabulary : number of token ids
     log_probs : whether they were asked for
     """
 
     url: str
     tokenizer: Any
+    eos_token_ids: Sequence[int]
     vocabulary: int
     settings: ProposalSettings
     log_probs: bool
@@ -164,7 +166,7 @@ class Reader:
         return {}
 
     def _of_tokens(self, tokens: list[int], log_p: list[float] | None, reason: str | None, text: Any) -> Drawn:
-        s, eos = self.settings, self.tokenizer.eos_token_id
+        s = self.settings
         if bad := [token for token in tokens if not 0 <= token < self.vocabulary]:
             raise EngineError(
                 f"{self.url} gives token {bad[0]}, outside the vocabulary of {self.vocabulary}: {s.model_id} is not "
@@ -174,14 +176,14 @@ class Reader:
             raise EngineError(
                 f"{self.url} gives {len(tokens)} tokens, though max_tokens = {s.max_new_tokens} was asked for"
             )
-        if eos in tokens:  # where a server draws on behind it, that is another text
-            n, drawn = tokens.index(eos) + 1, len(tokens)
+        drawn, n = len(tokens), next((t + 1 for t, token in enumerate(tokens) if token in self.eos_token_ids), None)
+        if n is not None and n < drawn:  # where a server draws on behind an end of text, that is another text
             log_p = log_p[:n] if log_p is not None and len(log_p) == drawn else log_p
-            tokens = tokens[:n]
+            tokens, text = tokens[:n], None
         # Servers differ in whether the token that ended a candidate is among its tokens, and its log-probabilities. A
         # token tells more than a reason: some say "eos_token", "length" or nothing.
         full = len(tokens) == s.max_new_tokens
-        ended = bool(tokens) and (tokens[-1] == eos or (self._ends(tokens[-1]) and (reason in ENDED or not full)))
+        ended = n is not None or (bool(tokens) and self._ends(tokens[-1]) and (reason in ENDED or not full))
         if not ended and not full and reason not in ENDED:
             raise EngineError(
                 f"{self.url} ended a candidate after {len(tokens)} tokens, with finish_reason = {reason!r}: neither "
@@ -253,7 +255,7 @@ class Reader:
 
     def _ends(self, token: int) -> bool:
         """Whether a text may end by this token: servers know more of them than a tokenizer tells."""
-        return token == self.tokenizer.eos_token_id or (token in self._special and token != self.tokenizer.unk_token_id)
+        return token in self.eos_token_ids or (token in self._special and token != self.tokenizer.unk_token_id)
 
     @cached_property
     def _special(self) -> set[int]:

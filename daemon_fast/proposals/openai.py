@@ -178,7 +178,8 @@ class ServerProposal:
 
     Token ids come from vLLM and llama.cpp. Other servers give only text, which is tokenized again; a warning says so.
     That isn't always how the model wrote it: token metrics may differ a little, and where the count differs, the
-    candidate's log-probabilities are NaN.
+    candidate's log-probabilities are NaN. So is that of an end-of-text token for which a server gives none, and with it
+    the candidate's log p.
 
     A server that refuses `n` candidates at once, or gives copies of one, is asked for fewer at a time, each request
     with a seed of its own; one that refuses token ids is sent texts, if they have the same tokens; one that has no
@@ -227,7 +228,7 @@ class ServerProposal:
         self.settings = ProposalSettings(model_id, vocabulary_fingerprint(self.tokenizer), **settings)
         self.eos_token_ids = eos_token_ids(None, self.tokenizer)
         self._vocabulary = 1 + max(self.tokenizer.get_vocab().values())
-        self._reader = Reader(base_url, self.tokenizer, self._vocabulary, self.settings, log_probs)
+        self._reader = Reader(base_url, self.tokenizer, self.eos_token_ids, self._vocabulary, self.settings, log_probs)
         self._client = openai.OpenAI(
             base_url=base_url,
             api_key=os.environ.get("OPENAI_API_KEY") or "none",

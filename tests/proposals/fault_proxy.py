@@ -31,9 +31,10 @@ PASSING = ("delay", "reset", "429", "500", "503", "truncated", "no choices", "ab
 
 
 class TinyServer:
-    """Answers as vLLM does, from a tiny Llama; chats, if its tokenizer has a template."""
+    """Answers as vLLM does, from a tiny Llama; chats, if its tokenizer has a template. `eos` : that end its texts."""
 
-    def __init__(self, tokenizer=None):
+    def __init__(self, tokenizer=None, eos=None):
+        self.eos = eos
         self.model, self.tokenizer = tiny.model(), tokenizer or tiny.tokenizer()
         self._drawing = threading.Lock()
         self._end = self.tokenizer.get_vocab().get("<end>")
@@ -61,7 +62,7 @@ class TinyServer:
             "temperature": body["temperature"], "top_p": body["top_p"], "top_k": max(body.get("top_k", 0), 0),
             "min_p": body.get("min_p", 0.0), "min_new_tokens": body.get("min_tokens", 0),
         }  # fmt: skip
-        proposal = TransformersProposal(self.model, self.tokenizer, **settings)
+        proposal = TransformersProposal(self.model, self.tokenizer, eos_token_ids=self.eos, **settings)
         c = proposal.propose([body["prompt"]], body.get("seed", 0))
         for r, n in enumerate((c.token_log_p != 0).sum(1).tolist()):
             yield c.tokens[r, :n].tolist(), c.token_log_p[r, :n].tolist()

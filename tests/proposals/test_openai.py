@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -499,6 +500,16 @@ def test_it_meets_the_contract_of_answers(serve_chats, answer, chat_server, coun
 def test_a_server_that_only_chats_answers_chats(serve_chats, answer, chat_server, count_eos):
     p = answer(serve_chats(CHATS_ONLY), count_eos=count_eos, num_candidates=300)
     contract.answers_end(p, teacher(chat_server), contract.CHATS)
+
+
+@pytest.mark.filterwarnings("ignore:.*own template")
+@pytest.mark.parametrize("prompts", [contract.RENDERED, contract.CHATS], ids=["ids", "messages"])
+def test_a_server_that_draws_on_behind_an_answer(chat_server, answer, prompts):
+    """A model's configuration may lack the token by which its template ends an answer."""
+    draws_on = TinyServer(contract.chat_tokenizer(), eos=[0])
+    only_chats = prompts is contract.CHATS
+    with FaultProxy(functools.partial(CHATS_ONLY, draws_on) if only_chats else draws_on) as server:
+        contract.answers_end(answer(server, num_candidates=300), teacher(chat_server), prompts)
 
 
 @pytest.mark.parametrize("name", CHAT_FAULTS)
