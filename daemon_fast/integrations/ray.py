@@ -39,8 +39,8 @@ from daemon_fast.fit.samples import Block
 from daemon_fast.metrics import Function, Metric
 from daemon_fast.models import DEFAULT_ENCODER, Encoder
 from daemon_fast.ops import Draw, Normalization
+from daemon_fast.prompts import user
 from daemon_fast.proposals.base import Proposal, ProposalSettings
-from daemon_fast.proposals.chat import user
 from daemon_fast.proposals.load import EngineSpec
 from daemon_fast.seeds import batch_seed
 

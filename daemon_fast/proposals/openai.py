@@ -25,6 +25,7 @@ import numpy as np
 from daemon_fast.errors import EngineError, InvalidInput, require
 from daemon_fast.memory import check_candidates
 from daemon_fast.models import load_tokenizer
+from daemon_fast.prompts import Messages, is_chat
 from daemon_fast.proposals.base import (
     Prefix,
     ProposalSettings,
@@ -36,7 +37,6 @@ from daemon_fast.proposals.base import (
     vocabulary_fingerprint,
 )
 from daemon_fast.proposals.candidates import Candidates
-from daemon_fast.proposals.chat import Messages, is_chat
 from daemon_fast.proposals.completions import (
     Drawn,
     EndedEarly,

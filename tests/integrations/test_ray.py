@@ -14,7 +14,7 @@ import torch
 from daemon_fast import Energy, fit, metrics, reference
 from daemon_fast.errors import DataError, InfeasibleTargets, InvalidInput
 from daemon_fast.metrics import FunctionMetric
-from daemon_fast.proposals.chat import fingerprint
+from daemon_fast.prompts import fingerprint
 from daemon_fast.proposals.load import EngineSpec
 
 ray = pytest.importorskip("ray", reason="needs ray: pip install 'daemon-fast[ray]'")

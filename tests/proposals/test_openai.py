@@ -27,9 +27,9 @@ from daemon_fast.data.collect import collect
 from daemon_fast.errors import EngineError, InvalidInput, MissingPackage
 
 pytest.importorskip("openai", reason="needs the package openai: pip install 'daemon-fast[server]'")
+from daemon_fast.prompts import fingerprint
 from daemon_fast.proposals import openai as module
 from daemon_fast.proposals.base import vocabulary_fingerprint
-from daemon_fast.proposals.chat import fingerprint
 from daemon_fast.proposals.openai import ServerProposal
 
 MANY = [[i, i + 1, i + 2] for i in range(2, 42)]
