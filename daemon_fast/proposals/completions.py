@@ -50,6 +50,7 @@ BESIDE_ANSWERS = ("reasoning_content", "reasoning", "thinking", "refusal", "tool
 DRIFT, DRIFT_TOKENS = 1.25, 2
 UNLIKELY = math.log(1e-6)  # chance of copies among independent candidates, below which they are none
 NATS = 1.0  # a token, where the server gives no log-probabilities: open-ended text has two or three
+CERTAIN = 16  # tokens of an answer, its end included, that may have none at all
 SURE = 0.2  # probability above which a token may be all that top-k and min-p leave
 
 
@@ -346,10 +347,10 @@ def _log_chance(one: Drawn, settings: ProposalSettings, vocabulary: int) -> floa
     s = settings
     if s.top_k == 1:
         return 0.0
-    if one.log_p is None or any(math.isnan(x) for x in one.log_p):
-        return -NATS * len(one.tokens) * min(1.0, s.temperature)
-    total = 0.0
-    for x in one.log_p:
+    known = [x for x in one.log_p or () if not math.isnan(x)]
+    unknown = len(one.tokens) - len(known)
+    total = -NATS * max(0, unknown - CERTAIN * one.ended) * min(1.0, s.temperature)
+    for x in known:
         p = math.exp(min(x, 0.0))
         if (s.top_k or s.min_p) and p > SURE:
             continue

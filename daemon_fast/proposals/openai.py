@@ -183,10 +183,10 @@ class ServerProposal:
 
     A server that refuses `n` candidates at once, or gives copies of one, is asked for fewer at a time, each request
     with a seed of its own; one that refuses token ids is sent texts, if they have the same tokens; one that has no
-    /models needs `served_model`. llama.cpp knows no min_tokens: there, where
-    min_new_tokens = max_new_tokens, ignore_eos takes its place (end-of-text is never drawn, which is the same); other
-    minima are refused. Its slots (--parallel) bound n. It leaves out tokens that hold part of a character: candidates
-    that have such are read from their text, and their log-probabilities are NaN.
+    /models needs `served_model`. llama.cpp knows no min_tokens: there, where min_new_tokens = max_new_tokens,
+    ignore_eos takes its place (end-of-text is never drawn, which is the same); other minima are refused. Its slots
+    (--parallel) bound n. It leaves out tokens that hold part of a character: candidates that have such are read from
+    their text, and their log-probabilities are NaN.
 
     A chat is sent as the token ids that the tokenizer's template makes of it. To a server that has no completions, or
     takes only texts, it is sent as messages: then the server's own template is what makes them a prompt, and a warning

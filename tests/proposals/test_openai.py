@@ -30,6 +30,7 @@ pytest.importorskip("openai", reason="needs the package openai: pip install 'dae
 from daemon_fast.prompts import fingerprint
 from daemon_fast.proposals import openai as module
 from daemon_fast.proposals.base import vocabulary_fingerprint
+from daemon_fast.proposals.completions import Drawn, are_copies
 from daemon_fast.proposals.openai import ServerProposal
 
 MANY = [[i, i + 1, i + 2] for i in range(2, 42)]
@@ -572,6 +573,23 @@ def test_an_end_that_a_server_does_not_tell_has_no_log_probability(serve_chats, 
     assert torch.equal(c.log_p.flatten()[read].isnan(), good.ended[read])
     assert ((c.lengths == 0) & read).any()
     assert metrics.features(metrics.parse(["length", "ended", "sr_1"]), c).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "log_p", "ended", "copies"),
+    [
+        ([5, contract.END], None, True, False),  # an answer may be all but certain
+        ([5, contract.END], [-0.01, torch.nan], True, False),
+        ([5] * 30, None, True, True),
+        ([5] * 12, None, False, True),
+        ([5, contract.END], [-2.0, torch.nan], True, True),
+        ([5, contract.END], [-0.01, -0.02], True, False),
+    ],
+)
+def test_equal_answers_are_copies_only_where_chance_has_no_room(tokens, log_p, ended, copies):
+    drawn = [Drawn(tokens, log_p, len(tokens) - ended, ended, None, False, False)] * 25
+    settings = ProposalSettings("tiny", "", num_candidates=25)
+    assert are_copies(drawn, settings, tiny.VOCABULARY) == copies
 
 
 @pytest.fixture
