@@ -92,10 +92,11 @@ def generate(
     model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, **model_kwargs
         As `generate` passes them on. Lengths, end-of-text ids, the padding id and num_return_sequences S are those of
         the generation config; min_new_tokens is 1 unless given, or 0 where the artefact was fitted so. Chats are the
-        ids of `tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")`. Temperature, top_k, top_p and min_p are those that the artefact was fitted with; with
-        do_sample=True, one that is given to `generate`, or that in the generation config is not Transformers' default,
-        is taken instead, with a warning. use_cache and other settings of how Transformers' own loop computes have no
-        effect. Whatever else would change what is generated is refused, by name.
+        ids of `tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")`. Temperature,
+        top_k, top_p and min_p are those that the artefact was fitted with; with do_sample=True, one that is given to
+        `generate`, or that in the generation config is not Transformers' default, is taken instead, with a warning.
+        use_cache and other settings of how Transformers' own loop computes have no effect. Whatever else would change
+        what is generated is refused, by name.
     energy : Energy
         The fitted artefact.
     processing_class : tokenizer, optional
