@@ -1,4 +1,4 @@
-"""The API reference builds without a warning, and the examples in docstrings run."""
+"""The API reference builds without a warning, the examples in docstrings run, and all that names the version agrees."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import doctest
 import importlib.util
 import inspect
 import pkgutil
+import re
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,11 @@ def test_the_reference_is_written_without_a_warning(tmp_path):
     assert {"index.html", "daemon_fast.html", "daemon_fast/ops.html", "daemon_fast/proposals/base.html"} <= pages
     page = (tmp_path / "daemon_fast.html").read_text(encoding="utf-8")
     assert all(f'id="{name}"' in page for name in daemon_fast.__all__ if name not in ("errors", "metrics"))
+
+
+@pytest.mark.parametrize(
+    ("file", "pattern"), [("pyproject.toml", r'^version = "(.*)"$'), ("CHANGELOG.md", r"^## (.*)$")]
+)
+def test_the_newest_version_is_that_of_the_package(file, pattern):
+    text = (Path(__file__).parents[1] / file).read_text(encoding="utf-8")
+    assert re.search(pattern, text, re.MULTILINE).group(1) == daemon_fast.__version__
