@@ -84,6 +84,15 @@ class Candidates:
             )
         return log_q
 
+    def of_prefix(self, i: int) -> Candidates:
+        """Those of one prefix, which keeps its M rows."""
+        m = self.shape[1]
+        rows = slice(i * m, (i + 1) * m)
+        return Candidates(
+            self.tokens[rows], self.lengths[rows], self.token_log_p[rows], self.token_log_q[rows],
+            self.prefix_tokens[i : i + 1], self.detokenize,
+        )  # fmt: skip
+
     @cached_property
     def texts(self) -> list[str]:
         """R continuation texts, each as it reads behind its prefix: the space between the two belongs to it."""

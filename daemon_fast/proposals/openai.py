@@ -25,7 +25,14 @@ import numpy as np
 from daemon_fast.errors import EngineError, InvalidInput, require
 from daemon_fast.memory import check_candidates
 from daemon_fast.models import load_tokenizer
-from daemon_fast.proposals.base import Prefix, ProposalSettings, prompt_ids, tokenize, vocabulary_fingerprint
+from daemon_fast.proposals.base import (
+    Prefix,
+    ProposalSettings,
+    prompt_ids,
+    seed_of_each,
+    tokenize,
+    vocabulary_fingerprint,
+)
 from daemon_fast.proposals.candidates import Candidates
 from daemon_fast.proposals.completions import (
     Drawn,
@@ -246,14 +253,14 @@ class ServerProposal:
         """
         return tokenize(prefixes, self.tokenizer, self._vocabulary, self._context, self.settings.max_new_tokens)
 
-    def propose(self, prefixes: Sequence[Prefix], seed: int) -> Candidates:
+    def propose(self, prefixes: Sequence[Prefix], seed: int | Sequence[int]) -> Candidates:
         """M candidates of each prefix.
 
         Parameters
         ----------
         prefixes : N strings or lists of token ids
         seed : the same seed gives the same ones again, as far as the server keeps to seeds; those that a reply lacked
-            are drawn with another one
+            are drawn with another one. Or N seeds, one of each prefix.
 
         Raises
         ------
@@ -266,7 +273,8 @@ class ServerProposal:
         prefix_tokens = self.tokenize(prefixes)
         check_candidates(self.settings, len(prefix_tokens))
         prompts = list(map(_Prompt, prefixes, prefix_tokens))
-        drawn = self._settle(prompts, seed % 2**64)
+        seeds = [(own % 2**64, i) for own, i in seed_of_each(seed, len(prompts))]
+        drawn = self._settle(prompts, seeds)
         rows = [row for own in drawn for row in own]
         self._check_vocabulary(drawn[0])
         self._tell(rows)
@@ -281,18 +289,18 @@ class ServerProposal:
         text: str = self.tokenizer.decode(prompt.tokens, skip_special_tokens=True)
         return text if text and prompt_ids(text, self.tokenizer) == prompt.tokens else None
 
-    def _settle(self, prompts: list[_Prompt], seed: int) -> list[list[Drawn]]:
+    def _settle(self, prompts: list[_Prompt], seeds: list[tuple[int, int]]) -> list[list[Drawn]]:
         """Candidates of each prompt, all drawn in one way. A server that ignores part of what it was asked is asked in
         another, for all of them: what it gave till then isn't what was asked for."""
         while True:
             try:
-                drawn = self._draw_all(prompts, seed)
+                drawn = self._draw_all(prompts, seeds)
             except EndedEarly as early:
                 if self._dialect.ignore_eos or not self._may_ignore_eos():
                     raise
                 before, self._dialect = self._dialect, replace(self._dialect, ignore_eos=True)
                 try:
-                    return self._settle(prompts, seed)
+                    return self._settle(prompts, seeds)
                 except (EndedEarly, Refused):
                     self._dialect = before
                     raise early from None
@@ -312,7 +320,7 @@ class ServerProposal:
                 "one by one"
             )
 
-    def _draw_all(self, prompts: list[_Prompt], seed: int) -> list[list[Drawn]]:
+    def _draw_all(self, prompts: list[_Prompt], seeds: list[tuple[int, int]]) -> list[list[Drawn]]:
         """M candidates of each prompt: what the replies of one round lack, the next round asks for with other seeds."""
         m = self.settings.num_candidates
         drawn: list[list[Drawn]] = [[] for _ in prompts]
@@ -323,7 +331,7 @@ class ServerProposal:
                 size = min(sizes[i], self._dialect.most)
                 for begin in range(len(own), m, size):
                     # 30 bits: some servers hold a seed in 32, and add the candidate's number to it.
-                    own_seed = int(np.random.SeedSequence([seed, i, parts[i]]).generate_state(1)[0] >> 2)
+                    own_seed = int(np.random.SeedSequence([*seeds[i], parts[i]]).generate_state(1)[0] >> 2)
                     jobs.append((i, min(size, m - begin), own_seed))
                     parts[i] += 1
             if not jobs:
