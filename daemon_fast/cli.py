@@ -484,13 +484,14 @@ def serve(
     _quiet_transformers()
     behind = engine_name.startswith(("http://", "https://"))
     decoder = _decoder(path, batch_size or (64 if behind else 8), engine_name, engine_args, **options)
-    fitted = decoder.energy.proposal_settings
-    names = list(dict.fromkeys([getattr(decoder.proposal, "served_model", fitted.model_id), fitted.model_id]))
+    settings = decoder.proposal.settings
+    own = Path(settings.model_id).name if os.path.exists(settings.model_id) else settings.model_id
+    names = list(dict.fromkeys([getattr(decoder.proposal, "served_model", own), own]))  # clients go on as before
     if host not in ("127.0.0.1", "localhost", "::1") and not api_key:
         warnings.warn(f"whoever reaches {host} can use this server: --api-key is not set", stacklevel=1)
     listening = app.listen(host, port)
     at = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/v1"
-    click.echo(f"serving {names[0]} at {at}: {fitted.num_candidates} candidates a prompt; Ctrl-C ends")
+    click.echo(f"serving {names[0]} at {at}: {settings.num_candidates} candidates a prompt; Ctrl-C ends")
     sys.stdout.flush()
     with contextlib.suppress(KeyboardInterrupt):
         app.serve(app.make_app(decoder, behind, names, app.Limits(max_waiting, timeout, api_key)), listening, timeout)

@@ -35,6 +35,7 @@ __all__ = ["Limits", "listen", "make_app", "serve"]
 
 MOST_BYTES = 8 * 2**20  # of a body
 BODY_SECONDS = 30.0  # that a body may take to arrive
+DISCARD_SECONDS = 3.0  # the rest of one that is refused
 ROUTES = "/v1/completions, /v1/chat/completions, /v1/models, /health, /metrics"
 BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
 
@@ -144,13 +145,23 @@ class _Server:
             raise Refusal(str(error), param="prompt") from None
         decoded = await self._decoded(http, asyncio.wrap_future(future), until)
         noted["wait_seconds"] = round(decoded.seconds["wait"], 4)
-        reply = await asyncio.to_thread(Reply, request, self.decoder.energy, seed, decoded)
+        reply, parts = await asyncio.to_thread(self._written, request, seed, decoded)
         self.counts.add(reply, decoded)
         noted.update(candidate_tokens=reply.daemon["candidate_tokens"], chosen_tokens=reply.daemon["chosen_tokens"])
+        if request.stream:
+            return StreamingResponse(
+                _each(parts), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+            )
+        return Response(parts[0], media_type="application/json")
+
+    def _written(
+        self, request: CompletionRequest | ChatRequest, seed: int, decoded: Decoded
+    ) -> tuple[Reply, list[str]]:
+        """A reply, and what is sent of it: all of it, before anything is, so that what fails has its status."""
+        reply = Reply(request, self.decoder.energy, seed, decoded)
         if not request.stream:
-            return Response(reply.whole(), media_type="application/json")
-        events = reply.events(bool(request.stream_options and request.stream_options.include_usage))
-        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+            return reply, [reply.whole()]
+        return reply, list(reply.events(bool(request.stream_options and request.stream_options.include_usage)))
 
     def _prompts(self, request: CompletionRequest | ChatRequest) -> tuple[list[Any], list[int]]:
         """Prompts, and how many tokens each has: what can't be drawn from is refused before it waits."""
@@ -195,6 +206,7 @@ class _Server:
                 self._check_key(http)
                 response = await answer(http, noted)
             except Refusal as refusal:
+                await _discard(http)
                 response = _refused(refusal)
                 noted["error"] = refusal.code or refusal.kind
                 if refusal.__cause__ is not None:
@@ -225,7 +237,8 @@ class _Server:
         if key is None or not http.url.path.startswith("/v1/"):
             return
         scheme, _, given = http.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), key.encode()):
+        # Starlette reads each byte of a header as a character.
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), key.encode()):
             raise Refusal(
                 "no valid API key was given: send the header Authorization: Bearer KEY", 401, "authentication_error",
                 code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
@@ -248,7 +261,22 @@ async def _body(http: HTTPRequest) -> bytes:
         raise Refusal(
             f"the body did not arrive within {BODY_SECONDS:g} s", 408, headers={"Connection": "close"}
         ) from None
+    http.state.read = True
     return bytes(body)
+
+
+async def _discard(http: HTTPRequest) -> None:
+    """Read what is left of a body that is refused: a connection closed before might take the reply with it."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while not getattr(http.state, "read", False):
+                message = await http.receive()
+                http.state.read = message["type"] == "http.disconnect" or not message.get("more_body")
+
+
+async def _each(parts: list[str]) -> AsyncIterator[str]:
+    for part in parts:
+        yield part
 
 
 async def _disconnected(http: HTTPRequest) -> None:

@@ -313,11 +313,11 @@ class Reply:
         name = "chat.completion.chunk" if self._chat else "text_completion"
         usage: dict[str, Any] = {"usage": None} if include_usage else {}
         for i, c in enumerate(self._choices):
-            opening: dict[str, Any] = {"text": c.text}
-            ending: dict[str, Any] = {"text": ""}
+            chunks: list[tuple[dict[str, Any], str | None]] = [({"text": c.text}, c.finish_reason)]
             if self._chat:
-                opening, ending = {"delta": {"role": "assistant", "content": c.text}}, {"delta": {}}
-            for shown, reason in ((opening, None), (ending, c.finish_reason)):
+                opening = {"delta": {"role": "assistant", "content": c.text}}
+                chunks = [(opening, None), ({"delta": {}}, c.finish_reason)]
+            for shown, reason in chunks:
                 last = {"daemon": self.daemon} if reason and i == len(self._choices) - 1 else {}
                 choice = {"index": i, **shown, "finish_reason": reason, "logprobs": None}
                 yield _event(self._json(kind, name, [choice], **usage, **last))
