@@ -179,12 +179,23 @@ engine_options = _shared(
     ),
     click.option("--served-model", help="The server's name for the model.  [default: the only one that it serves]"),
 )  # fmt: skip
+format_option = click.option(
+    "--format", "format_", type=click.Choice(["json", "text", "parquet"]), help="Of files whose names don't tell."
+)
 data_option = _shared(
     click.option("--field", default="text", help="Of each record: its text; meta.title for one within others."),
-    click.option(
-        "--format", "format_", type=click.Choice(["json", "text", "parquet"]), help="Of files whose names don't tell."
-    ),
+    format_option,
 )
+field_options = _shared(
+    click.option(
+        "--prompt-field", metavar="NAME",
+        help="Read prompts and responses, not texts. Of each record: its prompt, a text or a chat; or a chat whose "
+        "last message is the response.",
+    ),
+    click.option(
+        "--response-field", metavar="NAME", help="Of each record: its response.  [default: response or completion]"
+    ),
+)  # fmt: skip
 force_option = click.option("--force", is_flag=True, help="Overwrite what is there.")
 
 
@@ -192,7 +203,7 @@ force_option = click.option("--force", is_flag=True, help="Overwrite what is the
     cls=_Commands,
     context_settings={"max_content_width": 120, "show_default": True, "help_option_names": ["-h", "--help"]},
     epilog="""\b
-    Metrics: sr_<n>, tr_<w>, div, ent, coh, nats.
+    Metrics: sr_<n>, tr_<w>, div, ent, coh, nats, length, ended.
     Files in: .jsonl, .ndjson, .json, .txt (these also with .gz or .zst), .parquet; a folder, a pattern, or -.
     Files out: .jsonl, .ndjson (these also with .gz or .zst), .parquet, or -.
     Completion of what you type: eval "$(daemon-fast completion bash)".""",
@@ -236,12 +247,24 @@ def _quiet_transformers() -> None:
 @click.option("--model", default="smollm2-135m-instruct", help="Hugging Face id, folder or GGUF file.")
 @click.option("--data", default="wikipedia", help="Human text: a .jsonl or text file.")
 @data_option
-@click.option("--metrics", "names", help="Comma-separated.  [default: sr_2 to sr_4, tr_8, tr_16, tr_32, coh, ent]")
+@field_options
+@click.option(
+    "--chat/--no-chat", default=None,
+    help="Whether a prompt that is a text is a user's message, in the tokenizer's chat template.  [default: if it has "
+    "one]",
+)  # fmt: skip
+@click.option(
+    "--metrics", "names",
+    help="Comma-separated.  [default: sr_2 to sr_4, tr_8, tr_16, tr_32, coh, nats; of responses also length, ended]",
+)  # fmt: skip
 @click.option("--encoder", default="all-minilm-l6-v2", help="Sentence encoder for coh.")
 @click.option("--num-prefixes", default=96)
 @click.option("--num-targets", type=int, help="Human texts for the targets.  [default: one per prefix]")
-@click.option("--prefix-tokens", default=32)
-@click.option("--new-tokens", default=64, help="Of every continuation.")
+@click.option("--prefix-tokens", default=32, help="Where texts are cut.")
+@click.option("--new-tokens", default=64, help="Of every continuation; of a response at most.")
+@click.option(
+    "--min-new-tokens", type=int, help="Of a response; shorter ones are left out.  [default: 0; of texts: --new-tokens]"
+)
 @click.option("--num-candidates", default=25, help="M, per prefix.")
 @click.option("--temperature", default=0.97)
 @click.option("--top-k", default=0, help="0: all.")
@@ -265,41 +288,58 @@ def _quiet_transformers() -> None:
 @model_options
 @click.pass_obj
 def fit(
-    problems: Problems, /, names: str | None, data: str, field: str, format_: Format | None, output: Path, force: bool,
-    work_dir: Path | None, engine_name: str, engine_args: str | None, served_model: str | None, model: str,
-    device: str | None, dtype: str, new_tokens: int, num_candidates: int, temperature: float, top_k: int, top_p: float,
-    encoder: str, **options: Any,
+    problems: Problems, /, names: str | None, data: str, field: str, format_: Format | None, prompt_field: str | None,
+    response_field: str | None, output: Path, force: bool, work_dir: Path | None, engine_name: str,
+    engine_args: str | None, served_model: str | None, model: str, device: str | None, dtype: str, new_tokens: int,
+    min_new_tokens: int | None, num_candidates: int, temperature: float, top_k: int, top_p: float, encoder: str,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Fit mu: make a model's expected metrics equal those of human text. Interrupted, it resumes.
+
+    Texts are cut: the model goes on from their first tokens, as far as they do. With --prompt-field it answers
+    prompts, and answers end by themselves:
+
+    \b
+    daemon-fast fit --data texts.jsonl
+    daemon-fast fit --data pairs.jsonl --prompt-field prompt --response-field response
+    daemon-fast fit --data chats.jsonl --prompt-field messages
 
     The exit code is 1 if records of --data were left out, targets were not met, or candidates leave next to no choice:
     warnings say which. All that is wrong with the arguments is told at once, before anything is drawn.
     """
+    from daemon_fast.data.exchanges import Exchanges, read_exchanges
     from daemon_fast.data.texts import Texts, read_texts
     from daemon_fast.files import check_writable
 
-    texts, tokenizer, engine = Texts(), None, None
+    texts: Texts | Exchanges = Texts()
+    tokenizer, engine = None, None
     with problems:
         check_writable(output, force)
     with problems:
-        texts = read_texts(data, field, format_)
+        if prompt_field is not None:
+            texts = read_exchanges(data, prompt_field, response_field, format_)
+        elif response_field is not None:
+            raise InvalidInput(f"--response-field = {response_field!r} needs --prompt-field")
+        else:
+            texts = read_texts(data, field, format_)
     with problems:
         check_model(model)
     no_model = any(isinstance(problem, ModelUnavailable) for problem in problems.found)
     context = click.get_current_context()
     given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     # A mistyped name alone is told at once: what checks the other options imports torch and Transformers.
-    if no_model and given <= {"model", "data", "field", "format_", "output", "force"}:
+    if no_model and given <= {"model", "data", "field", "format_", "prompt_field", "response_field", "output", "force"}:
         problems.report()
     from daemon_fast.fit.from_texts import fit_energy, is_low, prepare
-    from daemon_fast.metrics import DEFAULT
     from daemon_fast.models import load_tokenizer, resolve_device
     from daemon_fast.proposals.base import ProposalSettings
 
     _quiet_transformers()
-    listed = DEFAULT if names is None else _listed(names)
+    listed = None if names is None else _listed(names)
+    if min_new_tokens is None:
+        min_new_tokens = new_tokens if prompt_field is None else 0
     sampling: dict[str, Any] = {
-        "num_candidates": num_candidates, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens,
+        "num_candidates": num_candidates, "max_new_tokens": new_tokens, "min_new_tokens": min_new_tokens,
         "temperature": temperature, "top_k": top_k, "top_p": top_p,
     }  # fmt: skip
     with problems:
@@ -312,8 +352,8 @@ def fit(
         ProposalSettings(model, "", **sampling)
     # Candidates beside OUTPUT can be written where OUTPUT can.
     plan = prepare(
-        problems, texts or None, tokenizer, listed, num_candidates, new_tokens, encoder=encoder, directory=work_dir,
-        **options,
+        problems, texts or None, tokenizer, listed, num_candidates, new_tokens, min_new_tokens, encoder=encoder,
+        directory=work_dir, **options,
     )  # fmt: skip
     assert engine is not None
     proposal = engine.proposal(**sampling)
@@ -352,21 +392,35 @@ def _candidates_of(artefact: Path) -> Path:
 
 @main.command()
 @click.option("--energy", "path", type=click.Path(path_type=Path), required=True, help="Artefact written by fit.")
-@click.option("--prompt", "prompts", multiple=True, required=True, help="Text to continue; may be repeated.")
+@click.option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    help="Text to continue; of an artefact that was fitted to chats, a user's message. May be repeated.",
+)
+@click.option("--message", "messages", multiple=True, help="A user's message, to answer. May be repeated.")
 @click.option("--model", help="Instead of the one in the artefact.")
 @click.option("--num-samples", type=click.IntRange(1), default=1, help="Per prompt.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per prompt, with weights and metrics.")
 @engine_options
 @model_options
 def generate(
-    path: Path, prompts: tuple[str, ...], num_samples: int, as_json: bool, seed: int, batch_size: int, **options: Any
-) -> None:
-    """Continue prompts with a fitted artefact. For files of them, see decode."""
+    path: Path, prompts: tuple[str, ...], messages: tuple[str, ...], num_samples: int, as_json: bool, seed: int,
+    batch_size: int, **options: Any,
+) -> None:  # fmt: skip
+    """Continue prompts, or answer messages, with a fitted artefact. For files of them, see decode."""
+    if not prompts and not messages:
+        raise InvalidInput("nothing to continue: give --prompt or --message")
+    from daemon_fast.proposals.base import Prefix
+    from daemon_fast.proposals.chat import user
+
     _quiet_transformers()
     decoder = _decoder(path, batch_size, **options)
-    decoded = decoder(prompts, num_samples=num_samples, seed=seed, progress=len(prompts) > batch_size)
+    given: list[Prefix] = [*prompts, *map(user, messages)]
+    decoded = decoder(given, num_samples=num_samples, seed=seed, progress=len(given) > batch_size)
     names = decoder.energy.names
-    for i, (prompt, chosen) in enumerate(zip(prompts, decoded.texts, strict=True)):
+    for i, (prompt, chosen) in enumerate(zip((*prompts, *messages), decoded.texts, strict=True)):
+        is_answer = i >= len(prompts) or decoder.energy.chat_template is not None
         if as_json:
             record = {
                 "prompt": prompt,
@@ -378,7 +432,7 @@ def generate(
             click.echo(json.dumps(record, ensure_ascii=False))
         else:
             for text in chosen:
-                click.echo(f"{prompt}{text}\n")
+                click.echo(f"{'' if is_answer else prompt}{text}\n")
 
 
 def _decoder(
@@ -398,7 +452,15 @@ def _decoder(
 @click.argument("source", metavar="INPUT")
 @click.argument("output", type=click.Path(allow_dash=True))
 @click.option("--energy", "path", type=click.Path(path_type=Path), required=True, help="Artefact written by fit.")
-@data_option
+@click.option(
+    "--field",
+    "--prompt-field",
+    "field",
+    default="text",
+    help="Of each record: its text; meta.title for one within others; or a chat, of which a last message of the "
+    "assistant's is left out.",
+)
+@format_option
 @click.option("--model", help="Instead of the one in the artefact.")
 @click.option("--num-samples", type=click.IntRange(1), default=1, help="Per record.")
 @force_option
@@ -408,7 +470,9 @@ def decode(
     source: str, output: str, path: Path, field: str, format_: Format | None, num_samples: int, force: bool, seed: int,
     batch_size: int, **options: Any,
 ) -> None:  # fmt: skip
-    """Continue the text of each record of INPUT, to OUTPUT.
+    """Continue the text of each record of INPUT, or answer its chat, to OUTPUT.
+
+    Where the artefact was fitted to chats, a text is a user's message.
 
     INPUT is a file, a folder, a pattern in quotes, or - for standard input: .jsonl or .ndjson (an object a line), .json
     (an array, or lines), .txt (a text a line), each also with .gz or .zst; or .parquet. OUTPUT is .jsonl or .ndjson,
@@ -664,6 +728,7 @@ def _check_new(folder: Path, name: str, force: bool) -> None:
 )
 @click.option("--data", multiple=True, required=True, help="The human text it was fitted to; one for each --energy.")
 @data_option
+@field_options
 @click.option("--model", help="Instead of the one in the artefact.")
 @click.option(
     "--study",
@@ -683,10 +748,10 @@ def _check_new(folder: Path, name: str, force: bool) -> None:
 @force_option
 @model_options
 def evaluate(
-    energies: tuple[Path, ...], data: tuple[str, ...], field: str, model: str | None, wanted: tuple[str, ...],
-    held_out: int, pool_prefixes: int, pool_candidates: int, sweep_prefixes: int, prefix_tokens: int,
-    amateur: str | None, featurizer: str, output: Path, device: str | None, seed: int, batch_size: int, dtype: str,
-    format_: Format | None, force: bool,
+    energies: tuple[Path, ...], data: tuple[str, ...], field: str, prompt_field: str | None,
+    response_field: str | None, model: str | None, wanted: tuple[str, ...], held_out: int, pool_prefixes: int,
+    pool_candidates: int, sweep_prefixes: int, prefix_tokens: int, amateur: str | None, featurizer: str, output: Path,
+    device: str | None, seed: int, batch_size: int, dtype: str, format_: Format | None, force: bool,
 ) -> None:  # fmt: skip
     """The paper's experiments for fitted artefacts: tables, figures, report.html. Interrupted, it resumes.
 
@@ -711,7 +776,14 @@ def evaluate(
     language_model, tokenizer = load_language_model(model_id, device, getattr(torch, dtype))
     domains = [
         evaluation.Domain(
-            path.stem, source, energy, field, kept if (kept := _candidates_of(path)).exists() else None, format_
+            path.stem,
+            source,
+            energy,
+            field,
+            kept if (kept := _candidates_of(path)).exists() else None,
+            format_,
+            prompt_field,
+            response_field,
         )
         for path, source, energy in zip(energies, data, loaded, strict=True)
     ]

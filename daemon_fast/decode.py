@@ -17,6 +17,7 @@ from daemon_fast.ops import Draw
 from daemon_fast.progress import progress as shown
 from daemon_fast.proposals.base import Prefixes, Proposal, ProposalSettings, as_list
 from daemon_fast.proposals.candidates import Candidates
+from daemon_fast.proposals.chat import Messages, fingerprint, is_chat, user
 from daemon_fast.race import probabilities
 from daemon_fast.seeds import batch_seed, generator
 
@@ -107,6 +108,7 @@ class SIRDecoder:
         if batch_size < 1:
             raise InvalidInput(f"batch_size = {batch_size} must be >= 1")
         check_compatible(energy.proposal_settings, proposal.settings)
+        self._check_template(energy, proposal)
         self.energy, self.proposal, self.batch_size = energy, proposal, batch_size
 
     def __call__(
@@ -122,7 +124,8 @@ class SIRDecoder:
 
         Parameters
         ----------
-        prefixes : a string or list of token ids, or a sequence of these; a tensor of ids is [P] or [N, P]
+        prefixes : a string, list of token ids or chat (a list of messages), or a sequence of these; a tensor of ids is
+            [P] or [N, P]. Where the artefact was fitted to chats, a string is a user's message
         num_samples : draws per prefix, S, from the same candidates, each by random numbers of its own
         seed : of candidates and draws; the same seed, batch size and prefixes give the same result
         progress : show a progress bar
@@ -132,14 +135,14 @@ class SIRDecoder:
         Raises
         ------
         InvalidInput
-            No prefixes, an empty one, one too long for the model's context, what is neither text nor token ids,
+            No prefixes, an empty one, one too long for the model's context, what is no text, token ids or chat,
             num_samples below 1, or more than the candidates of a prefix if drawn without replacement.
 
         Warns
         -----
         LowEffectiveSampleSize
         """
-        batch = as_list(prefixes)
+        batch = self.prompts(prefixes)
         starts = range(0, len(batch), self.batch_size)
         if not batch:
             raise InvalidInput("there are no prefixes")
@@ -153,6 +156,36 @@ class SIRDecoder:
         )
         decoded.seconds["propose"] = time.perf_counter() - begin - sum(decoded.seconds.values())
         return decoded
+
+    def prompts(self, prefixes: Prefixes) -> list[str | list[int] | Messages]:
+        """What the proposal is given for each prefix: a string as it is, or as a chat where mu was fitted to chats.
+
+        Warns
+        -----
+        UserWarning
+            Chats, and mu was fitted to texts.
+        """
+        listed = as_list(prefixes)
+        if self.energy.chat_template is not None:
+            return [user(prefix) if isinstance(prefix, str) else prefix for prefix in listed]
+        if any(map(is_chat, listed)):
+            warnings.warn(
+                "mu was fitted to prompts that are texts, and these are chats: expected metrics may miss the targets",
+                stacklevel=3,
+            )
+        return listed
+
+    @staticmethod
+    def _check_template(energy: Energy, proposal: Proposal) -> None:
+        if energy.chat_template is None:
+            return
+        used = None if proposal.tokenizer is None else fingerprint(proposal.tokenizer)
+        if energy.chat_template != used:
+            warnings.warn(
+                f"mu was fitted to chats in another template ({energy.chat_template}) than the tokenizer has "
+                f"({used or 'none'}): expected metrics may miss the targets",
+                stacklevel=4,
+            )
 
     def choose(
         self, candidates: Candidates, *, num_samples: int = 1, seed: int = 0, replacement: bool = True

@@ -67,6 +67,8 @@ class Energy:
         The rule that chooses among candidates, under which mu was fitted: `race_select` or `sir_select`.
     base : "proposal" or "model"
         What is tilted: the proposal itself (base log-weights 0, as in the paper) or p_theta (log p - log q).
+    chat_template : str or None
+        Fingerprint of the template that made its prompts from chats; None: it was fitted to prompts that are texts.
     diagnostics : Diagnostics or None
         Of the fit.
     """
@@ -78,6 +80,7 @@ class Energy:
     normalization: Normalization = "per_prefix"
     draw: Draw = "sir"
     base: Base = "proposal"
+    chat_template: str | None = None
     diagnostics: Diagnostics | None = None
 
     def __post_init__(self) -> None:
@@ -129,6 +132,7 @@ class Energy:
             "normalization": self.normalization,
             "draw": self.draw,
             "base": self.base,
+            "chat_template": self.chat_template,
             "proposal_settings": self.proposal_settings.to_json(),
             "diagnostics": None if self.diagnostics is None else dataclasses.asdict(self.diagnostics),
         }
@@ -166,7 +170,8 @@ class Energy:
         if isinstance(document, dict) and "schema" in document and document["schema"] != SCHEMA:
             raise ArtefactError(f"schema is {document['schema']!r}; this version reads schema {SCHEMA}")
         if isinstance(document, dict):
-            document = {"draw": "sir", **document}  # the only rule that there was when artefacts didn't name it
+            # What there was when artefacts didn't say: one rule, and no chats.
+            document = {"draw": "sir", "chat_template": None, **document}
         _check_fields("", document, FIELDS)
         _check_fields("proposal_settings.", document["proposal_settings"], _fields_of(ProposalSettings))
         if document["diagnostics"] is not None:
@@ -200,6 +205,7 @@ class Energy:
             normalization=document["normalization"],
             draw=document["draw"],
             base=document["base"],
+            chat_template=document["chat_template"],
             diagnostics=None if diagnostics is None else Diagnostics(**diagnostics),
         )
 
@@ -260,6 +266,7 @@ FIELDS: dict[str, Check] = {
     "normalization": _one_of(get_args(Normalization)),
     "draw": _one_of(get_args(Draw)),
     "base": _one_of(get_args(Base)),
+    "chat_template": (lambda v: v is None or isinstance(v, str), "a string or null"),
     "proposal_settings": OBJECT,
     "diagnostics": (lambda v: v is None or isinstance(v, dict), "an object or null"),
 }

@@ -1,7 +1,10 @@
 """Metrics of continuations: small objects with a name and a batch evaluation.
 
-Built in: `sr_n`, `tr_w`, `div`, `ent` and `coh` (definitions in `daemon_fast.reference`). Your own: a subclass of
-`Metric`, or `FunctionMetric` around any callable from `Candidates` to `[R]` or `[R, k]`.
+Built in: `sr_n`, `tr_w`, `div`, `ent`, `coh`, `nats`, `length` and `ended` (definitions in `daemon_fast.reference`).
+Your own: a subclass of `Metric`, or `FunctionMetric` around any callable from `Candidates` to `[R]` or `[R, k]`.
+
+Every built-in metric is defined for every length. Of an empty answer sr_n, tr_w, `coh` and `length` are 0, `div` is 1,
+and `nats` and `ent` are those of its end-of-text token, the only one drawn.
 """
 
 from __future__ import annotations
@@ -23,10 +26,13 @@ from daemon_fast.proposals.candidates import Candidates
 
 __all__ = [
     "DEFAULT",
+    "OF_RESPONSES",
     "Coherence",
     "Diversity",
+    "Ended",
     "FunctionMetric",
     "Information",
+    "Length",
     "Metric",
     "Nats",
     "RepetitionMetric",
@@ -42,8 +48,9 @@ __all__ = [
 ]
 
 Function = Callable[[Candidates], Tensor]
-KNOWN = "sr_<n>, tr_<w>, div, ent, coh, nats"
+KNOWN = "sr_<n>, tr_<w>, div, ent, coh, nats, length, ended"
 DEFAULT = ("sr_2", "sr_3", "sr_4", "tr_8", "tr_16", "tr_32", "coh", "nats")  # what a fit takes unless told
+OF_RESPONSES = (*DEFAULT, "length", "ended")  # what it takes where texts end by themselves
 MAX_CACHED_PREFIXES = 4096
 
 
@@ -161,8 +168,35 @@ class Nats(Metric):
         return _nats_per_token(self.name, candidates).float()
 
 
+class Length(Metric):
+    """length: log(1 + L), L the number of tokens.
+
+    Where texts end by themselves, a tilt against repetition would else buy it by brevity.
+    """
+
+    name = "length"
+    bounds = None  # it has none by itself, but candidates have a maximum length
+
+    def evaluate(self, candidates: Candidates) -> Tensor:
+        return candidates.lengths.double().log1p().float()
+
+
+class Ended(Metric):
+    """ended: 1 if an end-of-text token ended it, 0 if it was cut at the maximum length."""
+
+    name = "ended"
+    bounds = (0.0, 1.0)
+
+    def evaluate(self, candidates: Candidates) -> Tensor:
+        if candidates.ended is None:
+            raise InvalidInput("metric ended needs to know how candidates ended, which the engine does not tell")
+        return candidates.ended.float()
+
+
 class Coherence(Metric):
-    """coh: cosine between the sentence embeddings of prefix text and continuation text.
+    """coh: cosine between the sentence embeddings of prefix text and continuation text; 0 if the latter is empty.
+
+    The prefix of an answer is the whole chat as the model reads it, without special tokens.
 
     Parameters
     ----------
@@ -183,11 +217,13 @@ class Coherence(Metric):
         return {"name": self.name, "encoder": self._reference}
 
     def evaluate(self, candidates: Candidates) -> Tensor:
-        _require_tokens(self.name, candidates.lengths)
-        prefixes = self._embed_prefixes(candidates.prefix_texts)
-        continuations = self._embed(candidates.texts)
-        prefixes = prefixes.repeat_interleave(candidates.shape[1], dim=0)
-        return torch.nn.functional.cosine_similarity(prefixes, continuations).to(candidates.tokens.device)
+        rows = candidates.lengths.nonzero()[:, 0].cpu()
+        cosines = torch.zeros(len(candidates.lengths))
+        if len(rows):
+            prefixes = self._embed_prefixes(candidates.prefix_texts)[rows // candidates.shape[1]]
+            continuations = self._embed(candidates.texts_of(rows.tolist()))
+            cosines[rows] = torch.nn.functional.cosine_similarity(prefixes, continuations)
+        return cosines.to(candidates.tokens.device)
 
     def _embed_prefixes(self, texts: list[str]) -> Tensor:
         """[N, d], each prefix embedded once, also across evaluations."""
@@ -293,7 +329,7 @@ def parse(names: Iterable[str | Metric | Function], encoder: Encoder | str | Non
     Raises
     ------
     UnknownMetric
-        A name that is none of sr_<n>, tr_<w>, div, ent, coh, nats.
+        A name that is none of sr_<n>, tr_<w>, div, ent, coh, nats, length, ended.
     InvalidInput
         No metrics, a metric twice, or `coh` without an encoder.
     SeveralProblems
@@ -327,6 +363,10 @@ def _parse_one(name: str | Metric | Function, encoder: Encoder | str | None) -> 
         return Information()
     if name == "nats":
         return Nats()
+    if name == "length":
+        return Length()
+    if name == "ended":
+        return Ended()
     if name == "coh":
         if encoder is None:
             raise InvalidInput("metric coh needs a sentence encoder: pass encoder=")
@@ -354,6 +394,8 @@ def from_specs(specs: Sequence[Mapping[str, Any]], own: Iterable[Metric | Functi
             metrics.append(_spread(spec, i))
             continue
         try:
+            if spec.get("custom"):  # also where it has the name of a built-in one
+                raise UnknownMetric(f"unknown metric {name!r}; known: {KNOWN}")
             metrics.append(_parse_one(name, spec.get("encoder")))
         except InvalidInput as error:
             raise ArtefactError(f"metrics[{i}]: {error}; pass your own metrics as metrics=") from error
@@ -445,18 +487,11 @@ def _checked(metric: Metric, value: Tensor, candidates: Candidates) -> Tensor:
 
 
 def _nats_per_token(name: str, candidates: Candidates) -> Tensor:
-    """[R] float64"""
-    _require_tokens(name, candidates.lengths)
-    lengths = candidates.lengths
+    """[R] float64. Of an empty continuation, those of the end-of-text token, which is all that was drawn."""
+    lengths = candidates.lengths.clamp_min(1)
     counted = torch.arange(candidates.tokens.shape[1], device=lengths.device) < lengths[:, None]
-    nats = -(candidates.token_log_p.double() * counted).sum(-1)
+    nats = -torch.where(counted, candidates.token_log_p.double(), 0.0).sum(-1)
     # Engines that may not tell give CPU tensors; on CUDA a look would wait for the device.
     if not nats.is_cuda and nats.isnan().any():
         raise InvalidInput(f"metric {name} needs log-probabilities at temperature 1, which the engine does not give")
     return nats / lengths
-
-
-def _require_tokens(name: str, lengths: Tensor) -> None:
-    if (lengths == 0).any():
-        row = int((lengths == 0).nonzero()[0])
-        raise InvalidInput(f"metric {name} is not defined for the empty continuation of candidate {row}")

@@ -38,17 +38,28 @@ def diversity(row: Row) -> float:
 
 
 def information(token_log_p: Vector) -> float:
-    """ent: perplexity of a continuation, given the log-probability of each of its tokens under a reference LM."""
+    """ent: perplexity of a continuation, given the log-probability of each of its tokens under a reference LM.
+
+    Of an empty one, that of its end-of-text token is given.
+    """
     if len(token_log_p) == 0:
         raise ValueError("information of an empty continuation is not defined")
     return math.exp(-math.fsum(token_log_p) / len(token_log_p))
 
 
 def nats(token_log_p: Vector) -> float:
-    """nats: mean negative log-probability of a token of a continuation under a reference LM."""
+    """nats: mean negative log-probability of a token of a continuation under a reference LM.
+
+    Of an empty one, that of its end-of-text token is given.
+    """
     if len(token_log_p) == 0:
         raise ValueError("nats a token of an empty continuation are not defined")
     return -math.fsum(token_log_p) / len(token_log_p)
+
+
+def length(row: Row) -> float:
+    """length: log(1 + L), L the number of tokens."""
+    return math.log(1 + len(row))
 
 
 def coherence(prefix_embedding: Vector, continuation_embedding: Vector) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -125,10 +126,26 @@ def test_bad_lists_of_metrics():
         metrics.parse(["coh"])
 
 
-@pytest.mark.parametrize("name", ["ent", "coh"])
-def test_an_empty_continuation_is_named(name):
-    with pytest.raises(InvalidInput, match=f"metric {name} is not defined for the empty continuation of candidate 5"):
-        metrics.features(metrics.parse([name], HashEncoder()), candidates(empty=5))
+def test_an_empty_continuation_has_every_metric():
+    c, names = candidates(empty=5), ["sr_2", "tr_8", "div", "ent", "nats", "coh", "length"]
+    encoder = HashEncoder()
+    found = dict(zip(names, metrics.features(metrics.parse(names, encoder), c)[1, 1].tolist(), strict=True))
+    of_end = [c.token_log_p[5, 0].item()]  # its end-of-text token, all that was drawn
+    want = {"sr_2": 0, "tr_8": 0, "div": 1, "coh": 0, "length": 0}
+    want |= {"ent": reference.information(of_end), "nats": reference.nats(of_end)}
+    assert found == pytest.approx(want)
+    assert "" not in encoder.seen
+
+
+def test_length_and_ended():
+    c, ended = candidates(empty=2), torch.arange(12) % 3 == 0
+    values = metrics.features(metrics.parse(["length", "ended"]), dataclasses.replace(c, ended=ended)).reshape(12, 2)
+    assert values[:, 0].tolist() == pytest.approx([reference.length(row) for row in rows_of(c)])
+    assert torch.equal(values[:, 1], ended.float())
+    with pytest.raises(
+        InvalidInput, match="metric ended needs to know how candidates ended, which the engine does not"
+    ):
+        metrics.features(metrics.parse(["ended"]), c)
 
 
 def test_bad_results_of_own_metrics_are_named():

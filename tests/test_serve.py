@@ -83,7 +83,7 @@ def client(url):
 
 def post(url, body, path="/completions", **headers):
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    with httpx2.Client() as http:
+    with httpx2.Client(timeout=60) as http:
         return http.post(f"{url}{path}", content=content, headers={"Content-Type": "application/json", **headers})
 
 
@@ -134,7 +134,7 @@ def test_a_chat_is_its_template_continued(client, decoder):
     assert [choice.message.content for choice in got.choices] == want.texts[0]
     assert {choice.message.role for choice in got.choices} == {"assistant"}
     assert got.daemon["prompts"][0]["weights"] == want.weights[0].tolist()
-    parts = [{"role": "developer", "content": [{"type": "text", "text": "w1 "}, {"type": "text", "text": "w2"}]}]
+    parts = [{"role": "developer", "content": [{"type": "text", "text": "w1"}, {"type": "text", "text": "w2"}]}]
     again = client.chat.completions.create(model=MODEL, messages=[*parts, MESSAGES[1]], seed=5, n=2)
     assert [choice.message.content for choice in again.choices] == want.texts[0]
     answered = [*MESSAGES, got.choices[0].message, {"role": "user", "content": "w9"}]  # as clients go on
@@ -280,7 +280,8 @@ def test_another_client(url, decoder, monkeypatch):
         ("prompt", "", "is empty"),
         ("prompt", [], "there are no prefixes"),
         ("prompt", None, "must be a string"),
-        ("prompt", {"role": "user"}, "has a chat message"),
+        ("prompt", {"role": "user"}, "a chat is a list of messages"),
+        ("prompt", [{"role": "user", "content": "w1"}], "send it as messages to /v1/chat/completions"),
         ("prompt", [1, 2.5], "a token id is an integer"),
         ("prompt", [True], "a token id is an integer"),
         ("prompt", [tiny.VOCABULARY], "outside the vocabulary of 62"),
@@ -303,8 +304,8 @@ def test_what_can_not_be_done_is_refused_by_name(url, field, value, said):
         ("w1", "valid array"),
         ([{"role": "user"}], "messages.0.content: Field required"),
         ([{"role": "tool", "content": "w1"}], "messages.0.role is 'tool'"),
-        ([{"role": "user", "content": 5}], "messages.0.content must be a string"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], "a part of type 'image_url': only text is read"),
+        ([{"role": "user", "content": 5}], "message 0 has a content of type int"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "a part of type 'image_url': only text can be"),
         ([{"role": "user", "content": "w1", "tool_calls": []}], "messages.0.tool_calls is not supported"),
     ],
 )

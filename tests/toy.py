@@ -43,6 +43,8 @@ def detokenize(rows):
 class ToyProposal:
     """Draws from the model itself, whatever the prefix."""
 
+    tokenizer, eos_token_ids = None, ()
+
     def __init__(self, num_candidates: int) -> None:
         self.settings = ProposalSettings(
             model_id="toy",

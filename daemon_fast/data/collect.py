@@ -17,13 +17,13 @@ from daemon_fast.data.texts import Pairs
 from daemon_fast.errors import DaemonFastError, InvalidInput
 from daemon_fast.files import MANIFEST, check_same_run, digest, read_arrays, read_manifest, write_arrays, writing
 from daemon_fast.progress import progress
-from daemon_fast.proposals.base import Prefix, Proposal
+from daemon_fast.proposals.base import Prefix, Proposal, as_list
 from daemon_fast.proposals.candidates import Candidates
 from daemon_fast.seeds import batch_seed
 
 __all__ = ["batches", "collect", "human_folder", "kept", "saved_batch_size", "scores"]
 
-ARRAYS = ("tokens", "lengths", "token_log_p", "token_log_q")  # of candidates
+ARRAYS = ("tokens", "lengths", "token_log_p", "token_log_q")  # of candidates; and "ended", where it is known
 
 BATCHES = "batch-*.npz"
 SCORE_TEXTS = 64  # human texts of a batch
@@ -136,12 +136,13 @@ def _saved(
             begin = time.perf_counter()
             with kept(folder, "the same command goes on from there"):
                 drawn = make()
-            saved = {name: getattr(drawn, name).cpu().numpy() for name in ARRAYS}
+            known = ARRAYS if drawn.ended is None else (*ARRAYS, "ended")
+            saved = {name: getattr(drawn, name).cpu().numpy() for name in known}
             saved["seconds"] = np.array(time.perf_counter() - begin)
             if path is not None:
                 with writing(path, f"the batches in {folder} are kept"):
                     write_arrays(path, saved)
-        tensors = {name: torch.from_numpy(saved[name]) for name in ARRAYS}
+        tensors = {name: torch.from_numpy(saved[name]) for name in (*ARRAYS, "ended") if name in saved}
         candidates = Candidates(**tensors, prefix_tokens=proposal.tokenize(prefixes), detokenize=proposal.detokenize)
         bar.update(len(prefixes))
         yield candidates, float(saved["seconds"])
@@ -156,5 +157,5 @@ def saved_batch_size(directory: str | os.PathLike[str]) -> int | None:
 
 
 def _manifest(proposal: Proposal, prefixes: Sequence[Prefix], **more: Any) -> dict[str, Any]:
-    listed = [prefix if isinstance(prefix, str) else list(map(int, prefix)) for prefix in prefixes]
+    listed = as_list(prefixes)
     return {**proposal.settings.to_json(), **more, "num_prefixes": len(prefixes), "prefixes": digest(listed)}

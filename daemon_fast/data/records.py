@@ -40,6 +40,7 @@ from daemon_fast.data.formats import (
 from daemon_fast.errors import DataError, InvalidInput, LowEffectiveSampleSize
 from daemon_fast.files import check_same_run, check_writable, file_digest, replacing, writing
 from daemon_fast.progress import progress
+from daemon_fast.proposals.chat import ASSISTANT, Messages, as_messages, is_chat
 from daemon_fast.seeds import batch_seed
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ Record = dict[str, Any]
 RESULT = "daemon"  # the field that a record gets
 RESULTS = "results.jsonl"  # the log of a run
 TOO_DEEP = "is nested too deeply"
+NO_RECORD = "is a text: a record of fields is needed"
 DEEPEST = 200  # objects and arrays within each other, which Python's recursion leaves room for wherever they are read
 
 
@@ -61,6 +63,7 @@ class Item:
     Attributes
     ----------
     text : what the asked field holds
+    chat : in its place, where that is a chat: its messages up to the assistant's last, which is the response
     source : name of the file
     number : of the line, row or element, from 1
     unit : "line"; "row" of a Parquet file; "element" of a JSON array
@@ -74,6 +77,11 @@ class Item:
     number: int = 0
     unit: str = "line"
     line: str | None = None
+    chat: Messages | None = None
+
+    @property
+    def prompt(self) -> str | Messages:
+        return self.text if self.chat is None else self.chat
 
     @property
     def where(self) -> str:
@@ -106,10 +114,11 @@ class Work(Protocol):
 
 def read_records(
     where: str | os.PathLike[str],
-    field: str = "text",
+    field: str | None = "text",
     *,
     format: Format | None = None,
     output: str | os.PathLike[str] | None = None,
+    chats: bool = False,
 ) -> Iterator[Item]:
     """Records of files, one at a time.
 
@@ -119,9 +128,10 @@ def read_records(
         value a line), .json (an array, or lines), .txt (a text a line), each also with .gz or .zst; .parquet (it and
         .zst need pyarrow). Blank lines are left out
     field : that must be a string, "meta.title" or "messages.0.content" for one within others; the name that texts
-        without one get: lines of text, strings of an array
+        without one get: lines of text, strings of an array. None: none is asked for, and there must be records
     format : "json", "text" or "parquet", of files whose names don't tell
     output : what is written of them, which is none of a folder's or pattern's files
+    chats : whether the field may hold a chat, a list of messages, in place of a string
 
     Raises
     ------
@@ -129,18 +139,34 @@ def read_records(
         A file can't be read, or its format is unknown. What is wrong with a single record is told in its place.
     """
     for source in find_sources(os.fspath(where), format, None if output is None else os.fspath(output)):
-        yield from _items(source, field)
+        yield from _items(source, field, chats)
 
 
-def _items(source: Source, field: str) -> Iterator[Item]:
+def _items(source: Source, field: str | None, chats: bool) -> Iterator[Item]:
     for row in rows(source):
         record, line, problem = _parsed(row, field)
-        text = lookup(record, field)
-        problem = problem or _problem(record, text, field)
-        yield Item(record, text if isinstance(text, str) else "", problem, source.name, row.number, row.unit, line)
+        if field is None:
+            yield Item(record, "", problem, source.name, row.number, row.unit, line)
+            continue
+        text, chat = lookup(record, field), None
+        if chats and problem is None and is_chat(text):
+            chat, problem = _chat(text, field)
+        else:
+            problem = problem or _problem(record, text, field)
+        text = text if isinstance(text, str) else ""
+        yield Item(record, text, problem, source.name, row.number, row.unit, line, chat)
 
 
-def _parsed(row: Row, field: str) -> tuple[Record, str | None, str | None]:
+def _chat(value: Sequence[Any], field: str) -> tuple[Messages | None, str | None]:
+    """A chat without its response, or what is wrong with it."""
+    try:
+        messages = as_messages(value, repr(field))
+    except InvalidInput as error:
+        return None, f"can't be used: {error}"
+    return messages[:-1] if len(messages) > 1 and messages[-1]["role"] == ASSISTANT else messages, None
+
+
+def _parsed(row: Row, field: str | None) -> tuple[Record, str | None, str | None]:
     """A row as a record; the line of JSON that it was, if it can be written again as it is; what is wrong with it."""
     if isinstance(row.content, dict):
         return row.content, None, None
@@ -152,7 +178,7 @@ def _parsed(row: Row, field: str) -> tuple[Record, str | None, str | None]:
             return {}, None, f"is not UTF-8: byte {error.start} is {row.content[error.start]:#04x}"
     text = text.rstrip("\r\n")
     if not row.is_json:
-        return {field: text}, None, None
+        return ({}, None, NO_RECORD) if field is None else ({field: text}, None, None)
     beyond_json: list[str] = []  # NaN and infinity, which Python reads
 
     def constant(name: str) -> float:
@@ -166,7 +192,7 @@ def _parsed(row: Row, field: str) -> tuple[Record, str | None, str | None]:
     except RecursionError:
         return {}, None, TOO_DEEP
     if isinstance(record, str):
-        return {field: record}, None, None
+        return ({}, None, NO_RECORD) if field is None else ({field: record}, None, None)
     if not isinstance(record, dict):
         return {}, None, f"is no JSON object but {type(record).__name__}"
     if text.count("[") + text.count("{") > DEEPEST and _is_deep(record):
@@ -203,7 +229,7 @@ def _problem(record: Record, text: Any, field: str) -> str | None:
     if isinstance(text, bytes):
         return f"has no text but bytes in {field!r}: a column of strings is needed, of UTF-8"
     if not isinstance(text, str):
-        others = [name for name, value in record.items() if isinstance(value, str)]
+        others = [name for name, value in record.items() if isinstance(value, str) or is_chat(value)]
         return f"has no string field {field!r}" + (f", but {', '.join(others[:5])}" if others else "")
     if half := SURROGATE.search(text):
         return f"has half a surrogate pair, \\u{ord(half[0]):04x}, as character {half.start()} of {field!r}: no text"
@@ -306,7 +332,7 @@ def _process(
 
 def _all(sources: Sequence[Source], field: str) -> Iterator[Item]:
     for source in sources:
-        yield from _items(source, field)
+        yield from _items(source, field, chats=True)
 
 
 def _stream(sources: Sequence[Source], work: Work, field: str, chunk_size: int, description: str) -> Summary:
@@ -560,7 +586,7 @@ def _arrow_column(block: list[Record], name: str, kind: Any) -> Any:
 
 
 class DecodeWork:
-    """The work that continues each record's text.
+    """The work that continues each record's text, or answers its chat.
 
     Parameters
     ----------
@@ -591,7 +617,7 @@ class DecodeWork:
         for item in items:
             result: Record = {}
             try:
-                prefixes += self._decoder.proposal.tokenize([item.text])
+                prefixes += self._decoder.proposal.tokenize(self._decoder.prompts([item.prompt]))
                 good.append(result)
             except InvalidInput as error:
                 result["error"] = str(error).replace("prefix 0", "its text", 1)

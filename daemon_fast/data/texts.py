@@ -15,22 +15,31 @@ from daemon_fast.data.formats import Format
 from daemon_fast.data.records import read_records
 from daemon_fast.embedded import TEXTS, locate
 from daemon_fast.errors import DataError, InvalidInput
+from daemon_fast.proposals.base import prompt_ids
+from daemon_fast.proposals.chat import check_text
 
 __all__ = ["Pairs", "Texts", "read_texts", "split"]
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """N human prefixes and how they went on, as token ids."""
+    """N human prefixes and how they went on, as token ids.
+
+    Attributes
+    ----------
+    continuations : one that ended has the end-of-text token as its last
+    chat_template : fingerprint of the template that made the prefixes from chats; None if they are no chats
+    """
 
     prefixes: list[list[int]]
     continuations: list[list[int]]
+    chat_template: str | None = None
 
     def __len__(self) -> int:
         return len(self.prefixes)
 
     def __getitem__(self, some: slice) -> Pairs:
-        return Pairs(self.prefixes[some], self.continuations[some])
+        return Pairs(self.prefixes[some], self.continuations[some], self.chat_template)
 
 
 class Texts(list[str]):
@@ -115,16 +124,11 @@ def split(
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise InvalidInput(f"texts[{i}] is a {type(text).__name__}: it must be a string")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidInput(
-                f"texts[{i}] has the lone surrogate {text[error.start]!r} at position {error.start}: half a character"
-            ) from error
+        check_text(text, f"texts[{i}]")
     needed, longest = prefix_tokens + continuation_tokens, 0
     pairs = Pairs([], [])
     for i in random.Random(seed).sample(range(len(texts)), len(texts)):
-        ids = tokenizer(texts[i])["input_ids"]
+        ids = prompt_ids(texts[i], tokenizer)
         longest = max(longest, len(ids))
         if len(ids) >= needed:
             pairs.prefixes.append(ids[:prefix_tokens])

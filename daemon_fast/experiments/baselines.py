@@ -39,7 +39,14 @@ CHOICES = ("nearest candidate", "likeliest candidate")
 
 @torch.inference_mode()
 def decode(
-    method: str, model: Any, prefixes: Sequence[Sequence[int]], new_tokens: int, seed: int, amateur: Any = None
+    method: str,
+    model: Any,
+    prefixes: Sequence[Sequence[int]],
+    new_tokens: int,
+    seed: int,
+    amateur: Any = None,
+    min_new_tokens: int | None = None,
+    eos: Sequence[int] = (),
 ) -> Tensor:
     """One continuation of each prefix.
 
@@ -47,19 +54,25 @@ def decode(
     ----------
     method : one of `BASELINES`
     prefixes : N lists of token ids of equal length
-    new_tokens : of every continuation; end-of-text is not drawn
+    new_tokens : of every continuation at most
+    min_new_tokens : before which end-of-text is not drawn; default: `new_tokens`
+    eos : tokens that end a text; default: those of the model's generation config
     seed : of torch's global generator, which `generate` draws from
     amateur : the weaker model of contrastive decoding; default: the model itself, of the last 8 tokens alone
 
     Returns
     -------
-    [N, new_tokens] int64
+    [N, T] int64, T at most new_tokens; what follows an end-of-text token is of no meaning
     """
     if method not in BASELINES:
         raise InvalidInput(f"unknown baseline {method!r}; known: {', '.join(BASELINES)}")
     ids = torch.tensor([list(prefix) for prefix in prefixes], device=model.device)
+    shortest = new_tokens if min_new_tokens is None else min_new_tokens
+    if not eos:
+        configured = model.generation_config.eos_token_id
+        eos = [] if configured is None else [configured] if isinstance(configured, int) else configured
     if method == "contrastive search":
-        found: Tensor = contrastive_search(model, ids, new_tokens)
+        found: Tensor = contrastive_search(model, ids, new_tokens, shortest, list(eos))
         return found
     processors: dict[str, LogitsProcessor] = {
         "top-n-sigma 1": Truncation(top_n_sigma),
@@ -70,8 +83,9 @@ def decode(
     torch.manual_seed(seed)
     pad = model.generation_config.pad_token_id
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), min_new_tokens=new_tokens, max_new_tokens=new_tokens,
-        pad_token_id=0 if pad is None else pad, logits_processor=processor, **BASELINES[method],
+        ids, attention_mask=torch.ones_like(ids), min_new_tokens=shortest, max_new_tokens=new_tokens,
+        eos_token_id=list(eos) or None, pad_token_id=0 if pad is None else pad, logits_processor=processor,
+        **BASELINES[method],
     )  # fmt: skip
     drawn: Tensor = out[:, ids.shape[1] :]
     return drawn
@@ -138,16 +152,19 @@ class ContrastiveDecoding(LogitsProcessor):  # type: ignore[misc]
         return out
 
 
-def contrastive_search(model: Any, ids: Tensor, new_tokens: int, k: int = 5, alpha: float = 0.6) -> Tensor:
+def contrastive_search(
+    model: Any, ids: Tensor, new_tokens: int, min_new_tokens: int, eos: list[int], k: int = 5, alpha: float = 0.6
+) -> Tensor:
     """Of the k likeliest tokens, the one with the largest (1 - alpha) p - alpha (greatest cosine to an earlier state).
 
     Parameters
     ----------
     ids : [N, P] int64
+    min_new_tokens : before which end-of-text is not drawn
 
     Returns
     -------
-    [N, new_tokens] int64; end-of-text is not drawn.
+    [N, T] int64, T at most new_tokens; what follows an end-of-text token is of no meaning.
 
     Source: Su et al. 2022 (arXiv 2202.06417). Transformers 5 has it no more.
     """
@@ -155,11 +172,12 @@ def contrastive_search(model: Any, ids: Tensor, new_tokens: int, k: int = 5, alp
     forward: Callable[..., Any] = model.forward
     out = forward(ids, past_key_values=cache, use_cache=True, output_hidden_states=True)
     states, logits = out.hidden_states[-1], out.logits[:, -1]
-    eos = model.generation_config.eos_token_id
+    ends = torch.tensor(eos, device=ids.device)
     drawn: list[Tensor] = []
-    for _ in range(new_tokens):
-        if eos is not None:
-            logits[:, eos] = -torch.inf
+    running = torch.ones(n, dtype=torch.bool, device=ids.device)
+    for t in range(new_tokens):
+        if t < min_new_tokens:
+            logits[:, ends] = -torch.inf
         p, tokens = logits.float().softmax(-1).topk(k)
         cache.batch_repeat_interleave(k)
         out = forward(tokens.reshape(-1, 1), past_key_values=cache, use_cache=True, output_hidden_states=True)
@@ -167,6 +185,9 @@ def contrastive_search(model: Any, ids: Tensor, new_tokens: int, k: int = 5, alp
         cosine = torch.nn.functional.cosine_similarity(new[:, :, None].float(), states[:, None].float(), dim=-1)
         best = ((1 - alpha) * p - alpha * cosine.amax(-1)).argmax(1)
         drawn.append(tokens[rows, best])
+        running &= ~torch.isin(drawn[-1], ends)
+        if not running.any():
+            break
         states = torch.cat([states, new[rows, best][:, None]], dim=1)
         logits = out.logits[:, -1].reshape(n, k, -1)[rows, best]
         cache.batch_select_indices(rows * k + best)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from daemon_fast import metrics as metrics_module
 from daemon_fast.data.collect import collect, human_folder, saved_batch_size, scores
+from daemon_fast.data.exchanges import pair, read_exchanges
 from daemon_fast.data.formats import Format
 from daemon_fast.data.texts import Pairs, read_texts, split
 from daemon_fast.energy import Energy
@@ -70,6 +71,8 @@ class Domain:
     field: str = "text"
     candidates: Path | None = None
     format: Format | None = None
+    prompt_field: str | None = None  # prompts and responses in place of texts
+    response_field: str | None = None
 
 
 @dataclass(frozen=True)
@@ -109,10 +112,8 @@ class DomainData:
         known = self.energy.diagnostics
         self.ridge = known.ridge if known else 0.0  # of every refit
         fit_prefixes, fit_texts = (known.num_prefixes, known.num_targets) if known else (0, 0)
-        texts = read_texts(domain.data, domain.field, domain.format)
-        self.left_out, new_tokens = len(texts.problems), self.energy.proposal_settings.max_new_tokens
-        pairs = split(texts, tokenizer, options.prefix_tokens, new_tokens, None, options.seed)
         seen = max(fit_prefixes, fit_texts)
+        pairs = self._pairs(seen + options.sizes.held_out)
         self.to_fit_pairs, self.target_pairs = pairs[:fit_prefixes], pairs[:fit_texts]
         self.held_out_pairs = pairs[seen : seen + options.sizes.held_out]
         if (left := len(self.held_out_pairs)) < 2:
@@ -125,6 +126,19 @@ class DomainData:
         self.metrics += metrics_module.parse(more) if more else []
         self.names = metrics_module.column_names(self.metrics)
         self._human: dict[str, tuple[Candidates, Tensor]] = {}
+
+    def _pairs(self, limit: int) -> Pairs:
+        """As the fit took them: first those that it saw, then those that are held out."""
+        domain, settings, options = self.domain, self.energy.proposal_settings, self.options
+        shortest, longest = settings.min_new_tokens, settings.max_new_tokens
+        if domain.prompt_field is not None:
+            exchanges = read_exchanges(domain.data, domain.prompt_field, domain.response_field, domain.format)
+            self.left_out = len(exchanges.problems)
+            chat = self.energy.chat_template is not None
+            return pair(exchanges, self.tokenizer, longest, shortest, limit, options.seed, at_least=1, chat=chat)
+        texts = read_texts(domain.data, domain.field, domain.format)
+        self.left_out = len(texts.problems)
+        return split(texts, self.tokenizer, options.prefix_tokens, longest, None, options.seed)
 
     def proposal_with(self, **changes: Any) -> TransformersProposal:
         """The artefact's proposal, with some settings changed."""

@@ -173,7 +173,8 @@ def embed(
         return np.asarray(loaded.encode(proposal.detokenize(texts), show_progress_bar=False), dtype=np.float32)
     parts = []
     for start in range(0, len(texts), EMBEDDED):
-        rows = [torch.tensor(row) for row in texts[start : start + EMBEDDED]]
+        # An empty text is that of its end alone.
+        rows = [torch.tensor(row or proposal.eos_token_ids[:1]) for row in texts[start : start + EMBEDDED]]
         # Padding stands behind, where causal attention does not look.
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(proposal.model.device)
         states = proposal.model(ids, use_cache=False, output_hidden_states=True).hidden_states[-1]

@@ -38,6 +38,7 @@ class DomainReport:
     target_texts: int
     held_out: int
     left_out: int  # records that can't be used
+    min_new_tokens: int
     new_tokens: int
     verdict: list[str]  # sentences
     studies: dict[str, Any]  # what each that was asked for found, or `NotDone`
@@ -47,7 +48,11 @@ class DomainReport:
         return (
             f"mu is from the candidates of {self.fit_prefixes} prefixes and the means of {self.target_texts} human "
             f"texts, with a ridge of {self.ridge:g}. {self.held_out} prefixes are held out; continuations have "
-            f"{self.new_tokens} tokens."
+            + (
+                f"{self.new_tokens} tokens."
+                if self.min_new_tokens == self.new_tokens
+                else f"{self.min_new_tokens} to {self.new_tokens} tokens."
+            )
         )
 
 
@@ -121,6 +126,7 @@ def evaluate(
             target_texts=len(one.target_pairs),
             held_out=len(one.held_out_pairs),
             left_out=one.left_out,
+            min_new_tokens=one.energy.proposal_settings.min_new_tokens,
             new_tokens=one.energy.proposal_settings.max_new_tokens,
             verdict=verdict,
             studies=studies,

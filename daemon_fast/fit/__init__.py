@@ -98,6 +98,7 @@ class FitResult:
         base: Base = "proposal",
         seed: int = 0,
         num_targets: int | None = None,
+        chat_template: str | None = None,
     ) -> Energy:
         """The artefact.
 
@@ -108,6 +109,7 @@ class FitResult:
         base : what the base log-weights say is tilted
         seed : that drew the candidates
         num_targets : how many human texts gave the targets; default: as many as prefixes
+        chat_template : fingerprint of the template that made the prompts from chats; None: they were texts
         """
         interval = self.confidence_interval
         return Energy(
@@ -117,6 +119,7 @@ class FitResult:
             proposal_settings=proposal_settings,
             normalization=self.normalization,
             draw=self.draw,
+            chat_template=chat_template,
             base=base,
             diagnostics=Diagnostics(
                 ridge=self.ridge,

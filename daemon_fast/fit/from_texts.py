@@ -1,4 +1,4 @@
-"""A fit to human texts: prefixes and continuations, candidates, metrics, mu."""
+"""A fit to human text: prefixes and continuations or prompts and responses, candidates, metrics, mu."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, TypeGuard, get_args
 
 import torch
 from torch import Tensor
 
 from daemon_fast import metrics as metrics_module
 from daemon_fast.data.collect import batches, human_folder, kept, scores
+from daemon_fast.data.exchanges import pair
 from daemon_fast.data.texts import Pairs, read_texts, split
 from daemon_fast.decode import LOW_ESS
 from daemon_fast.energy import Base, Energy
@@ -41,6 +42,9 @@ from daemon_fast.seeds import check_seed
 
 __all__ = ["Measured", "Plan", "fit_energy", "is_low", "measure", "prepare"]
 
+# Texts; prompts with responses, in any form that `as_exchange` reads; token ids of both
+Human = Sequence[str] | Sequence[Any] | Pairs
+
 ROUNDING = 1e-6  # relative, of float32 metrics: what differs by less is the same
 REUSED = (
     "a fit with other metrics, ridge, normalization or base reuses them; another M, seed or number of prefixes needs "
@@ -50,13 +54,14 @@ REUSED = (
 
 def fit_energy(
     proposal: Proposal,
-    human: str | os.PathLike[str] | Sequence[str] | Pairs,
-    metrics: Sequence[str | Metric | Function] = metrics_module.DEFAULT,
+    human: str | os.PathLike[str] | Human,
+    metrics: Sequence[str | Metric | Function] | None = None,
     *,
     encoder: Encoder | str = DEFAULT_ENCODER,
     num_prefixes: int = 96,
     num_targets: int | None = None,
     prefix_tokens: int = 32,
+    chat: bool | None = None,
     normalization: Normalization = "per_prefix",
     draw: Draw = "sir",
     base: Base = "proposal",
@@ -70,18 +75,24 @@ def fit_energy(
     """Fit an artefact: the proposal, tilted, then has the expected metrics of human text.
 
     Each human text is cut into a prefix and a continuation as long as the proposal's; the proposal continues the
-    prefixes; mu is what makes the candidates' expected metrics those of the human continuations.
+    prefixes; mu is what makes the candidates' expected metrics those of the human continuations. Of prompts with
+    responses nothing is cut, but what is longer than the proposal's `max_new_tokens`: the proposal answers the prompts,
+    and answers end by themselves.
 
     Parameters
     ----------
     proposal : draws the candidates: M of `max_new_tokens` tokens at most, for each prefix
-    human : texts; or a file or embedded collection, see `daemon_fast.data.texts.read_texts`; or prefixes and
-        continuations, `Pairs`, of which all are used unless num_prefixes and num_targets say less
-    metrics : names, metric objects and functions, see `daemon_fast.metrics.parse`
+    human : texts; or a file or embedded collection, see `daemon_fast.data.texts.read_texts`; or prompts and responses,
+        see `daemon_fast.data.exchanges.as_exchange`: chats (lists of messages, the last of them the assistant's),
+        records with a prompt and a response, or pairs of both; or token ids, `Pairs`, of which all are used unless
+        num_prefixes and num_targets say less
+    metrics : names, metric objects and functions, see `daemon_fast.metrics.parse`; default: `metrics.DEFAULT`, and of
+        prompts and responses `metrics.OF_RESPONSES`
     encoder : for `coh`, a sentence-transformers model, or its id, path or embedded name
     num_prefixes : N, of which candidates are drawn
     num_targets : human continuations that give the targets; default: those of the prefixes
     prefix_tokens : where texts are cut
+    chat : whether a prompt that is a text is a user's message, in the tokenizer's chat template; default: if it has one
     normalization, draw, ridge, bootstrap : see `daemon_fast.fit`
     base : "proposal": that is tilted, as in the paper; "model": p_theta at temperature 1 is
     spread : names among the metrics, whose squares and products are to have human means, too: see `metrics.Spread`
@@ -114,7 +125,7 @@ def fit_energy(
     >>> fit_energy(proposal, "wikipedia", ["sr_2", "sr_4", "nats"]).save("energy.json")
     """
     problems = Problems()
-    texts: Sequence[str] | Pairs | None = None
+    texts: Human | None = None
     with problems:
         texts = read_texts(human) if isinstance(human, str | os.PathLike) else human
     sampling, tokenizer = proposal.settings, None if isinstance(human, Pairs) else proposal.tokenizer
@@ -123,18 +134,31 @@ def fit_energy(
             InvalidInput("human texts need a proposal with a tokenizer; without one, give Pairs of token ids")
         )
     plan = prepare(
-        problems, texts, tokenizer, metrics, sampling.num_candidates, sampling.max_new_tokens,
-        encoder=encoder, num_prefixes=num_prefixes, num_targets=num_targets, prefix_tokens=prefix_tokens,
+        problems, texts, tokenizer, metrics, sampling.num_candidates, sampling.max_new_tokens, sampling.min_new_tokens,
+        encoder=encoder, num_prefixes=num_prefixes, num_targets=num_targets, prefix_tokens=prefix_tokens, chat=chat,
         normalization=normalization, draw=draw, base=base, spread=spread, ridge=ridge, bootstrap=bootstrap,
         seed=seed, batch_size=batch_size, directory=directory,
     )  # fmt: skip
+    _check_ends(plan.human, tokenizer, proposal)
     measured = measure(
         proposal, plan.pairs, plan.metrics, targets=plan.targets, base=base, seed=seed, batch_size=batch_size,
         directory=directory,
     )  # fmt: skip
     with kept(directory, REUSED):
         result, fitted = _fitted(measured, plan.metrics, spread, normalization, draw, ridge, bootstrap, seed)
-    return result.energy(fitted, proposal.settings, base, seed, len(plan.targets))
+    return result.energy(fitted, proposal.settings, base, seed, len(plan.targets), plan.pairs.chat_template)
+
+
+def _check_ends(human: Pairs, tokenizer: Any, proposal: Proposal) -> None:
+    """That what ends human responses is what ends the proposal's: else each would have a token that candidates lack."""
+    if tokenizer is None:
+        return
+    last = {row[-1] for row in human.continuations} & set(tokenizer.all_special_ids)
+    if last and (others := sorted(last - set(proposal.eos_token_ids))):
+        raise InvalidInput(
+            f"responses end with {tokenizer.decode(others[:1])!r}, token {others[0]}, which ends no text of the "
+            f"proposal's: its eos_token_ids are {list(proposal.eos_token_ids)}"
+        )
 
 
 class Plan(NamedTuple):
@@ -152,16 +176,18 @@ class Plan(NamedTuple):
 
 def prepare(
     problems: Problems,
-    human: Sequence[str] | Pairs | None,
+    human: Human | None,
     tokenizer: Any,
-    metrics: Sequence[str | Metric | Function],
+    metrics: Sequence[str | Metric | Function] | None,
     num_candidates: int,
     new_tokens: int,
+    min_new_tokens: int | None = None,
     *,
     encoder: Encoder | str = DEFAULT_ENCODER,
     num_prefixes: int = 96,
     num_targets: int | None = None,
     prefix_tokens: int = 32,
+    chat: bool | None = None,
     normalization: Normalization = "per_prefix",
     draw: Draw = "sir",
     base: Base = "proposal",
@@ -177,9 +203,9 @@ def prepare(
     Parameters
     ----------
     problems : found before; what is wrong here is reported together with them
-    human : texts or pairs, or None if a problem tells why there are none
+    human : texts, prompts with responses, or pairs; or None if a problem tells why there are none
     tokenizer : or None if there is none
-    num_candidates, new_tokens : of the proposal
+    num_candidates, new_tokens, min_new_tokens : of the proposal
 
     Raises
     ------
@@ -207,6 +233,9 @@ def prepare(
             problems.found.append(InvalidInput(f"{name} = {value!r} must be one of {', '.join(get_args(options))}"))
     with problems:
         check_draw(draw, normalization)
+    responses = _are_exchanges(human)
+    if metrics is None:
+        metrics = metrics_module.OF_RESPONSES if responses else metrics_module.DEFAULT
     parsed: list[Metric] = []
     with problems:
         parsed = metrics_module.parse(metrics, encoder)
@@ -242,10 +271,20 @@ def prepare(
     with problems:
         if isinstance(human, Pairs):
             pairs = human
-        elif human is not None and tokenizer is not None and min(num_prefixes, prefix_tokens, new_tokens, texts) >= 1:
+        elif human is None or tokenizer is None or min(num_prefixes, prefix_tokens, new_tokens, texts) < 1:
+            pass  # a problem says so
+        elif responses:
+            limit = max(num_prefixes, texts)
+            pairs = pair(human, tokenizer, new_tokens, min_new_tokens or 0, limit, seed, chat=chat)
+        else:
             pairs = split(human, tokenizer, prefix_tokens, new_tokens, max(num_prefixes, texts), seed)
     problems.report()
     return Plan(parsed, pairs[:num_prefixes], pairs[:texts])
+
+
+def _are_exchanges(human: Human | None) -> TypeGuard[Sequence[Any]]:
+    """Whether these are prompts with responses, and not texts."""
+    return human is not None and not isinstance(human, Pairs) and len(human) > 0 and not isinstance(human[0], str)
 
 
 class Measured(NamedTuple):

@@ -8,10 +8,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from daemon_fast.errors import InvalidInput, Problems
-from daemon_fast.proposals.candidates import Candidates
+from daemon_fast.proposals.candidates import TAIL, Candidates
+from daemon_fast.proposals.chat import (
+    Message,
+    Messages,
+    as_messages,
+    chat_ids,
+    check_text,
+    end_of_answer,
+    is_chat,
+)
 
 __all__ = [
     "Prefix",
@@ -19,7 +29,9 @@ __all__ = [
     "Proposal",
     "ProposalSettings",
     "as_list",
+    "ends",
     "eos_token_ids",
+    "ids_behind",
     "prompt_ids",
     "seed_of_each",
     "token_ids",
@@ -27,7 +39,8 @@ __all__ = [
     "vocabulary_fingerprint",
 ]
 
-Prefix = str | Sequence[int]
+# A text or token ids to continue, or a chat to answer
+Prefix = str | Sequence[int] | Sequence[Message]
 Prefixes = Prefix | Sequence[Prefix] | Tensor  # one, or several; a tensor of ids is [P] or [N, P]
 
 
@@ -101,15 +114,17 @@ class Proposal(Protocol):
     ----------
     settings : how
     tokenizer : of Transformers; or None if prefixes are token ids, and there are no texts
+    eos_token_ids : the tokens that end a text
     """
 
     settings: ProposalSettings
     tokenizer: Any
+    eos_token_ids: list[int]
 
     def propose(self, prefixes: Sequence[Prefix], seed: int | Sequence[int]) -> Candidates:
         """M candidates of each prefix; the same seed gives the same ones again.
 
-        A string, a flat list of token ids or a tensor [P] is one prefix.
+        A string, a flat list of token ids, a tensor [P] or a list of messages (a chat, to answer) is one prefix.
 
         Parameters
         ----------
@@ -119,7 +134,7 @@ class Proposal(Protocol):
         Raises
         ------
         InvalidInput
-            No prefixes, an empty one, one too long for the model's context, or what is neither text nor token ids; not
+            No prefixes, an empty one, one too long for the model's context, or what is no text, token ids or chat; not
             as many seeds as prefixes.
         """
         ...
@@ -133,24 +148,36 @@ class Proposal(Protocol):
         ...
 
     def score(self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> Candidates:
-        """Given continuations, one of each prefix, with the log-probabilities that the model gives them (M = 1)."""
+        """Given continuations, one of each prefix, with the log-probabilities that the model gives them (M = 1).
+
+        A continuation that ended has the end-of-text token as its last.
+        """
         ...
 
 
-def as_list(prefixes: Prefixes) -> list[str | list[int]]:
-    """The prefixes one by one: a string, a flat list of token ids or a tensor [P] is one, a tensor [N, P] is N.
+def as_list(prefixes: Prefixes) -> list[str | list[int] | Messages]:
+    """The prefixes one by one: a string, a flat list of token ids, a tensor [P] or a list of messages is one; a tensor
+    [N, P] is N.
 
     Raises
     ------
     InvalidInput
-        What is neither text nor token ids: chat messages, dictionaries, floats, booleans, None.
+        What is no text, token ids or chat: dictionaries, floats, booleans, None.
     """
     if isinstance(prefixes, str):
         return [prefixes]
-    items = _items(prefixes, "prefixes", "a string, a list of token ids, or a list of these")
+    items = _items(prefixes, "prefixes", "a string, a list of token ids, a chat, or a list of these")
+    if is_chat(items):
+        return [as_messages(items, "prefix 0")]
     if items and not any(map(_holds_items, items)):
         return [token_ids(items, "prefixes")]
-    return [item if isinstance(item, str) else token_ids(item, f"prefix {i}") for i, item in enumerate(items)]
+    return [_one(item, f"prefix {i}") for i, item in enumerate(items)]
+
+
+def _one(item: Any, name: str) -> str | list[int] | Messages:
+    if isinstance(item, str):
+        return item
+    return as_messages(item, name) if is_chat(item) else token_ids(item, name)
 
 
 def token_ids(ids: Iterable[Any], name: str) -> list[int]:
@@ -187,12 +214,9 @@ def _holds_items(value: Any) -> bool:
 
 
 def _refuse_mapping(value: Mapping[Any, Any], name: str) -> None:
-    if "role" in value:
-        raise InvalidInput(
-            f"{name} has a chat message, role {value['role']!r}: give the token ids of "
-            "tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)"
-        )
-    hint = ": give its ['input_ids']" if "input_ids" in value else ""
+    hints = {"role": ": a chat is a list of messages", "messages": ": give its ['messages']"}
+    hints["input_ids"] = ": give its ['input_ids']"
+    hint = next((hint for key, hint in hints.items() if key in value), "")
     raise InvalidInput(f"{name} has a {type(value).__name__} in place of a text or token ids{hint}")
 
 
@@ -203,25 +227,22 @@ def tokenize(
 
     Parameters
     ----------
-    prefixes : strings or lists of token ids, or one of them (see `as_list`)
+    prefixes : strings, lists of token ids or chats, or one of them (see `as_list`)
     tokenizer : a Transformers tokenizer, or None if all prefixes are token ids
     context : tokens that the model can hold; None: any number
 
     Raises
     ------
     InvalidInput
-        No prefixes, an empty one, one too long, a token outside the vocabulary, or what is neither text nor token ids.
+        No prefixes, an empty one, one too long, a token outside the vocabulary, a chat that the tokenizer's template
+        refuses, or what is no text, token ids or chat.
     """
     listed = as_list(prefixes)
     if len(listed) == 0:
         raise InvalidInput("there are no prefixes")
-    if any(isinstance(prefix, str) for prefix in listed) and tokenizer is None:
-        raise InvalidInput("a prefix is a string, and this proposal was made without a tokenizer: give token ids")
     rows = []
     for i, prefix in enumerate(listed):
-        if isinstance(prefix, str):
-            check_text(prefix, f"prefix {i}")
-        row = prompt_ids(prefix, tokenizer) if isinstance(prefix, str) else prefix
+        row = _ids(prefix, tokenizer, f"prefix {i}")
         rows.append(row)
         if not row:
             raise InvalidInput(f"prefix {i} is empty: a language model needs at least one token to continue")
@@ -251,19 +272,15 @@ def seed_of_each(seed: int | Sequence[int], num_prefixes: int) -> list[tuple[int
     return [(own, 0) for own in seed]
 
 
-def check_text(text: str, name: str) -> None:
-    """That a string is text: a lone surrogate, half of a character, is one that no tokenizer reads.
-
-    Raises
-    ------
-    InvalidInput
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidInput(
-            f"{name} has the lone surrogate {text[error.start]!r} at position {error.start}: half a character"
-        ) from error
+def _ids(prefix: str | list[int] | Messages, tokenizer: Any, name: str) -> list[int]:
+    chat = is_chat(prefix)
+    if tokenizer is None and (chat or isinstance(prefix, str)):
+        kind = "chat" if chat else "string"
+        raise InvalidInput(f"{name} is a {kind}, and this proposal was made without a tokenizer: give token ids")
+    if isinstance(prefix, str):
+        check_text(prefix, name)
+        return prompt_ids(prefix, tokenizer)
+    return chat_ids(as_messages(prefix, name), tokenizer, name) if chat else token_ids(prefix, name)
 
 
 def prompt_ids(text: str, tokenizer: Any) -> list[int]:
@@ -279,10 +296,34 @@ def prompt_ids(text: str, tokenizer: Any) -> list[int]:
     return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
 
 
+def ids_behind(prefix: Sequence[int], text: str, tokenizer: Any) -> list[int]:
+    """Token ids of a text that follows a prefix: alone, some tokenizers would put a space before it."""
+
+    def ids(of: str) -> list[int]:
+        found: list[int] = tokenizer(of, add_special_tokens=False)["input_ids"]
+        return found
+
+    for before in (tokenizer.decode(list(prefix[-TAIL:]), skip_special_tokens=True), "\n", "."):
+        first, both = ids(before), ids(before + text)
+        if both[: len(first)] == first:
+            return both[len(first) :]
+    return ids(text)
+
+
 def eos_token_ids(configured: int | Sequence[int] | None, tokenizer: Any) -> list[int]:
-    """The tokens that end a text: those of the model's generation config, else the tokenizer's."""
+    """The tokens that end a text: those of the model's generation config, else the tokenizer's; and the one by which
+    the tokenizer's chat template ends an answer, which some configs lack."""
     ids = getattr(tokenizer, "eos_token_id", None) if configured is None else configured
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    known = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    end = None if tokenizer is None else end_of_answer(tokenizer)
+    return known if end is None or end in known else [*known, end]
+
+
+def ends(rows: Sequence[Sequence[int]], eos: Sequence[int], count_eos: bool) -> tuple[Tensor, Tensor]:
+    """[R] bool, which rows of what was drawn end with an end-of-text token; [R] int64, how many of its tokens count."""
+    ended = torch.tensor([len(row) > 0 and row[-1] in eos for row in rows], dtype=torch.bool)
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+    return ended, lengths if count_eos else lengths - ended.long()
 
 
 def vocabulary_fingerprint(tokenizer: Any) -> str:

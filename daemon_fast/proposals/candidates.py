@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -35,6 +35,8 @@ class Candidates:
         The same under the proposal that drew them.
     prefix_tokens : N lists of token ids
     detokenize : turns lists of token ids into texts
+    ended : [R] bool, or None
+        Whether an end-of-text token ended it; one that was cut at the maximum length has not ended. None: not known.
     """
 
     tokens: Tensor
@@ -43,6 +45,7 @@ class Candidates:
     token_log_q: Tensor
     prefix_tokens: list[list[int]]
     detokenize: Detokenize
+    ended: Tensor | None = None
 
     def __post_init__(self) -> None:
         rows, n = self.tokens.shape[0], len(self.prefix_tokens)
@@ -53,8 +56,10 @@ class Candidates:
                 raise InvalidInput(
                     f"{name} has shape {list(getattr(self, name).shape)}, tokens has {list(self.tokens.shape)}"
                 )
-        if self.lengths.shape != (rows,):
-            raise InvalidInput(f"lengths has shape {list(self.lengths.shape)}, expected [{rows}]")
+        for name in ("lengths", "ended"):
+            value = getattr(self, name)
+            if value is not None and value.shape != (rows,):
+                raise InvalidInput(f"{name} has shape {list(value.shape)}, expected [{rows}]")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -64,7 +69,7 @@ class Candidates:
 
     @property
     def log_p(self) -> Tensor:
-        """[N, M] float64: log p_theta(continuation | prefix) at temperature 1."""
+        """[N, M] float64: log p_theta(continuation | prefix) at temperature 1, that of its end-of-text included."""
         return self.token_log_p.double().sum(-1).reshape(self.shape)
 
     @property
@@ -85,13 +90,18 @@ class Candidates:
         return log_q
 
     def of_prefix(self, i: int) -> Candidates:
-        """Those of one prefix, which keeps its M rows."""
+        """Those of one prefix."""
         m = self.shape[1]
         rows = slice(i * m, (i + 1) * m)
-        return Candidates(
-            self.tokens[rows], self.lengths[rows], self.token_log_p[rows], self.token_log_q[rows],
-            self.prefix_tokens[i : i + 1], self.detokenize,
-        )  # fmt: skip
+        return replace(
+            self,
+            tokens=self.tokens[rows],
+            lengths=self.lengths[rows],
+            token_log_p=self.token_log_p[rows],
+            token_log_q=self.token_log_q[rows],
+            prefix_tokens=self.prefix_tokens[i : i + 1],
+            ended=None if self.ended is None else self.ended[rows],
+        )
 
     @cached_property
     def texts(self) -> list[str]:
@@ -116,24 +126,31 @@ class Candidates:
         lengths: Sequence[int],
         prefix_tokens: list[list[int]],
         detokenize: Detokenize,
+        ended: Sequence[bool] | None = None,
     ) -> Candidates:
         """From R lists of what each candidate drew, an end-of-text token that doesn't count included.
 
-        log_p, log_q : None where the engine doesn't tell
+        log_p, log_q, ended : None where the engine doesn't tell. Of an empty row they are not known: what ended it is
+            not among its tokens
         """
-        width = max(map(len, rows))
+        width = max(1, *map(len, rows))
 
         def padded(lists: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
             return torch.tensor([[*row, *[0] * (width - len(row))] for row in lists], dtype=dtype)
 
-        unknown = torch.full((len(rows), width), torch.nan)
+        def log_probs(lists: Sequence[Sequence[float]] | None) -> Tensor:
+            if lists is None:
+                return torch.full((len(rows), width), torch.nan)
+            return padded([row or [torch.nan] for row in lists], torch.float32)
+
         return Candidates(
             tokens=padded(rows, torch.int64),
             lengths=torch.tensor(lengths, dtype=torch.int64),
-            token_log_p=unknown if log_p is None else padded(log_p, torch.float32),
-            token_log_q=unknown if log_q is None else padded(log_q, torch.float32),
+            token_log_p=log_probs(log_p),
+            token_log_q=log_probs(log_q),
             prefix_tokens=prefix_tokens,
             detokenize=detokenize,
+            ended=None if ended is None else torch.tensor(ended, dtype=torch.bool),
         )
 
     @staticmethod
@@ -147,6 +164,7 @@ class Candidates:
             columns = [getattr(part, name) for part in parts]
             return torch.cat([torch.nn.functional.pad(c, (0, width - c.shape[1])) for c in columns])
 
+        known = [part.ended for part in parts if part.ended is not None]
         return Candidates(
             tokens=join("tokens"),
             lengths=torch.cat([part.lengths for part in parts]),
@@ -154,6 +172,7 @@ class Candidates:
             token_log_q=join("token_log_q"),
             prefix_tokens=[prefix for part in parts for prefix in part.prefix_tokens],
             detokenize=parts[0].detokenize,
+            ended=torch.cat(known) if len(known) == len(parts) else None,
         )
 
 

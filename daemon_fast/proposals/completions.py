@@ -16,8 +16,8 @@ from math import nan
 from typing import Any
 
 from daemon_fast.errors import EngineError
-from daemon_fast.proposals.base import ProposalSettings
-from daemon_fast.proposals.candidates import BROKEN, TAIL
+from daemon_fast.proposals.base import ProposalSettings, ids_behind
+from daemon_fast.proposals.candidates import BROKEN
 
 __all__ = [
     "Drawn",
@@ -66,6 +66,7 @@ class Drawn:
     tokens : an end-of-text token that doesn't count included
     log_p : None where unknown
     text : as the server gives it, if it does
+    ended : whether end-of-text ended it
     from_text : whether tokens are those of the text tokenized again
     end_unknown : whether nothing tells how it ended
     """
@@ -73,6 +74,7 @@ class Drawn:
     tokens: list[int]
     log_p: list[float] | None
     length: int
+    ended: bool
     text: str | None
     from_text: bool
     end_unknown: bool
@@ -180,9 +182,10 @@ class Reader:
                 f"an end-of-text token nor max_tokens = {s.max_new_tokens} ended it"
             )
         self._check_minimum(len(tokens) - ended, s.min_new_tokens if ended or not full else 0)
+        stopped = ended or reason in ENDED
         tokens, ended = self._with_end(tokens, log_p, reason in ENDED, ended)
         shown = text if isinstance(text, str) else None
-        return Drawn(tokens, _fitting(log_p, tokens), self._length(tokens, ended), shown, False, False)
+        return Drawn(tokens, _fitting(log_p, tokens), self._length(tokens, ended), stopped, shown, False, False)
 
     def _of_text(
         self, choice: dict[str, Any], prefix: Sequence[int], log_p: list[float] | None, reason: str | None
@@ -198,7 +201,7 @@ class Reader:
                 f"{self.url} ended a candidate with finish_reason = {reason!r}, and gives no token ids that would tell "
                 "whether it is whole"
             )
-        tokens = self.tokens_behind(prefix, text)
+        tokens = ids_behind(prefix, text, self.tokenizer)
         # Log-probabilities count the tokens that were drawn, a token that ended the candidate mostly included.
         drawn = len(tokens) if log_p is None else len(log_p)
         slack = DRIFT * s.max_new_tokens + DRIFT_TOKENS if log_p is None else s.max_new_tokens
@@ -217,7 +220,7 @@ class Reader:
         tokens = tokens[: s.max_new_tokens]
         ended = stopped and bool(tokens) and self._ends(tokens[-1])
         tokens, ended = self._with_end(tokens, log_p, stopped, ended)
-        return Drawn(tokens, _fitting(log_p, tokens), self._length(tokens, ended), text, True, reason is None)
+        return Drawn(tokens, _fitting(log_p, tokens), self._length(tokens, ended), stopped, text, True, reason is None)
 
     def _with_end(
         self, tokens: list[int], log_p: list[float] | None, stopped: bool, ended: bool
@@ -247,19 +250,6 @@ class Reader:
     def _special(self) -> set[int]:
         added = self.tokenizer.added_tokens_decoder.items()
         return {*self.tokenizer.all_special_ids, *(i for i, token in added if token.special)}
-
-    def tokens_behind(self, prefix: Sequence[int], text: str) -> list[int]:
-        """Token ids of a text that follows a prefix: alone, some tokenizers would put a space before it."""
-
-        def ids(of: str) -> list[int]:
-            found: list[int] = self.tokenizer(of, add_special_tokens=False)["input_ids"]
-            return found
-
-        for before in (self.tokenizer.decode(list(prefix[-TAIL:]), skip_special_tokens=True), "\n", "."):
-            first, both = ids(before), ids(before + text)
-            if both[: len(first)] == first:
-                return both[len(first) :]
-        return ids(text)
 
 
 def choices_of(reply: dict[str, Any]) -> list[dict[str, Any]]:

@@ -28,6 +28,8 @@ from daemon_fast.models import load_tokenizer
 from daemon_fast.proposals.base import (
     Prefix,
     ProposalSettings,
+    ends,
+    eos_token_ids,
     prompt_ids,
     seed_of_each,
     tokenize,
@@ -199,6 +201,7 @@ class ServerProposal:
         self._max_in_flight, self._max_retries = max_in_flight, max_retries
         self.tokenizer = load_tokenizer(model_id)
         self.settings = ProposalSettings(model_id, vocabulary_fingerprint(self.tokenizer), **settings)
+        self.eos_token_ids = eos_token_ids(None, self.tokenizer)
         self._vocabulary = 1 + max(self.tokenizer.get_vocab().values())
         self._reader = Reader(base_url, self.tokenizer, self._vocabulary, self.settings, log_probs)
         self._client = openai.OpenAI(
@@ -279,8 +282,9 @@ class ServerProposal:
         self._check_vocabulary(drawn[0])
         self._tell(rows)
         log_p = [row.log_p or [nan] * len(row.tokens) for row in rows] if self._log_probs else None
-        lengths = [row.length for row in rows]
-        return self._candidates([row.tokens for row in rows], log_p, lengths, prefix_tokens)
+        lengths, ended = [row.length for row in rows], [row.ended for row in rows]
+        known = None if any(row.end_unknown for row in rows) else ended
+        return self._candidates([row.tokens for row in rows], log_p, lengths, prefix_tokens, known)
 
     def _text(self, prompt: _Prompt) -> str | None:
         """What is sent where token ids are refused: a text of the same tokens; None if there is none."""
@@ -380,7 +384,8 @@ class ServerProposal:
 
         Parameters
         ----------
-        prefixes, continuations : N lists of token ids each, none empty
+        prefixes, continuations : N lists of token ids each, none empty; a continuation that ended has the end-of-text
+            token as its last
 
         Returns
         -------
@@ -424,7 +429,8 @@ class ServerProposal:
         for reason in [result for result in results if isinstance(result, str)][:1]:
             self._warn(f"given texts have no log-probabilities: {reason}", stacklevel=3)
         known = log_p if len(log_p) == len(rows) else None
-        return self._candidates(rows, known, [len(row) for row in rows], prefix_tokens)
+        ended, lengths = ends(rows, self.eos_token_ids, self.settings.count_eos)
+        return self._candidates(rows, known, lengths.tolist(), prefix_tokens, ended.tolist())
 
     def _candidates(
         self,
@@ -432,11 +438,12 @@ class ServerProposal:
         log_p: list[list[float]] | None,
         lengths: list[int],
         prefix_tokens: list[list[int]],
+        ended: list[bool] | None,
     ) -> Candidates:
         s = self.settings
         is_model = (s.temperature, s.top_k, s.top_p, s.min_p, s.min_new_tokens) == (1, 0, 1, 0, 0)
         log_q = log_p if is_model else None
-        return Candidates.from_rows(rows, log_p, log_q, lengths, prefix_tokens, self.detokenize)
+        return Candidates.from_rows(rows, log_p, log_q, lengths, prefix_tokens, self.detokenize, ended)
 
     def _draw(self, prompt: _Prompt, n: int, seed: int) -> list[dict[str, Any]]:
         """Choices drawn as the settings say, n at most."""

@@ -21,7 +21,14 @@ from daemon_fast.errors import InvalidInput
 from daemon_fast.memory import check_candidates
 from daemon_fast.models import DEFAULT_MODEL, load_language_model
 from daemon_fast.proposals import base
-from daemon_fast.proposals.base import Prefix, ProposalSettings, seed_of_each, tokenize, vocabulary_fingerprint
+from daemon_fast.proposals.base import (
+    Prefix,
+    ProposalSettings,
+    ends,
+    seed_of_each,
+    tokenize,
+    vocabulary_fingerprint,
+)
 from daemon_fast.proposals.candidates import Candidates
 from daemon_fast.proposals.prompt_cache import Prompts, SharedPromptCache, bytes_of, cache_for, process, way_of
 from daemon_fast.proposals.twin import Twin, context_of, device_of, rope_switch, text_config, unwrapped
@@ -43,7 +50,8 @@ class TransformersProposal:
         used in evaluation mode, without gradient checkpointing, and left as it is.
     tokenizer : its tokenizer, or None if prefixes are given as token ids (then there are no texts)
     model_id : recorded in artefacts; default: the model's own
-    eos_token_ids : default: those of the model's generation config, or the tokenizer's
+    eos_token_ids : default: those of the model's generation config, or the tokenizer's; and the one by which its chat
+        template ends an answer
     **settings : the fields of `ProposalSettings`
 
     Attributes
@@ -75,6 +83,7 @@ class TransformersProposal:
         eos = list(eos_token_ids)
         if bad := [i for i in eos if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < size]:
             raise InvalidInput(f"eos_token_ids has {bad[0]!r}: it must be token ids from 0 to {size - 1}")
+        self.eos_token_ids = eos
         self._sampler = _Sampler(
             self.settings, torch.tensor(eos, dtype=torch.int64, device=device_of(unwrapped(model)))
         )
@@ -128,7 +137,7 @@ class TransformersProposal:
 
         Parameters
         ----------
-        prefixes : N strings or lists of token ids
+        prefixes : N strings, lists of token ids or chats
         seed : of all random numbers; the same seed gives the same ones again. Or N seeds, one of each prefix: it gets
             the random numbers that it would get alone. Its candidates are those then, too, but where a logit that was
             rounded otherwise in the larger batch turns a draw.
@@ -153,7 +162,8 @@ class TransformersProposal:
             batch = _Batch(self._sampler, model, prompts, state)
         if model.device.type == "cuda":
             self._batch = batch
-        return Candidates(*batch.run(model, prompts, seed), prompts.tokens, self.detokenize)
+        drawn, ended = batch.run(model, prompts, seed)
+        return Candidates(*drawn, prompts.tokens, self.detokenize, ended)
 
     @torch.inference_mode()
     def score(self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> Candidates:
@@ -161,7 +171,8 @@ class TransformersProposal:
 
         Parameters
         ----------
-        prefixes, continuations : N lists of token ids each, none empty
+        prefixes, continuations : N lists of token ids each, none empty; a continuation that ended has the end-of-text
+            token as its last, which counts towards its length as it does for candidates
 
         Returns
         -------
@@ -188,8 +199,8 @@ class TransformersProposal:
                 if bad := [token for token in row if not 0 <= token < size]:
                     raise InvalidInput(f"{name} {i} has token {bad[0]}, outside the vocabulary of {size}")
         rows = [p + list(map(int, c)) for p, c in zip(prefix_tokens, continuations, strict=True)]
-        lengths = torch.tensor([len(c) for c in continuations])
-        shape = len(rows), int(lengths.max())
+        ended, lengths = ends(continuations, self.eos_token_ids, self.settings.count_eos)
+        shape = len(rows), max(map(len, continuations))
         tokens, log_p, log_q = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape), torch.zeros(shape)
         batch_size = max(1, SCORE_TOKENS // max(map(len, rows)))
         for begin in range(0, len(rows), batch_size):
@@ -203,7 +214,7 @@ class TransformersProposal:
                 own = logits[i - begin, start - 1 : start - 1 + n].float()
                 step_p, step_q = self._sampler.log_probs(own, min(n, self.settings.min_new_tokens), ids)
                 tokens[i, :n], log_p[i, :n], log_q[i, :n] = ids.cpu(), step_p.cpu(), step_q.cpu()
-        return Candidates(tokens, lengths, log_p, log_q, prefix_tokens, self.detokenize)
+        return Candidates(tokens, lengths, log_p, log_q, prefix_tokens, self.detokenize, ended)
 
 
 class _Sampler:
@@ -272,8 +283,10 @@ class _Batch:
         """Whether it can draw candidates of these, too."""
         return isinstance(self._cache, SharedPromptCache) and self._cache.suits(prompts)
 
-    def run(self, model: Twin, prompts: Prompts, seed: int | Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Tokens [R, T], lengths [R], log p and log q [R, T] of what it draws."""
+    def run(
+        self, model: Twin, prompts: Prompts, seed: int | Sequence[int]
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """Tokens [R, T], lengths [R], log p and log q [R, T] of what it draws; and which [R] have ended."""
         s, device = self._sampler.settings, self._slot.device
         self._cache.load(model, prompts)
         # Drawn on the host, so that a seed means the same on every device.
@@ -296,7 +309,7 @@ class _Batch:
         if device.type != "cpu":
             self._check_drawn()
         tokens, log_p, log_q = (x.T.contiguous() for x in (self._tokens, self._log_p, self._log_q))
-        return tokens, self._lengths.clone(), log_p, log_q
+        return (tokens, self._lengths.clone(), log_p, log_q), ~self._running
 
     def _check_drawn(self) -> None:
         """On the CPU `sample_tokens` itself raises; elsewhere it can only mark what it drew."""

@@ -14,6 +14,7 @@ from daemon_fast.models import DEFAULT_MODEL, dequantise, load_tokenizer
 from daemon_fast.proposals.base import (
     Prefix,
     ProposalSettings,
+    ends,
     eos_token_ids,
     seed_of_each,
     tokenize,
@@ -59,7 +60,7 @@ class VLLMProposal:
         self.llm, self.tokenizer = llm, llm.get_tokenizer()
         vocabulary = vocabulary_fingerprint(self.tokenizer)
         self.settings = ProposalSettings(model_id or config.model, vocabulary, **settings)
-        self._eos = eos_token_ids(config.try_get_generation_config().get("eos_token_id"), self.tokenizer)
+        self.eos_token_ids = eos_token_ids(config.try_get_generation_config().get("eos_token_id"), self.tokenizer)
 
     @classmethod
     def load(
@@ -124,7 +125,7 @@ class VLLMProposal:
 
         Parameters
         ----------
-        prefixes : N strings or lists of token ids
+        prefixes : N strings, lists of token ids or chats
         seed : of all random numbers; the same seed gives the same ones again, as far as vLLM, which batches
             requests as they come, rounds the same way; or N seeds, one of each prefix
 
@@ -137,7 +138,7 @@ class VLLMProposal:
         s, prefix_tokens = self.settings, self.tokenize(prefixes)
         check_candidates(s, len(prefix_tokens))
         knows_q = self._draws_from_the_model()
-        barred = {*self._eos, self.tokenizer.eos_token_id} - {None} if knows_q and s.min_new_tokens else set()
+        barred = {*self.eos_token_ids, self.tokenizer.eos_token_id} - {None} if knows_q and s.min_new_tokens else set()
         sampling = {
             "n": s.num_candidates,
             "temperature": s.temperature,
@@ -146,9 +147,9 @@ class VLLMProposal:
             "min_p": s.min_p,
             "max_tokens": s.max_new_tokens,
             "min_tokens": s.min_new_tokens,
-            # So that exactly `_eos` end a text: of its own accord vLLM adds the tokenizer's to the generation config's.
+            # So that exactly these end a text: of its own accord vLLM adds the tokenizer's to the generation config's.
             "ignore_eos": True,
-            "stop_token_ids": self._eos,
+            "stop_token_ids": self.eos_token_ids,
             "detokenize": False,
             # The sampled token's comes beside either.
             **({"logprob_token_ids": sorted(barred)} if barred else {"logprobs": 0}),
@@ -163,16 +164,15 @@ class VLLMProposal:
             for t in range(min(len(row), s.min_new_tokens) if barred else 0):
                 left = 1 - sum(math.exp(c.logprobs[t][token].logprob) for token in barred)
                 row[t] -= math.log(max(left, math.exp(row[t])))  # rounding can take it below the token's own
-        ended = [not s.count_eos and row[-1] in self._eos for row in rows]
-        lengths = [len(row) - end for row, end in zip(rows, ended, strict=True)]
-        return Candidates.from_rows(rows, log_p, log_q if knows_q else None, lengths, prefix_tokens, self.detokenize)
+        return self._candidates(rows, log_p, log_q if knows_q else None, prefix_tokens)
 
     def score(self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> Candidates:
         """Given continuations, one of each prefix, with the log-probabilities that the model gives them (M = 1).
 
         Parameters
         ----------
-        prefixes, continuations : N lists of token ids each, none empty; together below the engine's max_model_len
+        prefixes, continuations : N lists of token ids each, none empty; together below the engine's max_model_len. A
+            continuation that ended has the end-of-text token as its last
 
         Raises
         ------
@@ -183,7 +183,19 @@ class VLLMProposal:
         scored = self._generate(texts, [{"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}] * len(texts))
         log_p = [_of_tokens(o.prompt_logprobs[-len(row) :], row) for o, row in zip(scored, rows, strict=True)]
         log_q = log_p if self._draws_from_the_model() and not self.settings.min_new_tokens else None
-        return Candidates.from_rows(rows, log_p, log_q, list(map(len, rows)), prefix_tokens, self.detokenize)
+        return self._candidates(rows, log_p, log_q, prefix_tokens)
+
+    def _candidates(
+        self,
+        rows: list[list[int]],
+        log_p: list[list[float]],
+        log_q: list[list[float]] | None,
+        prefix_tokens: list[list[int]],
+    ) -> Candidates:
+        ended, lengths = ends(rows, self.eos_token_ids, self.settings.count_eos)
+        return Candidates.from_rows(
+            rows, log_p, log_q, lengths.tolist(), prefix_tokens, self.detokenize, ended.tolist()
+        )  # fmt: skip
 
     def _draws_from_the_model(self) -> bool:
         """Whether tokens are drawn from the model's own distribution, the minimum length apart."""

@@ -166,7 +166,7 @@ class _Server:
     def _prompts(self, request: CompletionRequest | ChatRequest) -> tuple[list[Any], list[int]]:
         """Prompts, and how many tokens each has: what can't be drawn from is refused before it waits."""
         try:
-            prompts = request.prompts(self.decoder.proposal.tokenizer)
+            prompts = request.prompts()
             return prompts, [len(row) for row in self.decoder.proposal.tokenize(prompts)]
         except InvalidInput as error:
             raise Refusal(str(error), param="messages" if isinstance(request, ChatRequest) else "prompt") from error

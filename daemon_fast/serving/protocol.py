@@ -18,8 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from daemon_fast.decode import Decoded
 from daemon_fast.energy import Energy
-from daemon_fast.proposals.base import Prefix, ProposalSettings, as_list
+from daemon_fast.proposals.base import ProposalSettings, as_list
 from daemon_fast.proposals.candidates import texts_behind
+from daemon_fast.proposals.chat import is_chat
 
 __all__ = ["ChatRequest", "CompletionRequest", "Refusal", "Reply", "model_card", "parse"]
 
@@ -133,8 +134,12 @@ class Request(BaseModel):
 class CompletionRequest(Request):
     prompt: Any
 
-    def prompts(self, tokenizer: Any) -> list[Prefix]:
-        return [*as_list(self.prompt)]
+    def prompts(self) -> list[Any]:
+        """Texts and lists of token ids, to continue as they are, whatever mu was fitted to."""
+        listed = as_list(self.prompt)
+        if any(map(is_chat, listed)):
+            raise Refusal("prompt holds a chat: send it as messages to /v1/chat/completions", param="prompt")
+        return listed
 
 
 class ChatRequest(Request):
@@ -144,22 +149,13 @@ class ChatRequest(Request):
     def limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-    def prompts(self, tokenizer: Any) -> list[Prefix]:
-        """The chat as the tokenizer's template writes it."""
-        if not getattr(tokenizer, "chat_template", None):
-            raise Refusal(
-                "the model's tokenizer has no chat template, so it can't chat: use /v1/completions", param="messages"
-            )
-        messages = [_message(i, message) for i, message in enumerate(self.messages)]
-        try:
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        except Exception as error:  # a template raises what it likes: of roles that don't alternate, say
-            raise Refusal(f"messages don't fit the model's chat template: {error}", param="messages") from error
-        return [list(ids)]
+    def prompts(self) -> list[Any]:
+        """The chat, which the tokenizer's template writes."""
+        return [[_message(i, message) for i, message in enumerate(self.messages)]]
 
 
-def _message(i: int, message: Message) -> dict[str, str]:
-    where, content = f"messages.{i}", message.content
+def _message(i: int, message: Message) -> dict[str, Any]:
+    where = f"messages.{i}"
     if more := [name for name, value in (message.model_extra or {}).items() if value is not None]:
         raise Refusal(f"{where}.{more[0][:100]} is not supported: only text is read", param=f"{where}.{more[0][:100]}")
     if message.role not in ("system", "developer", "user", "assistant"):
@@ -167,17 +163,9 @@ def _message(i: int, message: Message) -> dict[str, str]:
             f"{where}.role is {message.role[:40]!r}: it must be system, developer, user or assistant",
             param=f"{where}.role",
         )
-    if isinstance(content, list):
-        for part in content:
-            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-                raise Refusal(f"{where}.content has a part of type {str(kind)[:40]!r}: only text is read", param=where)
-        content = "".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise Refusal(f"{where}.content must be a string, or a list of parts of text", param=f"{where}.content")
     # Templates know no "developer", which is what OpenAI's later models call "system".
-    named = {} if message.name is None else {"name": message.name}
-    return {"role": "system" if message.role == "developer" else message.role, "content": content, **named}
+    role = "system" if message.role == "developer" else message.role
+    return {"role": role, "content": message.content, **({} if message.name is None else {"name": message.name})}
 
 
 def parse(
@@ -270,12 +258,11 @@ class Reply:
         limit, stops = request.limit(), request.stops()
         cut = [(i, row[:limit]) for i, row in rows]
         texts = texts_behind(candidates.prefix_tokens, cut, candidates.detokenize)
-        settings = energy.proposal_settings
         self._choices = []
-        for text, (_, row), (_, whole) in zip(texts, cut, rows, strict=True):
+        for text, (_, row), (_, whole), ended in zip(texts, cut, rows, _ended(decoded), strict=True):
             end = min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
-            ended = end is not None or (len(row) == len(whole) and len(whole) < settings.max_new_tokens)
-            self._choices.append(_Choice(text[:end], "stop" if ended else "length"))
+            stopped = end is not None or (ended and len(row) == len(whole))
+            self._choices.append(_Choice(text[:end], "stop" if stopped else "length"))
         prompt_tokens, drawn = sum(map(len, candidates.prefix_tokens)), int(candidates.lengths.sum())
         self.usage = CompletionUsage(
             prompt_tokens=prompt_tokens, completion_tokens=drawn, total_tokens=prompt_tokens + drawn
@@ -331,6 +318,14 @@ class Reply:
         return text
 
 
+def _ended(decoded: Decoded) -> list[bool]:
+    """Of each choice, whether end-of-text ended it; where the engine doesn't tell, it is cut at the maximum length."""
+    ended = decoded.candidates.ended
+    if ended is None:
+        return [False] * decoded.index.numel()
+    return [bool(own) for own in ended.reshape(decoded.weights.shape).gather(1, decoded.index).flatten()]
+
+
 def _event(data: str) -> str:
     return f"data: {data}\n\n"
 
@@ -338,5 +333,6 @@ def _event(data: str) -> str:
 def model_card(name: str, energy: Energy, started: int) -> dict[str, Any]:
     """What /v1/models says of the model."""
     card = Model(id=name, object="model", created=started, owned_by="daemon_fast")
-    fitted = {"metrics": energy.names, **energy.proposal_settings.sampling()}
+    fitted_to = "texts" if energy.chat_template is None else "chats"
+    fitted = {"fitted_to": fitted_to, "metrics": energy.names, **energy.proposal_settings.sampling()}
     return {**card.model_dump(), "daemon": fitted}

@@ -15,9 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from daemon_fast import Candidates, TransformersProposal
 from daemon_fast.errors import InvalidInput
-from daemon_fast.proposals.base import ProposalSettings, prompt_ids, tokenize
+from daemon_fast.proposals.base import ids_behind, prompt_ids, tokenize
 from daemon_fast.proposals.candidates import TAIL
-from daemon_fast.proposals.completions import Reader
 
 SPECIALS = ["<unk>", "<s>", "</s>"]
 SAMPLE = "The model's text — as it wrote it: naïve, 東京, ok 😀 . Isn't it ? Yes , it 's\n\nso  well done"
@@ -195,14 +194,13 @@ def test_a_prompt_ends_where_its_text_ends():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_servers_text_is_tokenized_where_it_stands(kind):
     tokenizer = KINDS[kind]
-    reader = Reader("http://x", tokenizer, len(tokenizer), ProposalSettings("m", "v"), log_probs=False)
     ids = tokenizer("The model's text as it wrote it")["input_ids"]
     for cut in range(2, len(ids)):
         text = candidates(tokenizer, [ids[:cut]], [ids[cut:]]).texts[0]
-        assert reader.tokens_behind(ids[:cut], text) == ids[cut:]
-    assert reader.tokens_behind(ids[:3], "") == []
+        assert ids_behind(ids[:cut], text, tokenizer) == ids[cut:]
+    assert ids_behind(ids[:3], "", tokenizer) == []
     # In the middle of a word, the model may have written what a tokenizer would have joined: the text is kept.
-    row = reader.tokens_behind(tokenizer("The mod")["input_ids"], "el text")
+    row = ids_behind(tokenizer("The mod")["input_ids"], "el text", tokenizer)
     assert tokenizer.decode(ids[:2] + row).endswith("el text")
     assert not tokenizer.decode(ids[:2] + row).endswith(" el text")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -63,6 +64,18 @@ class Method:
 
 
 @dataclass(frozen=True)
+class LengthBin:
+    """Texts of `low` to `high` tokens: their share, and how far their means lie from those of human texts as long."""
+
+    low: int
+    high: int
+    human: int  # texts
+    share: dict[str, float]  # of the texts of "human", "sampling" and "daemon"
+    distance: dict[str, float | None]  # of "sampling" and "daemon"; None where there are no such texts
+    noise_floor: float
+
+
+@dataclass(frozen=True)
 class Alignment:
     """Of held-out prefixes."""
 
@@ -75,6 +88,8 @@ class Alignment:
     ess: Ess
     human: Means
     methods: list[Method]
+    lengths: list[LengthBin]  # where texts end by themselves; else empty
+    mean_length: dict[str, float]  # tokens, of "human", "sampling" and "daemon"
     amateur: str | None = None  # of contrastive decoding; None: the model itself, of a short context
 
     def of(self, name: str, expected: bool = False) -> Method:
@@ -124,6 +139,10 @@ def compute(
         )
 
     m = held_out.lengths.shape[1]
+    even = torch.full((n, m), 1 / m, dtype=torch.float64)
+    chances = {"sampling": even, "daemon": held_out.chances(mu)}
+    lengths = held_out.lengths.double()
+    mean_length = {name: float((chance * lengths).sum(1).mean()) for name, chance in chances.items()}
     return Alignment(
         names=names,
         fitted=k,
@@ -135,10 +154,37 @@ def compute(
         human=Means.of(human),
         methods=[
             *(described(name, values) for name, values in drawn.items()),
-            described("sampling", held_out.expected(), torch.full((n, m), 1 / m, dtype=torch.float64)),
-            described("daemon", held_out.expected(mu), held_out.chances(mu)),
+            described("sampling", held_out.expected(), chances["sampling"]),
+            described("daemon", held_out.expected(mu), chances["daemon"]),
         ],
+        lengths=_by_length(held_out, chances),
+        mean_length={"human": float(held_out.human_tokens.double().mean()), **mean_length},
     )
+
+
+def _by_length(held_out: Collected, chances: Mapping[str, Tensor]) -> list[LengthBin]:
+    """Between the quartiles of human lengths. `length` itself, which bins hold fixed, is no part of the distance."""
+    of_human, lengths, n = held_out.human_tokens, held_out.lengths, len(held_out.human)
+    if bool((of_human == of_human[0]).all()) and bool((lengths == of_human[0]).all()):
+        return []
+    edges = of_human.double().quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).floor().long().tolist()
+    most = int(max(of_human.max(), lengths.max()))
+    edges = [-1, *(edge for edge in dict.fromkeys(edges) if edge < most), most]
+    at = [k for k, name in enumerate(held_out.fitted_names) if name != "length"]
+    spread, bins = held_out.spread[at], []
+    for low, high in itertools.pairwise(edges):
+        human = held_out.human[(of_human > low) & (of_human <= high)][:, at].double()
+        share, distance = {"human": len(human) / n}, dict[str, float | None]()
+        for name, chance in chances.items():
+            inside = (chance * ((lengths > low) & (lengths <= high))).flatten() / n
+            share[name] = float(inside.sum())
+            known = len(human) > 0 and share[name] > 0 and len(at) > 0
+            mean = inside @ held_out.features[..., at].flatten(0, 1).double() / share[name] if known else None
+            gap = None if mean is None else (mean - human.mean(0)) / spread
+            distance[name] = None if gap is None else float(gap.square().mean().sqrt())
+        floor = measures.noise_floor(len(human)) if len(human) else math.inf
+        bins.append(LengthBin(low + 1, high, len(human), share, distance, floor))
+    return bins
 
 
 def _deviation(values: Tensor, weights: Tensor) -> Tensor:
@@ -162,6 +208,9 @@ def run(data: DomainData) -> Alignment:
         rows = [i * m + j for i, j in enumerate(index.tolist())]
         return [tokens[r][: lengths[r]] for r in rows]
 
+    def without_end(rows: Sequence[list[int]]) -> list[list[int]]:
+        return [row[:-1] if row[-1] in data.proposal.eos_token_ids else row for row in rows]
+
     draws = {
         "sampling": [texts(torch.full_like(index, j)) for j in range(min(DRAWS, m))],
         "daemon": [texts(column) for column in chosen.T],
@@ -171,10 +220,10 @@ def run(data: DomainData) -> Alignment:
         drawn[method] = held_out.features[torch.arange(len(pairs)), best]
     for method in tqdm(baselines.BASELINES, desc=f"{data.domain.name}: baselines"):
         decoded = Pairs(pairs.prefixes, _baseline(data, method))
-        draws[method] = [decoded.continuations]
+        draws[method] = [without_end(decoded.continuations)]
         drawn[method] = data.scored(f"baseline-{method}-scored", decoded)[1]
     try:
-        mauve = _mauve(data, draws)
+        mauve = _mauve(data, draws, without_end(pairs.continuations))
     except MissingPackage as error:
         warnings.warn(f"MAUVE is left out: {error}", stacklevel=2)
         mauve = {}
@@ -186,23 +235,37 @@ def _name(amateur: Any) -> str | None:
 
 
 def _baseline(data: DomainData, method: str) -> list[list[int]]:
-    """One continuation of each held-out prefix."""
-    prefixes, new_tokens = data.held_out_pairs.prefixes, data.energy.proposal_settings.max_new_tokens
+    """One continuation of each held-out prefix; the end-of-text token of one that ended included."""
+    prefixes, settings = data.held_out_pairs.prefixes, data.energy.proposal_settings
+    shortest, longest, eos = settings.min_new_tokens, settings.max_new_tokens, data.proposal.eos_token_ids
     amateur = data.options.amateur if "decoding" in method else None
-    known = [method, new_tokens, data.options.seed, str(data.model.dtype)]
-    known += [_name(amateur) or ""]
-    rows: list[list[int]] = []
-    for i, start in enumerate(range(0, len(prefixes), BASELINE_BATCH)):
-        batch, seed = prefixes[start : start + BASELINE_BATCH], batch_seed(stream(data.options.seed, "baseline"), i)
+    known = [method, shortest, longest, eos, data.options.seed, str(data.model.dtype), _name(amateur) or ""]
+    # Of one length in a batch: nothing is padded.
+    by_length: dict[int, list[int]] = {}
+    for i, prefix in enumerate(prefixes):
+        by_length.setdefault(len(prefix), []).append(i)
+    batches = [some[a : a + BASELINE_BATCH] for some in by_length.values() for a in range(0, len(some), BASELINE_BATCH)]
+    rows: dict[int, list[int]] = {}
+    for b, some in enumerate(batches):
+        batch, seed = [prefixes[i] for i in some], batch_seed(stream(data.options.seed, "baseline"), b)
 
         def draw(batch: list[list[int]] = batch, seed: int = seed) -> np.ndarray[Any, Any]:
-            return baselines.decode(method, data.model, batch, new_tokens, seed, amateur).cpu().numpy()
+            drawn = baselines.decode(method, data.model, batch, longest, seed, amateur, shortest, eos)
+            return drawn.cpu().numpy()
 
-        rows += data.kept(f"baseline-{method}-{i:04d}", [batch, known], draw).tolist()
-    return rows
+        drawn = data.kept(f"baseline-{method}-{b:04d}", [batch, known], draw).tolist()
+        rows |= dict(zip(some, (_to_end(row, eos) for row in drawn), strict=True))
+    return [rows[i] for i in range(len(prefixes))]
 
 
-def _mauve(data: DomainData, draws: Mapping[str, Sequence[list[list[int]]]]) -> dict[str, Mauve]:
+def _to_end(row: list[int], eos: Sequence[int]) -> list[int]:
+    end = next((t for t, token in enumerate(row) if token in eos), len(row))
+    return row[: end + 1]
+
+
+def _mauve(
+    data: DomainData, draws: Mapping[str, Sequence[list[list[int]]]], human_texts: list[list[int]]
+) -> dict[str, Mauve]:
     """Of each method against human text: mean over seeds of MAUVE's clustering, and its standard error.
 
     Methods with several draws take another one for each seed, so that their error holds that noise, too.
@@ -214,7 +277,7 @@ def _mauve(data: DomainData, draws: Mapping[str, Sequence[list[list[int]]]]) -> 
         key = [texts, featurizer, encoder]
         return data.kept(f"mauve-{method}", key, lambda: measures.embed(texts, data.proposal, featurizer, encoder))
 
-    human = embedded("human", data.held_out_pairs.continuations)
+    human = embedded("human", human_texts)
     found = {}
     for method, of_method in draws.items():
         texts = [text for draw in of_method for text in draw]
@@ -245,7 +308,7 @@ def section(result: Alignment) -> Section:
     return Section(
         "How near each way to decode comes to human text: one continuation of each held-out prefix; 'expected' takes "
         "the mean over the draw instead.",
-        [table(result), spread_table(result)],
+        [table(result), spread_table(result), *([length_table(result)] if result.lengths else [])],
         [distances, metrics],
         notes=[f"The amateur of contrastive decoding is {amateur}."],
         verdict=verdict(result),
@@ -289,6 +352,28 @@ def spread_table(result: Alignment) -> Table:
         "human texts, in the same unit; two samples of one law have some, too. 'Expected' takes the law over all "
         "candidates by their chances to be drawn.",
     )
+
+
+def length_table(result: Alignment) -> Table:
+    def cell(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f}"
+
+    rows: list[Row] = [
+        [
+            f"{x.low} to {x.high}", *(f"{100 * x.share[name]:.1f}%" for name in ("human", "sampling", "daemon")),
+            cell(x.distance["sampling"]), cell(x.distance["daemon"]), cell(x.noise_floor),
+        ]
+        for x in result.lengths
+    ]  # fmt: skip
+    mean = result.mean_length
+    return Table(
+        ["tokens", "human", *(LABELS[name] for name in ("sampling", "daemon")),
+         *(f"distance, {LABELS[name]}" for name in ("sampling", "daemon")), "noise floor"],
+        rows,
+        "By length: shares of texts, and how far the means of those in a bin lie from the human ones in it, in "
+        "standard deviations of all human text (length itself left out, noise included). Mean length: human "
+        f"{mean['human']:.1f}, sampling {mean['sampling']:.1f}, DAEMON {mean['daemon']:.1f} tokens.",
+    )  # fmt: skip
 
 
 def _draw_distances(result: Alignment, figure: Any) -> None:
@@ -341,6 +426,14 @@ def verdict(result: Alignment) -> list[str]:
         f"The effective sample size of DAEMON's draw is {ess.mean:.1f} of {ess.candidates} candidates on average and "
         f"{ess.min:.1f} at least" + (f"; below {LOW_ESS:g} there is next to no choice." if ess.min < LOW_ESS else "."),
     ]
+    if result.lengths:
+        human, ours = result.mean_length["human"], result.mean_length["daemon"]
+        sentences.append(
+            f"Human texts have {human:.1f} tokens on average, DAEMON's {ours:.1f} ({100 * (ours / human - 1):+.1f}%), "
+            f"plain sampling's {result.mean_length['sampling']:.1f}."
+            if human
+            else f"Human texts are empty; DAEMON's have {ours:.1f} tokens on average."
+        )
     scored = [f"{method.label} {method.mauve}" for method in result.methods if method.mauve]
     return sentences + ([f"MAUVE: {', '.join(scored)}."] if scored and result.prefixes >= ENOUGH_TEXTS else [])
 
