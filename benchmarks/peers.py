@@ -1,9 +1,11 @@
-"""The same candidates from each engine that a user could pick here: M of 48 tokens, of one prompt and of 16 together.
+"""The same candidates from each engine that a user could pick here: M of one prompt, and of 16 together.
 
-SmolLM2-135M, prompts of Wikipedia, temperature 1, nothing truncated. Embedded (`TransformersProposal`), Transformers'
-`generate`, and two servers on loopback, asked by `ServerProposal`: vLLM's CPU build and llama.cpp (by `xllamacpp`; its
-weights are the GGUF file's of 8 bits, the others' are the same in float32). Engines in turn in every round, medians.
-Run: OMP_NUM_THREADS=2 python benchmarks/peers.py [--vllm PYTHON] [--save]; PYTHON is that of an environment with vLLM,
+SmolLM2-135M, prompts of 32 tokens of Wikipedia, 48 new tokens (16 where there are 16 prompts), temperature 1, nothing
+truncated. Embedded (`TransformersProposal`), Transformers' `generate`, and two servers on loopback, asked by
+`ServerProposal`: vLLM's CPU build and llama.cpp (by `xllamacpp`; its weights are the GGUF file's of 8 bits, the others'
+are the same in float32). Engines in turn, one thread each. What is told is processor time, of client and server
+together: on one thread it is what a call takes on an idle machine, and on a busy one it is steadier.
+Run: OMP_NUM_THREADS=1 python benchmarks/peers.py [--vllm PYTHON] [--save]; PYTHON is that of an environment with vLLM,
 such as `make test-engines` makes. With --save, cells that the file holds already are not measured again.
 """
 
@@ -20,6 +22,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +33,8 @@ from daemon_fast import ServerProposal, TransformersProposal
 from daemon_fast.data.texts import read_texts
 from daemon_fast.models import DEFAULT_MODEL, dequantise, load_language_model, locate
 
-SIZES, PROMPTS, NEW = (1, 8, 25), (1, 16), 48
-ROUNDS = {1: 3, 16: 1}
+SIZES, NEW = (1, 8, 25), {1: 48, 16: 16}  # M; tokens by the number of prompts
+ROUNDS = {1: 2, 16: 1}
 PREFIX = 32  # tokens of a prompt
 THREADS = torch.get_num_threads()
 ENGINES = ("embedded", "generate", "llama.cpp", "vLLM")
@@ -43,8 +46,27 @@ def options() -> argparse.Namespace:
     return parser.parse_known_args()[0]
 
 
+@dataclass(frozen=True)
+class Server:
+    url: str
+    pid: int
+
+    def cpu_seconds(self) -> float:
+        """Processor time, of the process and of those that it started."""
+        parents, ticks = {}, {}
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                fields = stat.read_text().rpartition(")")[2].split()
+                parents[int(stat.parent.name)] = int(fields[1])
+                ticks[int(stat.parent.name)] = int(fields[11]) + int(fields[12])
+        own = {self.pid}
+        while more := {pid for pid, parent in parents.items() if parent in own} - own:
+            own |= more
+        return sum(ticks[pid] for pid in own) / os.sysconf("SC_CLK_TCK")
+
+
 @contextlib.contextmanager
-def running(command: list[str], ready: Callable[[str], str | None], **environment: str) -> Iterator[str]:
+def running(command: list[str], ready: Callable[[str], str | None], **environment: str) -> Iterator[Server]:
     """A server in a process of its own. `ready` finds its address in what it has written, once it serves."""
     with tempfile.NamedTemporaryFile("w+", suffix=".log") as log:
         process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=log, stderr=subprocess.STDOUT)
@@ -56,7 +78,7 @@ def running(command: list[str], ready: Callable[[str], str | None], **environmen
                 if process.poll() is not None:
                     raise SystemExit(f"{' '.join(command[:4])} ended:\n{written[-3000:]}")
                 time.sleep(0.5)
-            yield url
+            yield Server(url, process.pid)
         finally:
             process.terminate()
             process.wait(60)
@@ -71,7 +93,7 @@ def answers(url: str) -> str | None:
     return None
 
 
-def vllm(python: str, port: int = 8377) -> contextlib.AbstractContextManager[str]:
+def vllm(python: str, port: int = 8377) -> contextlib.AbstractContextManager[Server]:
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", dequantise(DEFAULT_MODEL)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", DEFAULT_MODEL, "--dtype", "float32"]
     command += ["--max-model-len", "512", "--max-num-seqs", "512", "--no-enable-chunked-prefill"]
@@ -94,7 +116,7 @@ while True:
 """
 
 
-def llama(slots: int = max(SIZES)) -> contextlib.AbstractContextManager[str]:
+def llama(slots: int = max(SIZES)) -> contextlib.AbstractContextManager[Server]:
     def ready(written: str) -> str | None:
         return written.split("SERVING ")[1].split()[0] + "/v1" if "SERVING " in written else None
 
@@ -104,8 +126,8 @@ def llama(slots: int = max(SIZES)) -> contextlib.AbstractContextManager[str]:
 class Generate:
     """Transformers' own, with the same settings."""
 
-    def __init__(self, model: Any, tokenizer: Any, m: int) -> None:
-        self._model, self._m = model, m
+    def __init__(self, model: Any, tokenizer: Any, m: int, new: int) -> None:
+        self._model, self._m, self._new = model, m, new
         tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
         self._tokenizer = tokenizer
 
@@ -113,7 +135,7 @@ class Generate:
         inputs = self._tokenizer(prompts, return_tensors="pt", padding=True)
         return self._model.generate(
             **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=self._m,
-            min_new_tokens=NEW, max_new_tokens=NEW, pad_token_id=self._tokenizer.pad_token_id,
+            min_new_tokens=self._new, max_new_tokens=self._new, pad_token_id=self._tokenizer.pad_token_id,
         )  # fmt: skip
 
 
@@ -136,45 +158,50 @@ def main() -> None:
     if "--save" in sys.argv and path.exists():
         saved = json.loads(path.read_text())
         cells = saved["figures"] if saved["machine"] == machine() else []
-    todo = [(n, m) for n in PROMPTS for m in SIZES if (n, m) not in {(c["prompts"], c["m"]) for c in cells}]
+    todo = [(n, m) for n in NEW for m in SIZES if (n, m) not in {(c["prompts"], c["m"]) for c in cells}]
     with contextlib.ExitStack() as stack:
+        servers: dict[str, Server] = {}
         if todo:
             model, tokenizer = load_language_model()
             texts = prompts_of(tokenizer, 400)
-            urls = {"llama.cpp": stack.enter_context(llama())}
+            TransformersProposal(model, tokenizer, num_candidates=1, max_new_tokens=1).propose(
+                texts[:1], 0
+            )  # its trial
+            servers["llama.cpp"] = stack.enter_context(llama())
             if Path(python := options().vllm).exists():
-                urls["vLLM"] = stack.enter_context(vllm(python))
+                servers["vLLM"] = stack.enter_context(vllm(python))
         for n, m in todo:
-            settings = {"num_candidates": m, "max_new_tokens": NEW, "min_new_tokens": NEW}
+            settings = {"num_candidates": m, "max_new_tokens": NEW[n], "min_new_tokens": NEW[n]}
             engines: dict[str, Any] = {
                 "embedded": TransformersProposal(model, tokenizer, model_id=DEFAULT_MODEL, **settings),
-                "generate": Generate(model, tokenizer, m),
+                "generate": Generate(model, tokenizer, m, NEW[n]),
             }
-            for name, url in urls.items():
-                engines[name] = ServerProposal(url, DEFAULT_MODEL, max_in_flight=16, **settings)
-            times: dict[str, list[float]] = {name: [] for name in engines}
-            for i in range(-1, ROUNDS[n]):  # a first, of one prompt, that is not counted
+            for name, server in servers.items():
+                engines[name] = ServerProposal(server.url, DEFAULT_MODEL, max_in_flight=16, **settings)
+            used: dict[str, list[float]] = {name: [] for name in engines}
+            for i in range(ROUNDS[n]):
                 for name, engine in engines.items():
-                    begin = time.perf_counter()
-                    engine.propose([texts[(17 * i + k) % len(texts)] for k in range(1 if i < 0 else n)], i + 1)
-                    if i >= 0:
-                        times[name].append(time.perf_counter() - begin)
-            seconds = {name: statistics.median(values) for name, values in times.items()}
+                    begin = cpu_seconds(servers.get(name))
+                    engine.propose([texts[(17 * i + k) % len(texts)] for k in range(n)], i)
+                    used[name].append(cpu_seconds(servers.get(name)) - begin)
+            seconds = {name: statistics.median(values) for name, values in used.items()}
             print(n, m, seconds, flush=True)
-            cells.append({"prompts": n, "m": m, "seconds": seconds, "all": times})
+            cells.append({"prompts": n, "m": m, "new": NEW[n], "cpu_seconds": seconds, "all": used})
             if "--save" in sys.argv:
                 path.write_text(json.dumps({"machine": machine(), "figures": cells}, indent=2) + "\n")
     rows = []
     for c in sorted(cells, key=lambda c: (c["prompts"], c["m"])):
-        s = c["seconds"]
-        fastest = min(s, key=s.__getitem__)
-        rows.append([c["prompts"], c["m"], *(s.get(name, "-") for name in ENGINES), fastest])
-    finish(
-        "peers",
-        f"# The same candidates from each engine\n\nSeconds for M candidates of {NEW} tokens of each prompt, {THREADS} "
-        f"threads\n\n{table(['prompts', 'M', *ENGINES, 'fastest'], rows)}",
-        cells,
-    )
+        s = c["cpu_seconds"]
+        rows.append(
+            [c["prompts"], c["m"], c["new"], *(s.get(name, "-") for name in ENGINES), min(s, key=s.__getitem__)]
+        )
+    text = table(["prompts", "M", "new tokens", *ENGINES, "least"], rows)
+    finish("peers", f"# The same candidates from each engine\n\nSeconds of processor time, one thread\n\n{text}", cells)
+
+
+def cpu_seconds(server: Server | None) -> float:
+    """Processor time of this process, and of a server's."""
+    return time.process_time() + (0.0 if server is None else server.cpu_seconds())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What `daemon-fast serve` costs and brings: requests a second and latency at 1, 8 and 64 clients.
 
 SmolLM2-135M, prompts of 32 tokens, M = 25 candidates of 16 tokens. Each part asks two servers in turn, from a process
-of its own whose clients send their next request when they have the last one's reply:
+of its own whose clients send their next request when they have the last one's reply. Beside times it takes the
+processor time of the server, which a busy machine changes less; all run on one thread:
 
 - embedded: prompts that wait together drawn together, 8 at most, against one at a time. Also counts the texts that are
   the same in both, as they should be but for what a logit rounded otherwise turns.
@@ -30,7 +31,7 @@ from typing import Any
 
 import torch
 from common import RESULTS, finish, machine, table
-from peers import answers, options, prompts_of, running, vllm
+from peers import Server, answers, options, prompts_of, running, vllm
 
 from daemon_fast import Energy, metrics
 from daemon_fast.models import DEFAULT_MODEL, load_tokenizer
@@ -98,7 +99,7 @@ def replay(port: int, behind: str) -> None:
     uvicorn.run(Starlette(routes=routes), port=port, log_level="error")
 
 
-def serving(energy: Path, *more: str) -> contextlib.AbstractContextManager[str]:
+def serving(energy: Path, *more: str) -> contextlib.AbstractContextManager[Server]:
     command = [sys.executable, "-m", "daemon_fast", "serve", "--energy", str(energy), "--port", "0", *more]
 
     def ready(written: str) -> str | None:
@@ -122,17 +123,21 @@ def artefact(folder: str) -> Path:
 class Part:
     """Two servers, and what each is asked for."""
 
-    def __init__(self, names: Pair, urls: Pair, ask: Callable[[str, str, int], dict[str, Any]]) -> None:
-        self._names, self._urls, self._ask = names, urls, ask
+    def __init__(
+        self, names: Pair, servers: tuple[Server, Server], ask: Callable[[str, str, int], dict[str, Any]]
+    ) -> None:
+        self._names, self._servers, self._ask = names, servers, ask
 
     def measure(self, prompts: list[str], clients: int, requests: int, rounds: int) -> dict[str, Any]:
-        """Both in turn. Seconds of all requests together, p50 and p99 in ms, requests a second in each round."""
+        """Both in turn: p50 and p99 of a request in ms, requests a second, processor time of a request in ms."""
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in self._names}
         for i in range(rounds):
-            for name, url in zip(self._names, self._urls, strict=True):
+            for name, server in zip(self._names, self._servers, strict=True):
                 chosen = [(prompts[(i * requests + k) % len(prompts)], i * requests + k) for k in range(requests)]
                 bodies = [self._ask(name, prompt, seed) for prompt, seed in chosen]
-                runs[name].append(loaded(url, bodies, clients))
+                before = server.cpu_seconds()
+                run = loaded(server.url, bodies, clients)
+                runs[name].append({**run, "cpu": server.cpu_seconds() - before})
         found: dict[str, Any] = {"clients": clients, "requests": requests * rounds}
         for name, own in runs.items():
             seconds = sorted(s for run in own for s in run["seconds"])
@@ -140,6 +145,7 @@ class Part:
                 "p50": 1e3 * statistics.median(seconds),
                 "p99": 1e3 * seconds[min(len(seconds) - 1, int(0.99 * len(seconds)))],
                 "rate": statistics.median(requests / run["whole"] for run in own),
+                "cpu": 1e3 * statistics.median(run["cpu"] for run in own) / requests,
             }
         pairs = zip(*([text for run in runs[name] for text in run["texts"]] for name in self._names), strict=True)
         found["same texts"] = sum(a == b for a, b in pairs)
@@ -181,6 +187,7 @@ def main() -> None:
             if "--save" in sys.argv:
                 path.write_text(json.dumps({"machine": machine(), "figures": cells}, indent=2) + "\n")
 
+    python = options().vllm
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         energy = artefact(folder)
         if not all(measured(EMBEDDED, clients) for clients in CLIENTS):
@@ -188,21 +195,22 @@ def main() -> None:
                 part = Part(EMBEDDED, (alone, together), through_serve)
                 part.measure(prompts, 1, 1, 1)  # warms up
                 for clients in CLIENTS:
-                    measure(part, EMBEDDED, clients, {1: 6, 8: 8, 64: 64}[clients], {1: 1, 8: 3, 64: 1}[clients])
-        python = options().vllm
+                    measure(part, EMBEDDED, clients, {1: 4, 8: 16, 64: 64}[clients], 1)
         if Path(python).exists() and not all(measured(p, c) for p in (REPLAYED, VLLM) for c in CLIENTS):
             real = stack.enter_context(vllm(python))
-            command = [sys.executable, __file__, "--replay", "8378", real]
+            command = [sys.executable, __file__, "--replay", "8378", real.url]
             replayed = stack.enter_context(running(command, lambda _: answers("http://127.0.0.1:8378/v1")))
-            before = stack.enter_context(serving(energy, "--engine", replayed))
-            part = Part(REPLAYED, (replayed, before), either)
+            lean = ("--engine-args", '{"log_probs": false}')  # these metrics need none
+            through = stack.enter_context(serving(energy, "--engine", replayed.url, *lean))
+            part = Part(REPLAYED, (replayed, through), either)
             part.measure(prompts, 1, 1, 1)  # which vLLM answers
             for clients in CLIENTS:
                 measure(part, REPLAYED, clients, {1: 100, 8: 200, 64: 320}[clients], 5)
-            part = Part(VLLM, (real, stack.enter_context(serving(energy, "--engine", real))), either)
+            through = stack.enter_context(serving(energy, "--engine", real.url, *lean))
+            part = Part(VLLM, (real, through), either)
             part.measure(prompts, 1, 1, 1)
             for clients in CLIENTS:
-                measure(part, VLLM, clients, {1: 6, 8: 8, 64: 64}[clients], {1: 1, 8: 2, 64: 1}[clients])
+                measure(part, VLLM, clients, {1: 4, 8: 16, 64: 64}[clients], 1)
     report(cells)
 
 
@@ -214,19 +222,24 @@ def report(cells: list[dict[str, Any]]) -> None:
                 a, b = (c[name] for name in names)
                 figures = [a["p50"], b["p50"], b["p50"] - a["p50"], a["p99"], b["p99"], a["rate"], b["rate"]]
                 same = f"{c['same texts']} of {c['requests']}" if names is EMBEDDED else "-"
-                rows.append([f"{names[0]} / {names[1]}", c["clients"], *figures, b["rate"] / a["rate"], same])
+                ratios = [b["rate"] / a["rate"], a["cpu"], b["cpu"]]
+                rows.append([f"{names[0]} / {names[1]}", c["clients"], *figures, *ratios, same])
     head = [
         "a / b",
         "clients",
-        "p50 a ms",
-        "p50 b ms",
+        "p50 a",
+        "p50 b",
         "b - a",
-        "p99 a ms",
-        "p99 b ms",
-        "a, requests/s",
-        "b, requests/s",
+        "p99 a",
+        "p99 b",
+        "a, 1/s",
+        "b, 1/s",
+        "b / a",
+        "cpu a",
+        "cpu b",
     ]
-    finish("serving", f"# daemon-fast serve\n\n{table([*head, 'b / a', 'same texts'], rows)}", cells)
+    text = "p50, p99 and processor time of a request in ms; requests a second"
+    finish("serving", f"# daemon-fast serve\n\n{text}\n\n{table([*head, 'same texts'], rows)}", cells)
 
 
 if __name__ == "__main__":

@@ -516,8 +516,10 @@ class ServerProposal:
     def _complete(self, body: dict[str, Any], extensions: dict[str, Any]) -> list[dict[str, Any]]:
         """The reply's choices, in order."""
         create = self._client.completions.with_raw_response.create
+        # As extra fields: what the client knows it checks, which for long prompts takes longer than to send them.
+        fields = {**body, **extensions}
         try:
-            return self._ask(lambda: create(model=self.served_model, **body, extra_body=extensions), self._completed)
+            return self._ask(lambda: create(model=self.served_model, prompt="", extra_body=fields), self._completed)
         except _NoRoute as error:
             # That there is no such model comes as 404, too.
             if re.search("model", str(error).removeprefix(self.base_url), re.IGNORECASE) and "chat" not in str(error):
@@ -616,6 +618,8 @@ class ServerProposal:
 
     def _map(self, work: Callable[[int], T], n: int) -> list[T]:
         """work(0), ..., work(n - 1), as many at a time as may be in flight."""
+        if n == 1:
+            return [work(0)]
         todo, done = iter(range(n)), queue.SimpleQueue[tuple[int, T | BaseException]]()
         taking, stop = threading.Lock(), threading.Event()
 

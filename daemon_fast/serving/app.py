@@ -18,7 +18,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -34,6 +42,7 @@ from daemon_fast.serving.protocol import ChatRequest, CompletionRequest, Refusal
 __all__ = ["Limits", "listen", "make_app", "serve"]
 
 MOST_BYTES = 8 * 2**20  # of a body
+SMALL_BYTES = 2**14  # of a body whose prompts are tokenized in no time
 BODY_SECONDS = 30.0  # that a body may take to arrive
 DISCARD_SECONDS = 3.0  # the rest of one that is refused
 ROUTES = "/v1/completions, /v1/chat/completions, /v1/models, /health, /metrics"
@@ -81,6 +90,7 @@ class _Counts:
         self.candidate_tokens = Counter("daemon_candidate_tokens", "Of all candidates drawn.", registry=own)
         self.chosen_tokens = Counter("daemon_chosen_tokens", "Of the texts returned.", registry=own)
         self.waiting = Gauge("daemon_waiting_prompts", "In the queue now.", registry=own)
+        ProcessCollector(registry=own)  # memory, processor time
 
     def add(self, reply: Reply, decoded: Decoded) -> None:
         self.wait.observe(decoded.seconds["wait"])
@@ -133,7 +143,8 @@ class _Server:
         body = await _body(http)
         request = parse(kind, body, self.decoder.proposal.settings, self.names)
         seed = secrets.randbits(53) if request.seed is None else request.seed  # 53: also JavaScript keeps all of them
-        prompts, lengths = await asyncio.to_thread(self._prompts, request)
+        aside = _aside if len(body) > SMALL_BYTES else _at_once
+        prompts, lengths = await aside(self._prompts, request)
         noted.update(prompts=len(prompts), prompt_tokens=sum(lengths), n=request.n or 1, stream=bool(request.stream))
         try:
             future = self.batcher.submit(prompts, request.n or 1, seed)
@@ -145,7 +156,7 @@ class _Server:
             raise Refusal(str(error), param="prompt") from None
         decoded = await self._decoded(http, asyncio.wrap_future(future), until)
         noted["wait_seconds"] = round(decoded.seconds["wait"], 4)
-        reply, parts = await asyncio.to_thread(self._written, request, seed, decoded)
+        reply, parts = await aside(self._written, request, seed, decoded)
         self.counts.add(reply, decoded)
         noted.update(candidate_tokens=reply.daemon["candidate_tokens"], chosen_tokens=reply.daemon["chosen_tokens"])
         if request.stream:
@@ -243,6 +254,14 @@ class _Server:
                 "no valid API key was given: send the header Authorization: Bearer KEY", 401, "authentication_error",
                 code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
             )  # fmt: skip
+
+
+# What takes long is done on another thread, so that it keeps nobody waiting; a change of threads takes some time, too.
+_aside: Any = asyncio.to_thread
+
+
+async def _at_once(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
 
 
 async def _body(http: HTTPRequest) -> bytes:
