@@ -81,7 +81,9 @@ def running(command: list[str], ready: Callable[[str], str | None], **environmen
             yield Server(url, process.pid)
         finally:
             process.terminate()
-            process.wait(60)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+            process.kill()
 
 
 def answers(url: str) -> str | None:
