@@ -22,7 +22,7 @@ import click
 from click.core import ParameterSource
 from click.shell_completion import get_completion_class
 
-from daemon_fast.embedded import check_model
+from daemon_fast.embedded import EXCHANGES, check_model
 from daemon_fast.errors import DaemonFastError, DataError, InvalidInput, ModelUnavailable, Problems, SeveralProblems
 
 if TYPE_CHECKING:
@@ -245,7 +245,11 @@ def _quiet_transformers() -> None:
 
 @main.command(cls=_AllProblems)
 @click.option("--model", default="smollm2-135m-instruct", help="Hugging Face id, folder or GGUF file.")
-@click.option("--data", default="wikipedia", help="Human text: a .jsonl or text file.")
+@click.option(
+    "--data",
+    default="wikipedia",
+    help="Human text: files, or wikipedia, news; or encyclopedia, prompts with responses.",
+)
 @data_option
 @field_options
 @click.option(
@@ -300,7 +304,7 @@ def fit(
     prompts, and answers end by themselves:
 
     \b
-    daemon-fast fit --data texts.jsonl
+    daemon-fast fit --data texts.jsonl --field text
     daemon-fast fit --data pairs.jsonl --prompt-field prompt --response-field response
     daemon-fast fit --data chats.jsonl --prompt-field messages
 
@@ -312,11 +316,11 @@ def fit(
     from daemon_fast.files import check_writable
 
     texts: Texts | Exchanges = Texts()
-    tokenizer, engine = None, None
+    tokenizer, engine, responses = None, None, prompt_field is not None or data in EXCHANGES
     with problems:
         check_writable(output, force)
     with problems:
-        if prompt_field is not None:
+        if responses:
             texts = read_exchanges(data, prompt_field, response_field, format_)
         elif response_field is not None:
             raise InvalidInput(f"--response-field = {response_field!r} needs --prompt-field")
@@ -337,7 +341,7 @@ def fit(
     _quiet_transformers()
     listed = None if names is None else _listed(names)
     if min_new_tokens is None:
-        min_new_tokens = new_tokens if prompt_field is None else 0
+        min_new_tokens = 0 if responses else new_tokens
     sampling: dict[str, Any] = {
         "num_candidates": num_candidates, "max_new_tokens": new_tokens, "min_new_tokens": min_new_tokens,
         "temperature": temperature, "top_k": top_k, "top_p": top_p,

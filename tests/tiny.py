@@ -63,10 +63,23 @@ def tokenizer(words: int = WORDS) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>", pad_token="<eos>")
 
 
-def saved(path, family: str = "llama") -> str:
+# Words that stand for the roles; <eos> behind each message.
+TEMPLATE = """{%- for m in messages -%}
+{{ {'system': 'w57', 'user': 'w58', 'assistant': 'w59'}[m['role']] + ' ' + m['content'] + '<eos> ' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ 'w59 ' }}{%- endif -%}"""
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    made = tokenizer()
+    made.chat_template = TEMPLATE
+    return made
+
+
+def saved(path, family: str = "llama", chats: bool = False) -> str:
     """A folder with a model and the tokenizer."""
     model(family).save_pretrained(path)
-    tokenizer().save_pretrained(path)
+    (chat_tokenizer() if chats else tokenizer()).save_pretrained(path)
     return str(path)
 
 

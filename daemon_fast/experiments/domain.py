@@ -17,6 +17,7 @@ from daemon_fast.data.collect import collect, human_folder, saved_batch_size, sc
 from daemon_fast.data.exchanges import pair, read_exchanges
 from daemon_fast.data.formats import Format
 from daemon_fast.data.texts import Pairs, read_texts, split
+from daemon_fast.embedded import EXCHANGES
 from daemon_fast.energy import Energy
 from daemon_fast.errors import DataError, InvalidInput, Problems
 from daemon_fast.experiments.collected import Collected
@@ -131,7 +132,7 @@ class DomainData:
         """As the fit took them: first those that it saw, then those that are held out."""
         domain, settings, options = self.domain, self.energy.proposal_settings, self.options
         shortest, longest = settings.min_new_tokens, settings.max_new_tokens
-        if domain.prompt_field is not None:
+        if domain.prompt_field is not None or domain.data in EXCHANGES:
             exchanges = read_exchanges(domain.data, domain.prompt_field, domain.response_field, domain.format)
             self.left_out = len(exchanges.problems)
             chat = self.energy.chat_template is not None

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from daemon_fast import metrics as metrics_module
 from daemon_fast.data.collect import batches, human_folder, kept, scores
-from daemon_fast.data.exchanges import pair
+from daemon_fast.data.exchanges import pair, read_exchanges
 from daemon_fast.data.texts import Pairs, read_texts, split
 from daemon_fast.decode import LOW_ESS
+from daemon_fast.embedded import EXCHANGES
 from daemon_fast.energy import Base, Energy
 from daemon_fast.errors import (
     FitError,
@@ -82,10 +83,10 @@ def fit_energy(
     Parameters
     ----------
     proposal : draws the candidates: M of `max_new_tokens` tokens at most, for each prefix
-    human : texts; or a file or embedded collection, see `daemon_fast.data.texts.read_texts`; or prompts and responses,
-        see `daemon_fast.data.exchanges.as_exchange`: chats (lists of messages, the last of them the assistant's),
-        records with a prompt and a response, or pairs of both; or token ids, `Pairs`, of which all are used unless
-        num_prefixes and num_targets say less
+    human : texts; or a file or embedded collection, see `daemon_fast.data.texts.read_texts`; or prompts and responses:
+        "encyclopedia", or what `daemon_fast.data.exchanges.as_exchange` reads, chats (lists of messages, the last of
+        them the assistant's), records with a prompt and a response, or pairs of both; or token ids, `Pairs`, of which
+        all are used unless num_prefixes and num_targets say less
     metrics : names, metric objects and functions, see `daemon_fast.metrics.parse`; default: `metrics.DEFAULT`, and of
         prompts and responses `metrics.OF_RESPONSES`
     encoder : for `coh`, a sentence-transformers model, or its id, path or embedded name
@@ -127,7 +128,10 @@ def fit_energy(
     problems = Problems()
     texts: Human | None = None
     with problems:
-        texts = read_texts(human) if isinstance(human, str | os.PathLike) else human
+        if not isinstance(human, str | os.PathLike):
+            texts = human
+        else:
+            texts = read_exchanges(human) if os.fspath(human) in EXCHANGES else read_texts(human)
     sampling, tokenizer = proposal.settings, None if isinstance(human, Pairs) else proposal.tokenizer
     if tokenizer is None and not isinstance(human, Pairs):
         problems.found.append(

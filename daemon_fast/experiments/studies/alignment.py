@@ -112,7 +112,7 @@ def compute(
     mauve : name -> MAUVE of the same texts
     seed : of the intervals
     """
-    human, names, k, n = held_out.human.double(), held_out.names, held_out.fitted, len(held_out.human)
+    human, names, k, (n, m) = held_out.human.double(), held_out.names, held_out.fitted, held_out.lengths.shape
     # Expectations have less noise than single texts: they don't compete with them.
     gaps = {name: (values.double().mean(0) - human.mean(0)).abs() for name, values in drawn.items()}
     nearest = {name: min(gaps, key=lambda method: float(gaps[method][i])) for i, name in enumerate(names)}
@@ -138,7 +138,6 @@ def compute(
             mauve=(mauve or {}).get(name) if single else None,
         )
 
-    m = held_out.lengths.shape[1]
     even = torch.full((n, m), 1 / m, dtype=torch.float64)
     chances = {"sampling": even, "daemon": held_out.chances(mu)}
     lengths = held_out.lengths.double()
@@ -149,7 +148,7 @@ def compute(
         spread=held_out.spread.tolist(),
         human_spread=(human.std(0) / held_out.spread).tolist(),
         prefixes=n,
-        noise_floor=measures.noise_floor(n),
+        noise_floor=measures.noise_floor(len(human)),
         ess=Ess.of(held_out.weights(mu)),
         human=Means.of(human),
         methods=[
@@ -164,7 +163,7 @@ def compute(
 
 def _by_length(held_out: Collected, chances: Mapping[str, Tensor]) -> list[LengthBin]:
     """Between the quartiles of human lengths. `length` itself, which bins hold fixed, is no part of the distance."""
-    of_human, lengths, n = held_out.human_tokens, held_out.lengths, len(held_out.human)
+    of_human, lengths, n = held_out.human_tokens, held_out.lengths, len(held_out.lengths)
     if bool((of_human == of_human[0]).all()) and bool((lengths == of_human[0]).all()):
         return []
     edges = of_human.double().quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).floor().long().tolist()
@@ -174,7 +173,7 @@ def _by_length(held_out: Collected, chances: Mapping[str, Tensor]) -> list[Lengt
     spread, bins = held_out.spread[at], []
     for low, high in itertools.pairwise(edges):
         human = held_out.human[(of_human > low) & (of_human <= high)][:, at].double()
-        share, distance = {"human": len(human) / n}, dict[str, float | None]()
+        share, distance = {"human": len(human) / len(of_human)}, dict[str, float | None]()
         for name, chance in chances.items():
             inside = (chance * ((lengths > low) & (lengths <= high))).flatten() / n
             share[name] = float(inside.sum())
