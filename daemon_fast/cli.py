@@ -218,8 +218,10 @@ def main() -> None:
 
 
 def _engine(
-    name: str, arguments: str | None, served_model: str | None, model_id: str, device: str | None, dtype: str
-) -> EngineSpec:
+    name: str, arguments: str | None, served_model: str | None, model_id: str, device: str | None, dtype: str,
+    of_servers: dict[str, Any] | None = None,
+) -> EngineSpec:  # fmt: skip
+    """`of_servers` : what a server's --engine-args have unless they say otherwise."""
     check_model(model_id)  # before torch and Transformers are imported: at once
     from daemon_fast.proposals.load import EngineSpec
 
@@ -231,6 +233,8 @@ def _engine(
         raise InvalidInput(f"--engine-args = {arguments} must be a JSON object")
     if served_model is not None:
         parsed["served_model"] = served_model
+    if of_servers is not None and name.startswith(("http://", "https://")):
+        parsed = of_servers | parsed
     return EngineSpec(name, model_id, device, dtype, parsed)
 
 
@@ -441,14 +445,14 @@ def generate(
 
 def _decoder(
     path: Path, batch_size: int, engine_name: str, engine_args: str | None, served_model: str | None,
-    model: str | None, device: str | None, dtype: str,
+    model: str | None, device: str | None, dtype: str, of_servers: dict[str, Any] | None = None,
 ) -> SIRDecoder:  # fmt: skip
     from daemon_fast.decode import SIRDecoder
     from daemon_fast.energy import Energy
 
     energy = Energy.load(path)
     fitted = energy.proposal_settings
-    engine = _engine(engine_name, engine_args, served_model, model or fitted.model_id, device, dtype)
+    engine = _engine(engine_name, engine_args, served_model, model or fitted.model_id, device, dtype, of_servers)
     return SIRDecoder(energy, engine.proposal(**fitted.sampling()), batch_size)
 
 
@@ -551,7 +555,10 @@ def serve(
 
     _quiet_transformers()
     behind = engine_name.startswith(("http://", "https://"))
-    decoder = _decoder(path, batch_size or (64 if behind else 8), engine_name, engine_args, **options)
+    # A server that hangs must not hold its thread for longer than a client waits.
+    waits = {"timeout": timeout, "max_retries": 2}
+    size = batch_size or (64 if behind else 8)
+    decoder = _decoder(path, size, engine_name, engine_args, **options, of_servers=waits)
     settings = decoder.proposal.settings
     own = Path(settings.model_id).name if os.path.exists(settings.model_id) else settings.model_id
     names = list(dict.fromkeys([getattr(decoder.proposal, "served_model", own), own]))  # clients go on as before
