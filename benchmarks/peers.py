@@ -33,8 +33,8 @@ from daemon_fast import ServerProposal, TransformersProposal
 from daemon_fast.data.texts import read_texts
 from daemon_fast.models import DEFAULT_MODEL, dequantise, load_language_model, locate
 
-SIZES, NEW = (1, 8, 25), {1: 48, 16: 16}  # M; tokens by the number of prompts
-ROUNDS = {1: 2, 16: 1}
+SIZES, NEW = (25, 8, 1), {1: 48, 16: 16}  # M; tokens by the number of prompts
+ROUNDS = 1
 PREFIX = 32  # tokens of a prompt
 THREADS = torch.get_num_threads()
 ENGINES = ("embedded", "generate", "llama.cpp", "vLLM")
@@ -181,7 +181,7 @@ def main() -> None:
             for name, server in servers.items():
                 engines[name] = ServerProposal(server.url, DEFAULT_MODEL, max_in_flight=16, **settings)
             used: dict[str, list[float]] = {name: [] for name in engines}
-            for i in range(ROUNDS[n]):
+            for i in range(ROUNDS):
                 for name, engine in engines.items():
                     begin = cpu_seconds(servers.get(name))
                     engine.propose([texts[(17 * i + k) % len(texts)] for k in range(n)], i)

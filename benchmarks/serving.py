@@ -1,22 +1,21 @@
 """What `daemon-fast serve` costs and brings: requests a second and latency at 1, 8 and 64 clients.
 
-SmolLM2-135M, prompts of 32 tokens, M = 25 candidates of 16 tokens. Each part asks two servers in turn, from a process
-of its own whose clients send their next request when they have the last one's reply. Beside times it takes the
-processor time of the server, which a busy machine changes less; all run on one thread:
+SmolLM2-135M, prompts of 32 tokens, M = 25. Each part asks two servers in turn, from a process of its own whose clients
+send their next request when they have the last one's reply. Beside times it takes the processor time of the server
+asked, which a busy machine changes less. All run on one thread.
 
-- embedded: prompts that wait together drawn together, 8 at most, against one at a time. Also counts the texts that are
-  the same in both, as they should be but for what a logit rounded otherwise turns.
-- replayed: a server that answers at once with what vLLM once answered, asked itself for n = 25 texts, and through
-  serve. The difference of the two is what serve adds.
-- vLLM: a real one, in the same two ways. Both need --vllm (see peers.py).
+- embedded, 8 tokens: prompts that wait together drawn together, 8 at most, against one at a time. Also counts the texts
+  that are the same in both, as they should be but for what a logit rounded otherwise turns.
+- replayed, 48 tokens: a server that answers at once, as vLLM does, with candidates drawn before; itself asked for
+  n = 25 texts, and through serve, with log-probabilities and without. The difference is what serve adds.
+- llama.cpp (by `xllamacpp`), 8 tokens: a real server, in the same two ways.
 
-Run: OMP_NUM_THREADS=1 python benchmarks/serving.py [--vllm PYTHON] [--save]; with --save, parts that the file holds
-already are not measured again.
+Run: OMP_NUM_THREADS=1 python benchmarks/serving.py [--save]; with --save, parts that the file holds already are not
+measured again.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import os
@@ -24,79 +23,67 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import RESULTS, finish, machine, table
-from peers import Server, answers, options, prompts_of, running, vllm
+from peers import Server, answers, llama, prompts_of, running
 
-from daemon_fast import Energy, metrics
-from daemon_fast.models import DEFAULT_MODEL, load_tokenizer
+from daemon_fast import Energy, TransformersProposal, metrics
+from daemon_fast.models import DEFAULT_MODEL, load_language_model, load_tokenizer
 from daemon_fast.proposals.load import EngineSpec
 
-M, NEW = 25, 16
+M, NEW, REPLAYED_TOKENS = 25, 8, 48
 CLIENTS = (1, 8, 64)
 METRICS = ["sr_2", "sr_3", "sr_4", "tr_8", "tr_16", "tr_32"]
 Pair = tuple[str, str]
 
 
-async def load(url: str, requests: list[dict[str, Any]], clients: int) -> dict[str, Any]:
-    """Seconds of each request, of all of them, and what was replied."""
-    import httpx2
-
-    seconds, texts, todo = [0.0] * len(requests), [""] * len(requests), iter(enumerate(requests))
-
-    async with httpx2.AsyncClient(timeout=3600, trust_env=False, limits=httpx2.Limits(max_connections=clients)) as http:
-
-        async def client() -> None:
-            for i, request in todo:
-                begin = time.perf_counter()
-                reply = await http.post(f"{url}/completions", json=request)
-                seconds[i] = time.perf_counter() - begin
-                texts[i] = reply.raise_for_status().json()["choices"][0]["text"]
-
-        begin = time.perf_counter()
-        await asyncio.gather(*(client() for _ in range(clients)))
-        return {"seconds": seconds, "whole": time.perf_counter() - begin, "texts": texts}
-
-
 def loaded(url: str, requests: list[dict[str, Any]], clients: int) -> dict[str, Any]:
-    """`load`, in a process of its own."""
+    """What the clients of `load.py` see."""
     given = json.dumps({"url": url, "requests": requests, "clients": clients})
-    command = [sys.executable, __file__, "--load"]
+    command = [sys.executable, str(Path(__file__).with_name("load.py"))]
     done = subprocess.run(command, input=given, capture_output=True, text=True, check=True)
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 
 
-def replay(port: int, behind: str) -> None:
-    """Serve what a server behind answered to the first request of each kind, at once."""
-    import urllib.request
-
+def replay(port: int) -> None:
+    """Serve the same candidates to each request, at once, in the form that vLLM has."""
     import uvicorn
     from starlette.applications import Starlette
     from starlette.requests import Request
-    from starlette.responses import Response
+    from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 
-    kept: dict[Any, bytes] = {}
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    model, tokenizer = load_language_model()
+    settings = {"num_candidates": M, "max_new_tokens": REPLAYED_TOKENS, "min_new_tokens": REPLAYED_TOKENS}
+    drawn = TransformersProposal(model, tokenizer, **settings).propose(prompts_of(tokenizer, 1), 0)
+    plain = [{"index": i, "text": text, "finish_reason": "length"} for i, text in enumerate(drawn.texts)]
+    with_ids = [{**c, "token_ids": row} for c, row in zip(plain, drawn.tokens.tolist(), strict=True)]
+    whole = []
+    for choice, log_p in zip(with_ids, drawn.token_log_p.tolist(), strict=True):
+        names = [f"token_id:{i}" for i in choice["token_ids"]]
+        top = [{name: x} for name, x in zip(names, log_p, strict=True)]
+        told = {"tokens": names, "token_logprobs": log_p, "top_logprobs": top, "text_offset": [0] * len(names)}
+        whole.append({**choice, "logprobs": told})
+    replies = [json.dumps({"id": "x", "choices": choices}).encode() for choices in (plain, with_ids, whole)]
 
-    async def answer(http: Request) -> Response:
+    async def complete(http: Request) -> Response:
         body = await http.body()
-        kind = (http.url.path, b'"logprobs"' in body)
-        if kind not in kept:
-            asked = urllib.request.Request(
-                behind.removesuffix("/v1") + http.url.path, body or None, {"Content-Type": "application/json"}
-            )
-            kept[kind] = opener.open(asked, timeout=600).read()
-        return Response(kept[kind], media_type="application/json")
+        kind = 2 if b'"logprobs"' in body else 1 if b'"return_token_ids"' in body else 0
+        return Response(replies[kind], media_type="application/json")
 
-    routes = [Route("/v1/{path:path}", answer, methods=["GET", "POST"]), Route("/health", lambda _: Response("ok"))]
-    uvicorn.run(Starlette(routes=routes), port=port, log_level="error")
+    async def models(_: Request) -> Response:
+        return JSONResponse({"data": [{"id": DEFAULT_MODEL, "max_model_len": 512}]})
+
+    async def health(_: Request) -> Response:
+        return Response("ok")
+
+    routes = [Route("/v1/completions", complete, methods=["POST"]), Route("/v1/models", models)]
+    uvicorn.run(Starlette(routes=[*routes, Route("/health", health)]), port=port, log_level="error")
 
 
 def serving(energy: Path, *more: str) -> contextlib.AbstractContextManager[Server]:
@@ -112,44 +99,39 @@ def serving(energy: Path, *more: str) -> contextlib.AbstractContextManager[Serve
     return running(command, ready, PYTHONUNBUFFERED="1")
 
 
-def artefact(folder: str) -> Path:
-    settings = EngineSpec().settings(num_candidates=M, max_new_tokens=NEW, min_new_tokens=NEW)
+def artefact(folder: str, new: int) -> Path:
+    settings = EngineSpec().settings(num_candidates=M, max_new_tokens=new, min_new_tokens=new)
     mu = torch.full((len(METRICS),), 2.0, dtype=torch.float64)
-    path = Path(folder, "energy.json")
+    path = Path(folder, f"energy-{new}.json")
     Energy(metrics.parse(METRICS), mu, torch.zeros(len(METRICS)), settings).save(path)
     return path
 
 
-class Part:
-    """Two servers, and what each is asked for."""
-
-    def __init__(
-        self, names: Pair, servers: tuple[Server, Server], ask: Callable[[str, str, int], dict[str, Any]]
-    ) -> None:
-        self._names, self._servers, self._ask = names, servers, ask
-
-    def measure(self, prompts: list[str], clients: int, requests: int, rounds: int) -> dict[str, Any]:
-        """Both in turn: p50 and p99 of a request in ms, requests a second, processor time of a request in ms."""
-        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in self._names}
-        for i in range(rounds):
-            for name, server in zip(self._names, self._servers, strict=True):
-                chosen = [(prompts[(i * requests + k) % len(prompts)], i * requests + k) for k in range(requests)]
-                bodies = [self._ask(name, prompt, seed) for prompt, seed in chosen]
-                before = server.cpu_seconds()
-                run = loaded(server.url, bodies, clients)
-                runs[name].append({**run, "cpu": server.cpu_seconds() - before})
-        found: dict[str, Any] = {"clients": clients, "requests": requests * rounds}
-        for name, own in runs.items():
-            seconds = sorted(s for run in own for s in run["seconds"])
-            found[name] = {
-                "p50": 1e3 * statistics.median(seconds),
-                "p99": 1e3 * seconds[min(len(seconds) - 1, int(0.99 * len(seconds)))],
-                "rate": statistics.median(requests / run["whole"] for run in own),
-                "cpu": 1e3 * statistics.median(run["cpu"] for run in own) / requests,
-            }
-        pairs = zip(*([text for run in runs[name] for text in run["texts"]] for name in self._names), strict=True)
-        found["same texts"] = sum(a == b for a, b in pairs)
-        return found
+def measured(
+    prompts: list[str], names: Pair, servers: tuple[Server, Server], ask: Callable[..., Any], clients: int,
+    requests: int, rounds: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Both servers in turn: p50 and p99 of a request in ms, requests a second, processor time of a request in ms."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for i in range(rounds):
+        for name, server in zip(names, servers, strict=True):
+            seeds = range(i * requests, (i + 1) * requests)
+            bodies = [ask(name, prompts[seed % len(prompts)], seed) for seed in seeds]
+            before = server.cpu_seconds()
+            run = loaded(server.url, bodies, clients)
+            runs[name].append({**run, "cpu": server.cpu_seconds() - before})
+    found: dict[str, Any] = {"clients": clients, "requests": requests * rounds}
+    for name, own in runs.items():
+        seconds = sorted(s for run in own for s in run["seconds"])
+        found[name] = {
+            "p50": 1e3 * statistics.median(seconds),
+            "p99": 1e3 * seconds[min(len(seconds) - 1, int(0.99 * len(seconds)))],
+            "rate": statistics.median(requests / run["whole"] for run in own),
+            "cpu": 1e3 * statistics.median(run["cpu"] for run in own) / requests,
+        }
+    pairs = zip(*([text for run in runs[name] for text in run["texts"]] for name in names), strict=True)
+    found["same texts"] = sum(a == b for a, b in pairs)
+    return found
 
 
 def through_serve(_name: str, prompt: str, seed: int) -> dict[str, Any]:
@@ -157,16 +139,18 @@ def through_serve(_name: str, prompt: str, seed: int) -> dict[str, Any]:
 
 
 def either(name: str, prompt: str, seed: int) -> dict[str, Any]:
-    """Of the engine itself, the same 25 texts, as who picks one by himself asks for them."""
+    """Of the engine itself, M texts, as who picks one by himself asks for them."""
     if "serve" in name:
         return through_serve(name, prompt, seed)
-    extra = {"min_tokens": NEW, "max_tokens": NEW, "temperature": 1.0, "n": M}
+    extra = {"n": M, "max_tokens": NEW, "ignore_eos": True, "temperature": 1.0, "top_k": 0, "min_p": 0.0}
     return {**through_serve(name, prompt, seed), **extra}
 
 
 EMBEDDED: Pair = ("one at a time", "batches of 8")
 REPLAYED: Pair = ("replayed, itself", "replayed, through serve")
-VLLM: Pair = ("vLLM, itself", "vLLM, through serve")
+LEAN: Pair = ("replayed, itself again", "replayed, through serve, no log-probs")
+LLAMA: Pair = ("llama.cpp, itself", "llama.cpp, through serve")
+PAIRS = (EMBEDDED, REPLAYED, LEAN, LLAMA)
 
 
 def main() -> None:
@@ -177,46 +161,42 @@ def main() -> None:
         cells = saved["figures"] if saved["machine"] == machine() else []
     prompts = prompts_of(load_tokenizer(), 400)
 
-    def measured(names: Pair, clients: int) -> bool:
-        return any(names[0] in cell and cell["clients"] == clients for cell in cells)
+    def todo(names: Pair) -> list[int]:
+        done = {cell["clients"] for cell in cells if names[0] in cell}
+        return [clients for clients in CLIENTS if clients not in done]
 
-    def measure(part: Part, names: Pair, clients: int, requests: int, rounds: int) -> None:
-        if not measured(names, clients):
-            cells.append(part.measure(prompts, clients, requests, rounds))
+    def measure(
+        names: Pair, servers: tuple[Server, Server], ask: Callable[..., Any], requests: Sequence[int], rounds: int
+    ) -> None:
+        measured(prompts, names, servers, ask, 1, 1, 1)  # warms up
+        for clients in todo(names):
+            count = requests[CLIENTS.index(clients)]
+            cells.append(measured(prompts, names, servers, ask, clients, count, rounds))
             print(json.dumps(cells[-1]), flush=True)
             if "--save" in sys.argv:
                 path.write_text(json.dumps({"machine": machine(), "figures": cells}, indent=2) + "\n")
 
-    python = options().vllm
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        energy = artefact(folder)
-        if not all(measured(EMBEDDED, clients) for clients in CLIENTS):
+    with tempfile.TemporaryDirectory() as folder:
+        energy, longer = artefact(folder, NEW), artefact(folder, REPLAYED_TOKENS)
+        if todo(REPLAYED) or todo(LEAN):
+            command, url = [sys.executable, __file__, "--replay", "8378"], "http://127.0.0.1:8378/v1"
+            with running(command, lambda _: answers(url)) as itself:
+                with serving(longer, "--engine", url) as through:
+                    measure(REPLAYED, (itself, through), either, (60, 160, 320), 3)
+                with serving(longer, "--engine", url, "--engine-args", '{"log_probs": false}') as through:
+                    measure(LEAN, (itself, through), either, (60, 160, 320), 3)
+        if todo(EMBEDDED):
             with serving(energy, "--batch-size", "1") as alone, serving(energy, "--batch-size", "8") as together:
-                part = Part(EMBEDDED, (alone, together), through_serve)
-                part.measure(prompts, 1, 1, 1)  # warms up
-                for clients in CLIENTS:
-                    measure(part, EMBEDDED, clients, {1: 4, 8: 16, 64: 64}[clients], 1)
-        if Path(python).exists() and not all(measured(p, c) for p in (REPLAYED, VLLM) for c in CLIENTS):
-            real = stack.enter_context(vllm(python))
-            command = [sys.executable, __file__, "--replay", "8378", real.url]
-            replayed = stack.enter_context(running(command, lambda _: answers("http://127.0.0.1:8378/v1")))
-            lean = ("--engine-args", '{"log_probs": false}')  # these metrics need none
-            through = stack.enter_context(serving(energy, "--engine", replayed.url, *lean))
-            part = Part(REPLAYED, (replayed, through), either)
-            part.measure(prompts, 1, 1, 1)  # which vLLM answers
-            for clients in CLIENTS:
-                measure(part, REPLAYED, clients, {1: 100, 8: 200, 64: 320}[clients], 5)
-            through = stack.enter_context(serving(energy, "--engine", real.url, *lean))
-            part = Part(VLLM, (real, through), either)
-            part.measure(prompts, 1, 1, 1)
-            for clients in CLIENTS:
-                measure(part, VLLM, clients, {1: 4, 8: 16, 64: 64}[clients], 1)
+                measure(EMBEDDED, (alone, together), through_serve, (3, 16, 64), 1)
+        if todo(LLAMA):
+            with llama(M) as itself, serving(energy, "--engine", itself.url) as through:
+                measure(LLAMA, (itself, through), either, (3, 16, 64), 1)
     report(cells)
 
 
 def report(cells: list[dict[str, Any]]) -> None:
     rows = []
-    for names in (EMBEDDED, REPLAYED, VLLM):
+    for names in PAIRS:
         for c in cells:
             if names[0] in c:
                 a, b = (c[name] for name in names)
@@ -243,10 +223,8 @@ def report(cells: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    if "--load" in sys.argv:
-        print(json.dumps(asyncio.run(load(**json.load(sys.stdin)))))
-    elif "--replay" in sys.argv:
+    if "--replay" in sys.argv:
         at = sys.argv.index("--replay")
-        replay(int(sys.argv[at + 1]), sys.argv[at + 2])
+        replay(int(sys.argv[at + 1]))
     else:
         main()

@@ -112,7 +112,7 @@ class Batcher:
                 batches = 1 + len(self._waiting) / (self._size * len(self._threads))
                 raise QueueFull(min(60, math.ceil(self._seconds * batches)))
             self._waiting += [_Prompt(job, i, prefix) for i, prefix in enumerate(prompts)]
-            self._changed.notify_all()
+            self._changed.notify(len(prompts))  # not all: of 64 threads that wake, 63 would find nothing
         job.future.add_done_callback(self._forget)
         return job.future
 
