@@ -30,7 +30,7 @@ from daemon_fast.decode import select
 from daemon_fast.experiments import baselines
 from daemon_fast.experiments.collected import Collected
 from daemon_fast.experiments.studies import alignment, perplexity
-from daemon_fast.proposals.chat import Messages
+from daemon_fast.prompts import Messages
 from daemon_fast.seeds import generator, stream
 
 MORE = 4000  # human responses whose lengths alone are counted

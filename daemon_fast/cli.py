@@ -418,9 +418,9 @@ def generate(
 ) -> None:  # fmt: skip
     """Continue prompts, or answer messages, with a fitted artefact. For files of them, see decode."""
     if not prompts and not messages:
-        raise InvalidInput("nothing to continue: give --prompt or --message")
+        raise click.UsageError("Missing option '--prompt' or '--message'.")
+    from daemon_fast.prompts import user
     from daemon_fast.proposals.base import Prefix
-    from daemon_fast.proposals.chat import user
 
     _quiet_transformers()
     decoder = _decoder(path, batch_size, **options)

@@ -15,9 +15,9 @@ from daemon_fast.errors import ArtefactError, InvalidInput, LowEffectiveSampleSi
 from daemon_fast.memory import check_fits
 from daemon_fast.ops import Draw
 from daemon_fast.progress import progress as shown
+from daemon_fast.prompts import Messages, fingerprint, is_chat, user
 from daemon_fast.proposals.base import Prefixes, Proposal, ProposalSettings, as_list
 from daemon_fast.proposals.candidates import Candidates
-from daemon_fast.proposals.chat import Messages, fingerprint, is_chat, user
 from daemon_fast.race import probabilities
 from daemon_fast.seeds import batch_seed, generator
 

@@ -16,7 +16,7 @@ from daemon_fast.data.exchanges import pair
 from daemon_fast.errors import InvalidInput
 from daemon_fast.experiments.run import STUDIES, Domain, Sizes, evaluate
 from daemon_fast.experiments.studies import alignment
-from daemon_fast.proposals.chat import fingerprint, user
+from daemon_fast.prompts import fingerprint, user
 
 MOST = 12
 NAMES = "sr_1,tr_8,nats,length,ended"
@@ -152,7 +152,7 @@ def test_generate_answers(energy):
     result = run("generate", "--energy", energy, "--prompt", "w5", "--message", "w1 w2", "--json")
     records = [json.loads(line) for line in result.stdout.splitlines()]
     assert [record["prompt"] for record in records] == ["w5", "w1 w2"]
-    assert "nothing to continue: give --prompt or --message" in run("generate", "--energy", energy).output
+    assert "Missing option '--prompt' or '--message'" in run("generate", "--energy", energy).output
 
 
 def test_decode_answers_records(energy, data, tmp_path):
@@ -227,12 +227,13 @@ def test_length_bins_by_hand():
     bins = alignment._by_length(
         collected, {"sampling": even, "daemon": torch.tensor([[1.0, 0.0], [0.25, 0.75]]).double()}
     )
-    assert [(b.low, b.high, b.human) for b in bins] == [(0, 3, 1), (4, 5, 0), (6, 7, 0), (8, 9, 1)]
+    assert [(b.low, b.high, b.human) for b in bins] == [(0, 2, 1), (3, 8, 0), (9, 9, 1)]
     first, last = bins[0], bins[-1]
     assert first.share == {"human": 0.5, "sampling": 0.5, "daemon": 0.625}
     assert first.distance == pytest.approx({"sampling": (0.5 * 1 + 0.5 * 6) / 2, "daemon": (0.8 * 1 + 0.2 * 6) / 2})
-    assert last.distance == pytest.approx({"sampling": abs(0.5 * 2 + 0.5 * 5 - 4) / 2, "daemon": (5 - 4) / 2})
-    assert bins[1].distance == {"sampling": None, "daemon": None}
+    assert last.share == {"human": 0.5, "sampling": 0.25, "daemon": 0.0}
+    assert last.distance == {"sampling": pytest.approx(abs(2 - 4) / 2), "daemon": None}
+    assert bins[1].distance == {"sampling": None, "daemon": None}  # no human text is as long
 
 
 def test_a_decoder_of_answers(energy, model):

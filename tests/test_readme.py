@@ -29,7 +29,8 @@ def test_the_first_five_lines_run(monkeypatch, capsys):
     assert len(FIRST_LINES.replace("\n\n", "\n").splitlines()) == 5
     shown = {}
     exec(compile(FIRST_LINES, "README.md", "exec"), shown)
-    assert shown["energy"].names == ["sr_2", "tr_8", "nats"]
+    assert shown["energy"].names == ["sr_2", "tr_8", "nats", "length"]
+    assert shown["energy"].chat_template is not None
     assert shown["energy"].diagnostics.num_prefixes == 12
     assert capsys.readouterr().out.strip()
 

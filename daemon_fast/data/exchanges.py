@@ -18,8 +18,7 @@ from daemon_fast.data.texts import Pairs
 from daemon_fast.embedded import EXCHANGES, locate
 from daemon_fast.errors import DataError, InvalidInput
 from daemon_fast.progress import progress
-from daemon_fast.proposals.base import ids_behind, prompt_ids
-from daemon_fast.proposals.chat import (
+from daemon_fast.prompts import (
     ASSISTANT,
     Messages,
     answer_ids,
@@ -28,7 +27,9 @@ from daemon_fast.proposals.chat import (
     check_text,
     end_of_answer,
     fingerprint,
+    ids_behind,
     is_chat,
+    prompt_ids,
     user,
 )
 

@@ -40,7 +40,7 @@ from daemon_fast.data.formats import (
 from daemon_fast.errors import DataError, InvalidInput, LowEffectiveSampleSize
 from daemon_fast.files import check_same_run, check_writable, file_digest, replacing, writing
 from daemon_fast.progress import progress
-from daemon_fast.proposals.chat import ASSISTANT, Messages, as_messages, is_chat
+from daemon_fast.prompts import ASSISTANT, Messages, as_messages, is_chat
 from daemon_fast.seeds import batch_seed
 
 if TYPE_CHECKING:

@@ -15,8 +15,7 @@ from daemon_fast.data.formats import Format
 from daemon_fast.data.records import read_records
 from daemon_fast.embedded import TEXTS, locate
 from daemon_fast.errors import DataError, InvalidInput
-from daemon_fast.proposals.base import prompt_ids
-from daemon_fast.proposals.chat import check_text
+from daemon_fast.prompts import check_text, prompt_ids
 
 __all__ = ["Pairs", "Texts", "read_texts", "split"]
 

@@ -91,11 +91,12 @@ def generate(
     ----------
     model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, **model_kwargs
         As `generate` passes them on. Lengths, end-of-text ids, the padding id and num_return_sequences S are those of
-        the generation config; min_new_tokens is 1 unless given, since not every metric is defined for the empty
-        continuation. Temperature, top_k, top_p and min_p are those that the artefact was fitted with; with
-        do_sample=True, one that is given to `generate`, or that in the generation config is not Transformers' default,
-        is taken instead, with a warning. use_cache and other settings of how Transformers' own loop computes have no
-        effect. Whatever else would change what is generated is refused, by name.
+        the generation config; min_new_tokens is 1 unless given, or 0 where the artefact was fitted so. Chats are the
+        ids of `tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")`. Temperature,
+        top_k, top_p and min_p are those that the artefact was fitted with; with do_sample=True, one that is given to
+        `generate`, or that in the generation config is not Transformers' default, is taken instead, with a warning.
+        use_cache and other settings of how Transformers' own loop computes have no effect. Whatever else would change
+        what is generated is refused, by name.
     energy : Energy
         The fitted artefact.
     processing_class : tokenizer, optional
@@ -253,7 +254,7 @@ def _proposal(
     longest = config.max_length - prompt
     shortest = config.min_new_tokens
     if shortest is None:
-        shortest = max(1, (config.min_length or 0) - prompt)
+        shortest = max(min(1, fitted.min_new_tokens), (config.min_length or 0) - prompt)
     settings = {
         **sampling,
         "num_candidates": fitted.num_candidates if num_candidates is None else num_candidates,

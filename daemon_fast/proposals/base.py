@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 
 from daemon_fast.errors import InvalidInput, Problems
-from daemon_fast.proposals.candidates import TAIL, Candidates
-from daemon_fast.proposals.chat import (
+from daemon_fast.prompts import (
     Message,
     Messages,
     as_messages,
     chat_ids,
     check_text,
     end_of_answer,
+    ids_behind,
     is_chat,
+    prompt_ids,
 )
+from daemon_fast.proposals.candidates import Candidates
 
 __all__ = [
     "Prefix",
@@ -281,33 +283,6 @@ def _ids(prefix: str | list[int] | Messages, tokenizer: Any, name: str) -> list[
         check_text(prefix, name)
         return prompt_ids(prefix, tokenizer)
     return chat_ids(as_messages(prefix, name), tokenizer, name) if chat else token_ids(prefix, name)
-
-
-def prompt_ids(text: str, tokenizer: Any) -> list[int]:
-    """Token ids of a text that a model shall continue: without the end of text that some tokenizers append."""
-    ids: list[int] = tokenizer(text)["input_ids"]
-    if len(ids) < 2 or ids[-1] not in getattr(tokenizer, "all_special_ids", ()):
-        return ids
-    own = tokenizer(text, add_special_tokens=False)["input_ids"]  # which may itself end in a special token
-    starts = range(len(ids) - len(own) + 1) if own else []
-    end = next((i + len(own) for i in starts if ids[i : i + len(own)] == own), None)
-    if end is not None:
-        return ids[:end]
-    return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
-
-
-def ids_behind(prefix: Sequence[int], text: str, tokenizer: Any) -> list[int]:
-    """Token ids of a text that follows a prefix: alone, some tokenizers would put a space before it."""
-
-    def ids(of: str) -> list[int]:
-        found: list[int] = tokenizer(of, add_special_tokens=False)["input_ids"]
-        return found
-
-    for before in (tokenizer.decode(list(prefix[-TAIL:]), skip_special_tokens=True), "\n", "."):
-        first, both = ids(before), ids(before + text)
-        if both[: len(first)] == first:
-            return both[len(first) :]
-    return ids(text)
 
 
 def eos_token_ids(configured: int | Sequence[int] | None, tokenizer: Any) -> list[int]:

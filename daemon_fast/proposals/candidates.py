@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from daemon_fast.errors import InvalidInput
+from daemon_fast.prompts import TAIL
 
 __all__ = ["Candidates"]
 
 Detokenize = Callable[[Sequence[Sequence[int]]], list[str]]
 
-TAIL = 8  # tokens of a prefix that mostly suffice to see how what follows it reads
 BROKEN = "\ufffd"  # what part of a character's bytes is decoded to
 
 

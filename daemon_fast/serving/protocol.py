@@ -18,9 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from daemon_fast.decode import Decoded
 from daemon_fast.energy import Energy
+from daemon_fast.prompts import is_chat
 from daemon_fast.proposals.base import ProposalSettings, as_list
 from daemon_fast.proposals.candidates import texts_behind
-from daemon_fast.proposals.chat import is_chat
 
 __all__ = ["ChatRequest", "CompletionRequest", "Refusal", "Reply", "model_card", "parse"]
 

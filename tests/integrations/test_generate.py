@@ -278,15 +278,15 @@ def test_inputs_that_say_nothing_new_are_taken():
 
 
 def test_a_continuation_has_a_token_unless_none_is_asked_for(model):
-    """Not every metric is defined for the empty continuation."""
     proposal = TransformersProposal(model, tiny.tokenizer(), **{**SETTINGS, "num_candidates": 50})
     zero = torch.zeros(1, dtype=torch.float64)
     energy = Energy(metrics.parse(["ent"]), zero, zero, proposal.settings)
     ends = {"eos_token_id": list(range(40)), "return_dict_in_generate": True}
     lengths = generate(model, energy, **ends).decoded.candidates.lengths
     assert lengths.min() == 1
-    with pytest.raises(InvalidInput, match="ent is not defined for the empty continuation"):
-        generate(model, energy, min_new_tokens=0, **ends)
+    assert generate(model, energy, min_new_tokens=0, **ends).decoded.candidates.lengths.min() == 0
+    answers = Energy(energy.metrics, zero, zero, replace(proposal.settings, min_new_tokens=0))
+    assert generate(model, answers, **ends).decoded.candidates.lengths.min() == 0
 
 
 def test_another_vocabulary_is_an_error(model):

@@ -162,13 +162,17 @@ def compute(
 
 
 def _by_length(held_out: Collected, chances: Mapping[str, Tensor]) -> list[LengthBin]:
-    """Between the quartiles of human lengths. `length` itself, which bins hold fixed, is no part of the distance."""
+    """Thirds of the human lengths below the maximum, and the maximum, at which texts are cut.
+
+    `length` itself, which bins hold fixed, is no part of the distance.
+    """
     of_human, lengths, n = held_out.human_tokens, held_out.lengths, len(held_out.lengths)
     if bool((of_human == of_human[0]).all()) and bool((lengths == of_human[0]).all()):
         return []
-    edges = of_human.double().quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).floor().long().tolist()
     most = int(max(of_human.max(), lengths.max()))
-    edges = [-1, *(edge for edge in dict.fromkeys(edges) if edge < most), most]
+    below = of_human[of_human < most].double()
+    thirds = below.quantile(torch.tensor([1, 2], dtype=torch.float64) / 3).floor().long().tolist() if len(below) else []
+    edges = [*dict.fromkeys([-1, *thirds, most - 1]), most]
     at = [k for k, name in enumerate(held_out.fitted_names) if name != "length"]
     spread, bins = held_out.spread[at], []
     for low, high in itertools.pairwise(edges):

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from daemon_fast import Energy, SIRDecoder, TransformersProposal, metrics
 from daemon_fast.data.exchanges import pair
 from daemon_fast.errors import InvalidInput
+from daemon_fast.prompts import end_of_answer, fingerprint
 from daemon_fast.proposals.base import eos_token_ids, tokenize
-from daemon_fast.proposals.chat import end_of_answer, fingerprint
 
 CHATML = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"

@@ -1,4 +1,7 @@
-"""Chats as prompts: messages, the tokenizer's template around them, and how an answer ends there."""
+"""Prompts as token ids: texts, and chats by the tokenizer's template, and how an answer ends there.
+
+Without torch, so that the command line can tell what is wrong with its data at once.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,14 @@ from daemon_fast.errors import InvalidInput
 
 __all__ = [
     "Message", "Messages", "answer_ids", "as_messages", "chat_ids", "check_text", "end_of_answer", "fingerprint",
-    "is_chat", "user",
+    "ids_behind", "is_chat", "prompt_ids", "user",
 ]  # fmt: skip
 
 Message = dict[str, Any]  # "role" and "content", both strings, and what else a template reads
 Messages = list[Message]
 
 ASSISTANT = "assistant"
+TAIL = 8  # tokens of a prefix that mostly suffice to see how what follows it reads
 # What templates come to with messages that they weren't written for, beside Jinja's own errors.
 _REFUSALS = (TypeError, ValueError, KeyError, IndexError, AttributeError)
 
@@ -111,6 +115,33 @@ def answer_ids(messages: Messages, answer: str, tokenizer: Any, name: str) -> li
     prompt = chat_ids(messages, tokenizer, name)
     whole = _rendered([*messages, {"role": ASSISTANT, "content": answer}], tokenizer, name)
     return whole[len(prompt) :] if whole[: len(prompt)] == prompt else None
+
+
+def prompt_ids(text: str, tokenizer: Any) -> list[int]:
+    """Token ids of a text that a model shall continue: without the end of text that some tokenizers append."""
+    ids: list[int] = tokenizer(text)["input_ids"]
+    if len(ids) < 2 or ids[-1] not in getattr(tokenizer, "all_special_ids", ()):
+        return ids
+    own = tokenizer(text, add_special_tokens=False)["input_ids"]  # which may itself end in a special token
+    starts = range(len(ids) - len(own) + 1) if own else []
+    end = next((i + len(own) for i in starts if ids[i : i + len(own)] == own), None)
+    if end is not None:
+        return ids[:end]
+    return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
+
+
+def ids_behind(prefix: Sequence[int], text: str, tokenizer: Any) -> list[int]:
+    """Token ids of a text that follows a prefix: alone, some tokenizers would put a space before it."""
+
+    def ids(of: str) -> list[int]:
+        found: list[int] = tokenizer(of, add_special_tokens=False)["input_ids"]
+        return found
+
+    for before in (tokenizer.decode(list(prefix[-TAIL:]), skip_special_tokens=True), "\n", "."):
+        first, both = ids(before), ids(before + text)
+        if both[: len(first)] == first:
+            return both[len(first) :]
+    return ids(text)
 
 
 def end_of_answer(tokenizer: Any) -> int | None:
