@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from common import finish, table
+from torch import Tensor
 
 from daemon_fast import Candidates, TransformersProposal, fit_energy
 from daemon_fast import metrics as metrics_module
@@ -37,17 +38,24 @@ MORE = 4000  # human responses whose lengths alone are counted
 EXAMPLES = 3  # entries that the model is shown before it is asked for one
 
 
+def tokens(candidates: Candidates) -> Tensor:
+    """Tens of tokens. `length` is their logarithm, and its mean leaves that of the tokens open."""
+    return candidates.lengths.double() / 10
+
+
 @dataclass(frozen=True)
 class Task:
     exchanges: Sequence[Exchange]
-    metrics: Sequence[str]
+    metrics: Sequence[str | metrics_module.Function]
     max_new_tokens: int
     temperature: float
 
 
 def encyclopedia() -> Task:
     """A user's message; answers of which most are cut."""
-    return Task(read_exchanges("encyclopedia"), metrics_module.OF_RESPONSES, max_new_tokens=48, temperature=0.95)
+    return Task(
+        read_exchanges("encyclopedia"), [*metrics_module.OF_RESPONSES, tokens], max_new_tokens=48, temperature=0.95
+    )
 
 
 def dictionary() -> Task:
@@ -77,7 +85,8 @@ def dictionary() -> Task:
     for (word, kind), gloss in ordered[:EXAMPLES]:
         shown += [*asked(word, kind), {"role": "assistant", "content": gloss}]
     pairs = [Exchange([*shown, *asked(*entry)], gloss) for entry, gloss in ordered[EXAMPLES:]]
-    return Task(pairs, ["sr_2", "tr_8", "tr_32", "coh", "nats", "length", "ended"], max_new_tokens=40, temperature=1.0)
+    names = ["sr_2", "tr_8", "tr_32", "coh", "nats", "length", "ended"]  # no gloss repeats three words
+    return Task(pairs, [*names, tokens], max_new_tokens=40, temperature=1.0)
 
 
 TASKS = {"encyclopedia": encyclopedia, "dictionary": dictionary}

@@ -65,7 +65,9 @@ def as_messages(chat: Sequence[Any], name: str) -> Messages:
         if not isinstance(content, str):
             raise InvalidInput(f"{where} has a content of type {type(content).__name__}: only text can be continued")
         check_text(content, where)
-        messages.append({**message, "content": content})
+        # Columns give null for what a message lacks, which templates would take for its presence.
+        given = {key: value for key, value in message.items() if value is not None}
+        messages.append({**given, "content": content})
     return messages
 
 
@@ -153,6 +155,7 @@ def end_of_answer(tokenizer: Any) -> int | None:
     except InvalidInput:
         return None
     special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
+    special.discard(tokenizer.unk_token_id)  # which the letter may be
     behind = dropwhile(lambda i: i in special, ids or ())  # what some templates put before an answer, too
     return next((i for i in behind if i in special), None)
 

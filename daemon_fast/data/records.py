@@ -45,8 +45,9 @@ from daemon_fast.seeds import batch_seed
 
 if TYPE_CHECKING:
     from daemon_fast.decode import SIRDecoder
+    from daemon_fast.proposals.base import Prefix
 
-__all__ = ["DecodeWork", "Item", "Record", "Summary", "Work", "process", "read_records"]
+__all__ = ["DecodeWork", "Item", "Record", "Summary", "Work", "as_item", "lookup", "process", "read_records"]
 
 Record = dict[str, Any]
 RESULT = "daemon"  # the field that a record gets
@@ -145,16 +146,17 @@ def read_records(
 def _items(source: Source, field: str | None, chats: bool) -> Iterator[Item]:
     for row in rows(source):
         record, line, problem = _parsed(row, field)
-        if field is None:
-            yield Item(record, "", problem, source.name, row.number, row.unit, line)
-            continue
-        text, chat = lookup(record, field), None
-        if chats and problem is None and is_chat(text):
-            chat, problem = _chat(text, field)
-        else:
-            problem = problem or _problem(record, text, field)
-        text = text if isinstance(text, str) else ""
-        yield Item(record, text, problem, source.name, row.number, row.unit, line, chat)
+        item = Item(record, "", problem) if field is None or problem else as_item(record, field, chats)
+        yield replace(item, source=source.name, number=row.number, unit=row.unit, line=line)
+
+
+def as_item(record: Record, field: str, chats: bool = True) -> Item:
+    """A record with the text that its field holds; or with the chat, if that may be; or with what is wrong with it."""
+    value = lookup(record, field)
+    if chats and is_chat(value):
+        messages, problem = _chat(value, field)
+        return Item(record, problem=problem, chat=messages)
+    return Item(record, value if isinstance(value, str) else "", _problem(record, value, field))
 
 
 def _chat(value: Sequence[Any], field: str) -> tuple[Messages | None, str | None]:
@@ -613,11 +615,14 @@ class DecodeWork:
 
     def __call__(self, items: Sequence[Item], number: int) -> list[Record]:
         results: list[Record] = []
-        prefixes, good = [], []
+        prefixes: list[Prefix] = []
+        good = []
         for item in items:
             result: Record = {}
             try:
-                prefixes += self._decoder.proposal.tokenize(self._decoder.prompts([item.prompt]))
+                prompt = self._decoder.prompts([item.prompt])
+                self._decoder.proposal.tokenize(prompt)
+                prefixes += prompt  # not its token ids, which a server may not take
                 good.append(result)
             except InvalidInput as error:
                 result["error"] = str(error).replace("prefix 0", "its text", 1)
@@ -631,13 +636,13 @@ class DecodeWork:
             result |= one
         return results
 
-    def _alone(self, prefix: list[int], seed: int) -> Record:
+    def _alone(self, prefix: Prefix, seed: int) -> Record:
         try:
             return self._decoded([prefix], seed)[0]
         except InvalidInput as error:
             return {"error": str(error).replace("prefix 0", "its text", 1)}
 
-    def _decoded(self, prefixes: list[list[int]], seed: int) -> list[Record]:
+    def _decoded(self, prefixes: list[Prefix], seed: int) -> list[Record]:
         if not prefixes:
             return []
         with warnings.catch_warnings():

@@ -41,7 +41,7 @@ from daemon_fast.ops import Draw, Normalization
 from daemon_fast.proposals.base import Proposal
 from daemon_fast.seeds import check_seed
 
-__all__ = ["Measured", "Plan", "fit_energy", "is_low", "measure", "prepare"]
+__all__ = ["Measured", "Plan", "check_ends", "fit_energy", "is_low", "measure", "prepare"]
 
 # Texts; prompts with responses, in any form that `as_exchange` reads; token ids of both
 Human = Sequence[str] | Sequence[Any] | Pairs
@@ -143,7 +143,7 @@ def fit_energy(
         normalization=normalization, draw=draw, base=base, spread=spread, ridge=ridge, bootstrap=bootstrap,
         seed=seed, batch_size=batch_size, directory=directory,
     )  # fmt: skip
-    _check_ends(plan.human, tokenizer, proposal)
+    check_ends(plan.human, tokenizer, proposal)
     measured = measure(
         proposal, plan.pairs, plan.metrics, targets=plan.targets, base=base, seed=seed, batch_size=batch_size,
         directory=directory,
@@ -153,7 +153,7 @@ def fit_energy(
     return result.energy(fitted, proposal.settings, base, seed, len(plan.targets), plan.pairs.chat_template)
 
 
-def _check_ends(human: Pairs, tokenizer: Any, proposal: Proposal) -> None:
+def check_ends(human: Pairs, tokenizer: Any, proposal: Proposal) -> None:
     """That what ends human responses is what ends the proposal's: else each would have a token that candidates lack."""
     if tokenizer is None:
         return

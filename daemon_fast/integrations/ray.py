@@ -17,25 +17,30 @@ Options such as num_gpus, num_cpus, compute and accelerator_type are those of `r
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from daemon_fast import metrics as metrics_module
-from daemon_fast.data.formats import SURROGATE, python_values
-from daemon_fast.data.records import RESULT, DecodeWork, Item
-from daemon_fast.data.texts import split
+from daemon_fast.data.exchanges import as_exchange, pair
+from daemon_fast.data.formats import python_values
+from daemon_fast.data.records import RESULT, DecodeWork, Record, as_item
+from daemon_fast.data.texts import Pairs, split
 from daemon_fast.decode import SIRDecoder
 from daemon_fast.energy import Base, Energy
 from daemon_fast.errors import DataError, InvalidInput, MissingPackage
 from daemon_fast.fit import fit as fit_samples
+from daemon_fast.fit.from_texts import check_ends
 from daemon_fast.fit.samples import Block
 from daemon_fast.metrics import Function, Metric
 from daemon_fast.models import DEFAULT_ENCODER, Encoder
 from daemon_fast.ops import Draw, Normalization
-from daemon_fast.proposals.base import ProposalSettings
+from daemon_fast.prompts import user
+from daemon_fast.proposals.base import Proposal, ProposalSettings
 from daemon_fast.proposals.load import EngineSpec
 from daemon_fast.seeds import batch_seed
 
@@ -67,11 +72,13 @@ def decode(
     batch_size: int = 16,
     **options: Any,
 ) -> Dataset:
-    """Continue the text in `field` of each row.
+    """Continue the text in `field` of each row, or answer the chat.
 
     Parameters
     ----------
-    dataset : rows with a string column `field`. They keep their other columns; Ray may change their order.
+    dataset : rows with a column `field` of strings, which are users' messages where the artefact was fitted to chats;
+        or of chats, lists of structs with a role and a content, of which a last message of the assistant's is left out.
+        Rows keep their other columns; Ray may change their order.
     energy : fitted artefact
     engine : default: Transformers, with the artefact's model
     num_samples : continuations per row
@@ -83,7 +90,8 @@ def decode(
     Returns
     -------
     Dataset
-        With a column "daemon" of texts, metrics, ess, log_z, and error: null, or what is wrong with the row's text.
+        With a column "daemon" of texts, metrics, ess, log_z, and error: null, or what is wrong with the row's text or
+        chat.
     """
     arguments = {
         "energy": energy, "engine": engine or EngineSpec(model_id=energy.proposal_settings.model_id), "field": field,
@@ -104,12 +112,11 @@ class _Decode:
     def __call__(self, table: pyarrow.Table) -> pyarrow.Table:
         if RESULT in table.column_names:
             raise InvalidInput(f"the rows have a column {RESULT!r} already")
-        texts = _values(table, self._field)
-        if not texts:
+        items = [as_item({self._field: value}, self._field) for value in _values(table, self._field)]
+        if not items:
             return table.drop_columns([ROW]).append_column(RESULT, pyarrow.nulls(0, self._work.result_type()))
-        drawn = iter(self._work([Item({}, text) for text in texts if _is_text(text)], table[ROW][0].as_py()))
-        missing = {"error": f"has no string field {self._field!r}"}
-        results = [next(drawn) if _is_text(text) else missing for text in texts]
+        drawn = iter(self._work([item for item in items if item.problem is None], table[ROW][0].as_py()))
+        results = [next(drawn) if item.problem is None else {"error": item.problem} for item in items]
         return table.drop_columns([ROW]).append_column(RESULT, pyarrow.array(results, self._work.result_type()))
 
 
@@ -117,10 +124,6 @@ def _values(table: pyarrow.Table, field: str) -> list[Any]:
     if field not in table.column_names:
         raise InvalidInput(f"field = {field!r}: the rows have {', '.join(sorted({*table.column_names} - {ROW}))}")
     return python_values(table[field].combine_chunks())
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and not SURROGATE.search(value)
 
 
 # ---- fitting --------------------------------------------------------------------------------------------------------
@@ -133,8 +136,12 @@ def measure(
     *,
     encoder: Encoder | str = DEFAULT_ENCODER,
     field: str = "text",
+    prompt_field: str | None = None,
+    response_field: str | None = None,
+    chat: bool | None = None,
     prefix_tokens: int = 32,
     new_tokens: int = 64,
+    min_new_tokens: int | None = None,
     num_candidates: int = 25,
     temperature: float = 0.97,
     top_k: int = 0,
@@ -144,13 +151,21 @@ def measure(
     batch_size: int = 16,
     **options: Any,
 ) -> Dataset:
-    """Metrics of human texts and of candidates that continue their first tokens: what `fit` reads.
+    """Metrics of human texts and of candidates that continue their first tokens; or of responses, and of candidates
+    that answer the same prompts: what `fit` reads.
 
     Parameters
     ----------
-    dataset : rows with a string column `field`; those of fewer than prefix_tokens + new_tokens tokens are left out
+    dataset : rows with a string column `field`; those of fewer than prefix_tokens + new_tokens tokens are left out. Or,
+        with a `prompt_field`, rows of prompts and responses; those that hold none, that the chat template refuses, or
+        that are too long for the model or shorter than min_new_tokens, are left out
     metrics, encoder : as `daemon_fast.metrics.parse` takes them
     engine : default: Transformers, with the embedded model
+    prompt_field, response_field : of prompts and responses, see `daemon_fast.data.exchanges.as_exchange`
+    chat : whether a prompt that is a text is a user's message, in the tokenizer's chat template; default: if it has one
+    prefix_tokens : where texts are cut
+    new_tokens, min_new_tokens : of a continuation at most, and at least; default of the latter: 0 for responses, and
+        new_tokens for texts
     num_candidates, temperature, top_k, top_p : see `ProposalSettings`
     base : what is tilted: the proposal, or the model at temperature 1
     batch_size : rows drawn together
@@ -159,43 +174,103 @@ def measure(
     Returns
     -------
     Dataset
-        A row per text: features [M, K] float32, human [K] float32, base_log_w [M] float64 or null, and in some rows
-        `run`, which tells what they are.
+        A row per text, or per prompt and response: features [M, K] float32, human [K] float32, base_log_w [M] float64
+        or null, and in some rows `run`, which tells what they are.
     """
+    if response_field is not None and prompt_field is None:
+        raise InvalidInput(f"response_field = {response_field!r} needs a prompt_field")
+    if min_new_tokens is None:
+        min_new_tokens = new_tokens if prompt_field is None else 0
     settings = {
         "num_candidates": num_candidates, "temperature": temperature, "top_k": top_k, "top_p": top_p,
-        "max_new_tokens": new_tokens, "min_new_tokens": new_tokens,
+        "max_new_tokens": new_tokens, "min_new_tokens": min_new_tokens,
     }  # fmt: skip
+    human = _Texts(field, prefix_tokens) if prompt_field is None else _Exchanges(prompt_field, response_field, chat)
     arguments = {
         "metrics": metrics_module.parse(metrics, encoder), "engine": engine or EngineSpec(), "settings": settings,
-        "field": field, "prefix_tokens": prefix_tokens, "base": base, "seed": seed,
+        "human": human, "base": base, "seed": seed,
     }  # fmt: skip
     return _map(dataset, _Measure, arguments, batch_size, options)
+
+
+def _is_in(field: str, column: str) -> bool:
+    """Whether a column has the field, or has it within."""
+    return field == column or field.startswith(f"{column}.")
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Where rows hold texts, and where these are cut."""
+
+    field: str
+    prefix_tokens: int
+
+    def pairs(self, table: pyarrow.Table, proposal: Proposal) -> Pairs:
+        items = [as_item({self.field: value}, self.field, chats=False) for value in _values(table, self.field)]
+        texts = [item.text for item in items if item.problem is None]
+        return split(texts, proposal.tokenizer, self.prefix_tokens, proposal.settings.max_new_tokens, at_least=0)
+
+
+@dataclass(frozen=True)
+class _Exchanges:
+    """Where rows hold prompts and responses."""
+
+    prompt_field: str
+    response_field: str | None
+    chat: bool | None
+
+    def pairs(self, table: pyarrow.Table, proposal: Proposal) -> Pairs:
+        found = [self._pair(row, proposal) for row in self._rows(table)]
+        pairs = Pairs(
+            [prefix for one in found for prefix in one.prefixes],
+            [row for one in found for row in one.continuations],
+            next((one.chat_template for one in found if one.chat_template), None),
+        )
+        check_ends(pairs, proposal.tokenizer, proposal)
+        return pairs
+
+    def _rows(self, table: pyarrow.Table) -> list[Record]:
+        """With the columns that may hold either."""
+        of_prompt = [name for name in table.column_names if _is_in(self.prompt_field, name)]
+        if not of_prompt:
+            _values(table, self.prompt_field)  # says which columns there are
+        others = (self.response_field,) if self.response_field else ("response", "completion")
+        names = {*of_prompt, *(name for name in table.column_names for field in others if _is_in(field, name))}
+        columns = [_values(table, name) for name in names]
+        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+    def _pair(self, row: Record, proposal: Proposal) -> Pairs:
+        """Of one row; or none, where it can't be used."""
+        s, tokenizer, nothing = proposal.settings, proposal.tokenizer, Pairs([], [])
+        try:
+            exchange = as_exchange(row, self.prompt_field, self.response_field)
+        except InvalidInput:
+            return nothing
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is left out
+            try:
+                one = pair([exchange], tokenizer, s.max_new_tokens, s.min_new_tokens, at_least=0, chat=self.chat)
+                if len(one):
+                    proposal.tokenize(one.prefixes)
+            except InvalidInput:
+                # A tokenizer that can't take even this has no template, or no end-of-text: no row would be left.
+                pair([("a" if isinstance(exchange.prompt, str) else user("a"), "b")], tokenizer, 2, chat=self.chat)
+                return nothing
+        return one
 
 
 class _Measure:
     """The actor that draws candidates and measures them."""
 
     def __init__(
-        self, metrics: Sequence[Metric], engine: EngineSpec, settings: dict[str, Any], field: str, prefix_tokens: int,
+        self, metrics: Sequence[Metric], engine: EngineSpec, settings: dict[str, Any], human: _Texts | _Exchanges,
         base: Base, seed: int,
     ) -> None:  # fmt: skip
         self._proposal, self._metrics, self._base, self._seed = engine.proposal(**settings), metrics, base, seed
-        self._field, self._prefix_tokens = field, prefix_tokens
-        self._run = json.dumps(
-            {
-                "proposal_settings": self._proposal.settings.to_json(),
-                "metrics": [metric.spec for metric in metrics],
-                "base": base,
-                "seed": seed,
-                "prefix_tokens": prefix_tokens,
-            }
-        )
+        self._human = human
 
     def __call__(self, table: pyarrow.Table) -> pyarrow.Table:
-        texts = list(filter(_is_text, _values(table, self._field)))
-        settings = self._proposal.settings
-        pairs = split(texts, self._proposal.tokenizer, self._prefix_tokens, settings.max_new_tokens, at_least=0)
+        settings, pairs = self._proposal.settings, self._human.pairs(table, self._proposal)
         m, k = settings.num_candidates, len(metrics_module.column_names(self._metrics))
         features, human, base = torch.empty(0, m, k), torch.empty(0, k), None
         if len(pairs):
@@ -209,9 +284,21 @@ class _Measure:
             "features": _column(features),
             "human": _column(human),
             "base_log_w": weights,
-            "run": pyarrow.array([self._run, *[None] * len(pairs)][: len(pairs)], pyarrow.string()),
+            "run": pyarrow.array([self._run(pairs), *[None] * len(pairs)][: len(pairs)], pyarrow.string()),
         }
         return pyarrow.table(columns)
+
+    def _run(self, pairs: Pairs) -> str:
+        return json.dumps(
+            {
+                "proposal_settings": self._proposal.settings.to_json(),
+                "metrics": [metric.spec for metric in self._metrics],
+                "base": self._base,
+                "seed": self._seed,
+                "human": asdict(self._human),
+                "chat_template": pairs.chat_template,
+            }
+        )
 
 
 class RaySamples:
@@ -231,7 +318,10 @@ class RaySamples:
         sizes = ray.get([self._apply.remote(len, block) for block in blocks])
         self._blocks = [block for block, size in zip(blocks, sizes, strict=True) if size]
         if not self._blocks:
-            raise DataError("no text of the dataset has as many tokens as a prefix and a continuation need")
+            raise DataError(
+                "no row of the dataset could be used: no text has as many tokens as a prefix and a continuation need, "
+                "or none holds a prompt and a response"
+            )
         runs = {run for found in self._map(_runs) for run in found}
         if len(runs) != 1:
             raise InvalidInput(f"the dataset holds rows of {len(runs)} runs of `measure`, which don't go together")
@@ -282,7 +372,8 @@ def fit(
     names = metrics_module.column_names(fitted)
     result = fit_samples(measured, measured.targets(), normalization=normalization, draw=draw, ridge=ridge, names=names)
     settings, base, seed = (measured.run[name] for name in ("proposal_settings", "base", "seed"))
-    return result.energy(fitted, ProposalSettings(**settings), base, seed)
+    template = measured.run.get("chat_template")  # rows that an earlier version measured have none
+    return result.energy(fitted, ProposalSettings(**settings), base, seed, chat_template=template)
 
 
 # ---- Ray and Arrow --------------------------------------------------------------------------------------------------

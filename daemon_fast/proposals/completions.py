@@ -25,6 +25,7 @@ __all__ = [
     "Reader",
     "Refused",
     "are_copies",
+    "as_completion",
     "choices_of",
     "letters",
     "log_probs",
@@ -42,10 +43,14 @@ SPOILED = {
     "tool_calls", "tool_use",
 }  # fmt: skip
 
+# What the message of a chat may hold beside an answer: thinking, by the names that servers give it, and others.
+BESIDE_ANSWERS = ("reasoning_content", "reasoning", "thinking", "refusal", "tool_calls", "function_call", "audio")
+
 # Texts that are tokenized again may have other numbers of tokens than were drawn: by a quarter, and two more.
 DRIFT, DRIFT_TOKENS = 1.25, 2
 UNLIKELY = math.log(1e-6)  # chance of copies among independent candidates, below which they are none
 NATS = 1.0  # a token, where the server gives no log-probabilities: open-ended text has two or three
+CERTAIN = 16  # tokens of an answer, its end included, that may have none at all
 SURE = 0.2  # probability above which a token may be all that top-k and min-p leave
 
 
@@ -87,12 +92,14 @@ class Reader:
     Attributes
     ----------
     url : of the server, for errors
+    eos_token_ids : the tokens that end a text, whether the server knows it or not
     vocabulary : number of token ids
     log_probs : whether they were asked for
     """
 
     url: str
     tokenizer: Any
+    eos_token_ids: Sequence[int]
     vocabulary: int
     settings: ProposalSettings
     log_probs: bool
@@ -122,6 +129,8 @@ class Reader:
             )
         if self._lost_tokens(choice, tokens, reason):
             return self._of_text(choice, prefix, None, reason)
+        if log_p is None and choice.get("text") == "" and reason in ENDED:
+            log_p = []  # so some servers give those of the empty answer
         if self.log_probs and log_p is None:
             raise EngineError(
                 f"{self.url} gives no log-probabilities: with log_probs = False all metrics but ent go without"
@@ -158,7 +167,7 @@ class Reader:
         return {}
 
     def _of_tokens(self, tokens: list[int], log_p: list[float] | None, reason: str | None, text: Any) -> Drawn:
-        s, eos = self.settings, self.tokenizer.eos_token_id
+        s = self.settings
         if bad := [token for token in tokens if not 0 <= token < self.vocabulary]:
             raise EngineError(
                 f"{self.url} gives token {bad[0]}, outside the vocabulary of {self.vocabulary}: {s.model_id} is not "
@@ -168,14 +177,14 @@ class Reader:
             raise EngineError(
                 f"{self.url} gives {len(tokens)} tokens, though max_tokens = {s.max_new_tokens} was asked for"
             )
-        if eos in tokens:  # where a server draws on behind it, that is another text
-            n, drawn = tokens.index(eos) + 1, len(tokens)
+        drawn, n = len(tokens), next((t + 1 for t, token in enumerate(tokens) if token in self.eos_token_ids), None)
+        if n is not None and n < drawn:  # where a server draws on behind an end of text, that is another text
             log_p = log_p[:n] if log_p is not None and len(log_p) == drawn else log_p
-            tokens = tokens[:n]
+            tokens, text = tokens[:n], None
         # Servers differ in whether the token that ended a candidate is among its tokens, and its log-probabilities. A
         # token tells more than a reason: some say "eos_token", "length" or nothing.
         full = len(tokens) == s.max_new_tokens
-        ended = bool(tokens) and (tokens[-1] == eos or (self._ends(tokens[-1]) and (reason in ENDED or not full)))
+        ended = n is not None or (bool(tokens) and self._ends(tokens[-1]) and (reason in ENDED or not full))
         if not ended and not full and reason not in ENDED:
             raise EngineError(
                 f"{self.url} ended a candidate after {len(tokens)} tokens, with finish_reason = {reason!r}: neither "
@@ -183,7 +192,7 @@ class Reader:
             )
         self._check_minimum(len(tokens) - ended, s.min_new_tokens if ended or not full else 0)
         stopped = ended or reason in ENDED
-        tokens, ended = self._with_end(tokens, log_p, reason in ENDED, ended)
+        tokens, log_p, ended = self._with_end(tokens, log_p, reason in ENDED, ended)
         shown = text if isinstance(text, str) else None
         return Drawn(tokens, _fitting(log_p, tokens), self._length(tokens, ended), stopped, shown, False, False)
 
@@ -219,18 +228,21 @@ class Reader:
             self._check_minimum(drawn, s.min_new_tokens)
         tokens = tokens[: s.max_new_tokens]
         ended = stopped and bool(tokens) and self._ends(tokens[-1])
-        tokens, ended = self._with_end(tokens, log_p, stopped, ended)
+        tokens, log_p, ended = self._with_end(tokens, log_p, stopped, ended)
         return Drawn(tokens, _fitting(log_p, tokens), self._length(tokens, ended), stopped, text, True, reason is None)
 
     def _with_end(
         self, tokens: list[int], log_p: list[float] | None, stopped: bool, ended: bool
-    ) -> tuple[list[int], bool]:
-        """With the end-of-text token that the server left out, where it counts or has a log-probability."""
+    ) -> tuple[list[int], list[float] | None, bool]:
+        """With the end-of-text token that the server left out, where it counts or log-probabilities are known: its own
+        is NaN if they are those of the other tokens."""
         s, eos = self.settings, self.tokenizer.eos_token_id
         lacks_end = stopped and not ended and eos is not None and len(tokens) < s.max_new_tokens
+        if lacks_end and log_p is not None and len(log_p) == len(tokens):
+            log_p = [*log_p, nan]
         if lacks_end and (s.count_eos or (log_p is not None and len(log_p) == len(tokens) + 1)):
-            return [*tokens, eos], True
-        return tokens, ended
+            return [*tokens, eos], log_p, True
+        return tokens, log_p, ended
 
     def _length(self, tokens: list[int], ended: bool) -> int:
         return len(tokens) - (ended and not self.settings.count_eos)
@@ -244,7 +256,7 @@ class Reader:
 
     def _ends(self, token: int) -> bool:
         """Whether a text may end by this token: servers know more of them than a tokenizer tells."""
-        return token == self.tokenizer.eos_token_id or (token in self._special and token != self.tokenizer.unk_token_id)
+        return token in self.eos_token_ids or (token in self._special and token != self.tokenizer.unk_token_id)
 
     @cached_property
     def _special(self) -> set[int]:
@@ -262,6 +274,34 @@ def choices_of(reply: dict[str, Any]) -> list[dict[str, Any]]:
             return choices
         first.setdefault(index, choice)
     return [first[index] for index in sorted(first)]
+
+
+def as_completion(choice: dict[str, Any], url: str) -> dict[str, Any]:
+    """A choice of a chat with its answer as a text, as completions have it.
+
+    Raises
+    ------
+    EngineError
+        There is more, or other, than an answer.
+    """
+    message = choice.get("message")
+    if not isinstance(message, dict):
+        raise EngineError(f"{url} gives a choice without a message")
+    name = next((name for name in BESIDE_ANSWERS if message.get(name)), None)
+    if name is not None:
+        raise EngineError(
+            f"{url} answers with {name} ({said(message[name])[:60]!r}): only what the model writes as an answer is a "
+            "sample of it; switch off thinking, or how the server parses it, and tools"
+        )
+    content = message.get("content")
+    if isinstance(content, list):
+        kinds = [part.get("type") if isinstance(part, dict) else part for part in content]
+        if others := [kind for kind in kinds if kind != "text"]:
+            raise EngineError(f"{url} answers with a part of type {said(others[0])[:60]!r}: only text is a sample")
+        content = "".join(str(part.get("text")) for part in content)
+    if content is None and _reason(choice) in ENDED:
+        content = ""  # so some servers give the empty answer
+    return {**choice, "text": content}
 
 
 def log_probs(choice: dict[str, Any]) -> list[float] | None:
@@ -283,7 +323,7 @@ def token_ids(choice: dict[str, Any]) -> list[int] | None:
     if ids is None and (entries := given.get("content")) is not None:
         ids = [entry.get("id") for entry in entries]
         ids = None if None in ids else ids
-    names = given.get("tokens") or []
+    names = given.get("tokens") or [entry.get("token") for entry in given.get("content") or []]
     if ids is None and names and all(isinstance(name, str) and name.startswith(TOKEN_ID) for name in names):
         ids = [int(name.removeprefix(TOKEN_ID)) for name in names]
     if ids is None or (not ids and choice.get("text")):
@@ -307,10 +347,10 @@ def _log_chance(one: Drawn, settings: ProposalSettings, vocabulary: int) -> floa
     s = settings
     if s.top_k == 1:
         return 0.0
-    if one.log_p is None or any(math.isnan(x) for x in one.log_p):
-        return -NATS * len(one.tokens) * min(1.0, s.temperature)
-    total = 0.0
-    for x in one.log_p:
+    known = [x for x in one.log_p or () if not math.isnan(x)]
+    unknown = len(one.tokens) - len(known)
+    total = -NATS * max(0, unknown - CERTAIN * one.ended) * min(1.0, s.temperature)
+    for x in known:
         p = math.exp(min(x, 0.0))
         if (s.top_k or s.min_p) and p > SURE:
             continue

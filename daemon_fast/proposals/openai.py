@@ -1,4 +1,4 @@
-"""Candidates from a server that speaks the OpenAI completions protocol: vLLM, SGLang, llama.cpp, TGI, ...
+"""Candidates from a server that speaks OpenAI's protocol of completions, or of chats: vLLM, SGLang, llama.cpp, TGI, ...
 
 One request asks for all candidates of a prefix; several are under way at a time. The openai client waits out faults
 that pass; what a reply lacks is asked for again, so that no prefix is lost and none answered twice. What a server
@@ -25,9 +25,11 @@ import numpy as np
 from daemon_fast.errors import EngineError, InvalidInput, require
 from daemon_fast.memory import check_candidates
 from daemon_fast.models import load_tokenizer
+from daemon_fast.prompts import Messages, is_chat
 from daemon_fast.proposals.base import (
     Prefix,
     ProposalSettings,
+    as_list,
     ends,
     eos_token_ids,
     prompt_ids,
@@ -42,6 +44,7 @@ from daemon_fast.proposals.completions import (
     Reader,
     Refused,
     are_copies,
+    as_completion,
     choices_of,
     letters,
     log_probs,
@@ -69,13 +72,31 @@ class _NothingYet(Exception):
 
 
 @dataclass(frozen=True)
+class _Prompt:
+    """A prefix.
+
+    Attributes
+    ----------
+    given : a text, token ids or a chat
+    tokens : its token ids
+    text : one of the same tokens, which is sent where token ids are refused; None if there is none, and of a chat
+    """
+
+    given: str | list[int] | Messages
+    tokens: list[int]
+    text: str | None
+
+
+@dataclass(frozen=True)
 class _Dialect:
     """What a server takes; all of it, until it refuses some.
 
     Attributes
     ----------
     extensions : fields beyond those that OpenAI defines, where they are neutral
-    token_prompts : prompts of token ids, and not only texts
+    completions : the address /completions; without it, prompts that are chats go to /chat/completions as messages
+    token_prompts : prompts of token ids, and not only texts; without them, chats go there as messages, too
+    max_tokens : the field of that name; newer chat models call it max_completion_tokens
     seeds : a seed
     counts : the field n
     most : candidates of one request
@@ -83,19 +104,26 @@ class _Dialect:
     """
 
     extensions: bool = True
+    completions: bool = True
     token_prompts: bool = True
+    max_tokens: bool = True
     seeds: bool = True
     counts: bool = True
     most: int = sys.maxsize
     ignore_eos: bool = False
 
-    def simpler(self, n: int, text: str | None) -> Iterator[_Dialect]:
+    def sends_messages(self, prompt: _Prompt) -> bool:
+        return is_chat(prompt.given) and not (self.completions and self.token_prompts)
+
+    def simpler(self, n: int, prompt: _Prompt) -> Iterator[_Dialect]:
         """What may be tried where a request for n candidates was refused; last, the least that can be asked for."""
-        no_text = self.token_prompts and text is None
+        only_tokens = self.token_prompts and prompt.text is None and not is_chat(prompt.given)
         if self.extensions:
             yield replace(self, extensions=False)
-        if self.token_prompts and text is not None:
+        if self.completions and self.token_prompts and not only_tokens:
             yield replace(self, token_prompts=False)
+        if self.sends_messages(prompt) and self.max_tokens:
+            yield replace(self, max_tokens=False)
         n = min(n, self.most)
         while n > 1:
             n //= 2
@@ -104,22 +132,14 @@ class _Dialect:
             yield replace(self, most=1, counts=False)
         if self.seeds:
             yield replace(self, seeds=False)
-        least = replace(self, extensions=False, token_prompts=no_text, most=1)
+        least = replace(self, extensions=False, token_prompts=only_tokens, most=1)
         for fewer in (least, replace(least, counts=False), replace(least, counts=False, seeds=False)):
             if fewer != self:
                 yield fewer
 
 
-@dataclass(frozen=True)
-class _Prompt:
-    """A prefix as it was given, and its token ids."""
-
-    given: Prefix
-    tokens: list[int]
-
-
 class ServerProposal:
-    """Draws candidates from the completions endpoint of a server.
+    """Draws candidates from the completions endpoint of a server, or answers of a chat from that of chats.
 
     The API key is read from the environment variable OPENAI_API_KEY and goes nowhere but to the server.
 
@@ -159,17 +179,23 @@ class ServerProposal:
 
     Token ids come from vLLM and llama.cpp. Other servers give only text, which is tokenized again; a warning says so.
     That isn't always how the model wrote it: token metrics may differ a little, and where the count differs, the
-    candidate's log-probabilities are NaN.
+    candidate's log-probabilities are NaN. So is that of an end-of-text token for which a server gives none, and with it
+    the candidate's log p.
 
     A server that refuses `n` candidates at once, or gives copies of one, is asked for fewer at a time, each request
     with a seed of its own; one that refuses token ids is sent texts, if they have the same tokens; one that has no
-    /models needs `served_model`. One that only chats can't be used. llama.cpp knows no min_tokens: there, where
-    min_new_tokens = max_new_tokens, ignore_eos takes its place (end-of-text is never drawn, which is the same); other
-    minima are refused. Its slots (--parallel) bound n. It leaves out tokens that hold part of a character: candidates
-    that have such are read from their text, and their log-probabilities are NaN.
+    /models needs `served_model`. llama.cpp knows no min_tokens: there, where min_new_tokens = max_new_tokens,
+    ignore_eos takes its place (end-of-text is never drawn, which is the same); other minima are refused. Its slots
+    (--parallel) bound n. It leaves out tokens that hold part of a character: candidates that have such are read from
+    their text, and their log-probabilities are NaN.
+
+    A chat is sent as the token ids that the tokenizer's template makes of it. To a server that has no completions, or
+    takes only texts, it is sent as messages: then the server's own template is what makes them a prompt, and a warning
+    says so. Texts and token ids need completions.
 
     A reply that isn't what was asked for is an error, not a sample: tokens outside the vocabulary or more than
-    max_tokens, candidates that a filter or a limit of the server's own cut short, copies whatever the seed.
+    max_tokens, candidates that a filter or a limit of the server's own cut short, copies whatever the seed; of chats
+    also thinking that stands apart from the answer, refusals and calls of tools.
 
     Examples
     --------
@@ -203,7 +229,7 @@ class ServerProposal:
         self.settings = ProposalSettings(model_id, vocabulary_fingerprint(self.tokenizer), **settings)
         self.eos_token_ids = eos_token_ids(None, self.tokenizer)
         self._vocabulary = 1 + max(self.tokenizer.get_vocab().values())
-        self._reader = Reader(base_url, self.tokenizer, self._vocabulary, self.settings, log_probs)
+        self._reader = Reader(base_url, self.tokenizer, self.eos_token_ids, self._vocabulary, self.settings, log_probs)
         self._client = openai.OpenAI(
             base_url=base_url,
             api_key=os.environ.get("OPENAI_API_KEY") or "none",
@@ -261,7 +287,7 @@ class ServerProposal:
 
         Parameters
         ----------
-        prefixes : N strings or lists of token ids
+        prefixes : N strings, lists of token ids or chats
         seed : the same seed gives the same ones again, as far as the server keeps to seeds; those that a reply lacked
             are drawn with another one. Or N seeds, one of each prefix.
 
@@ -275,23 +301,24 @@ class ServerProposal:
         """
         prefix_tokens = self.tokenize(prefixes)
         check_candidates(self.settings, len(prefix_tokens))
-        prompts = list(map(_Prompt, prefixes, prefix_tokens))
+        given = as_list(prefixes)
+        prompts = [_Prompt(*one, self._text(*one)) for one in zip(given, prefix_tokens, strict=True)]
         seeds = [(own % 2**64, i) for own, i in seed_of_each(seed, len(prompts))]
         drawn = self._settle(prompts, seeds)
         rows = [row for own in drawn for row in own]
         self._check_vocabulary(drawn[0])
-        self._tell(rows)
+        self._tell(prompts, rows)
         log_p = [row.log_p or [nan] * len(row.tokens) for row in rows] if self._log_probs else None
         lengths, ended = [row.length for row in rows], [row.ended for row in rows]
         known = None if any(row.end_unknown for row in rows) else ended
         return self._candidates([row.tokens for row in rows], log_p, lengths, prefix_tokens, known)
 
-    def _text(self, prompt: _Prompt) -> str | None:
-        """What is sent where token ids are refused: a text of the same tokens; None if there is none."""
-        if isinstance(prompt.given, str):
-            return prompt.given
-        text: str = self.tokenizer.decode(prompt.tokens, skip_special_tokens=True)
-        return text if text and prompt_ids(text, self.tokenizer) == prompt.tokens else None
+    def _text(self, given: str | list[int] | Messages, tokens: list[int]) -> str | None:
+        """A text of the same tokens, if there is one."""
+        if isinstance(given, str) or is_chat(given):
+            return given if isinstance(given, str) else None
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text if text and prompt_ids(text, self.tokenizer) == tokens else None
 
     def _settle(self, prompts: list[_Prompt], seeds: list[tuple[int, int]]) -> list[list[Drawn]]:
         """Candidates of each prompt, all drawn in one way. A server that ignores part of what it was asked is asked in
@@ -355,14 +382,19 @@ class ServerProposal:
 
         return self._map(work, len(jobs))
 
-    def _tell(self, rows: list[Drawn]) -> None:
+    def _tell(self, prompts: list[_Prompt], rows: list[Drawn]) -> None:
         """Warn of what the server lacks."""
+        as_messages = [self._dialect.sends_messages(prompt) for prompt in prompts]
         if not self._dialect.extensions:
             self._warn(
                 f"{self.base_url} accepts only the fields that OpenAI defines: where it truncates or penalises by "
                 "defaults of its own, these hold"
             )
-        if not self._dialect.token_prompts:
+        if any(as_messages):
+            self._warn(
+                f"{self.base_url} puts chats in its own template, which can't be seen: it may not be the tokenizer's"
+            )
+        if not self._dialect.token_prompts and not all(as_messages):
             self._warn(
                 f"{self.base_url} takes only texts as prompts: it tokenizes them itself, which may not be as here"
             )
@@ -413,8 +445,8 @@ class ServerProposal:
             try:
                 choice = self._complete(body, {})[0]
                 log_p, ids = log_probs(choice), token_ids(choice)
-            except Refused as refused:
-                return str(refused)
+            except (Refused, _NoRoute) as error:
+                return str(error)
             except (AttributeError, KeyError, TypeError, ValueError):
                 return f"{self.base_url} returns what makes no sense"
             if log_p is None or len(log_p) != len(texts[i]) or (ids is not None and ids != texts[i]):
@@ -455,7 +487,18 @@ class ServerProposal:
                 with self._settling:
                     if self._dialect == dialect:
                         return self._simplify(prompt, n, seed, refused)
-                # Another request has found meanwhile what the server takes.
+            except _NoRoute as missing:
+                if dialect.sends_messages(prompt):
+                    raise EngineError(f"{missing}; it needs {self.base_url}/chat/completions") from None
+                if not is_chat(prompt.given):
+                    raise EngineError(
+                        f"{missing}; it needs {self.base_url}/completions to continue a text or token ids: a server "
+                        "that only chats is given chats"
+                    ) from None
+                with self._settling:
+                    if self._dialect == dialect:
+                        self._dialect = replace(dialect, completions=False)
+            # Now it is known, or another request has found meanwhile, what the server takes.
 
     def _simplify(self, prompt: _Prompt, n: int, seed: int, refused: Refused) -> list[dict[str, Any]]:
         """Choices asked for in the first way that the server takes, from now on.
@@ -463,47 +506,54 @@ class ServerProposal:
         One thing is left out at a time. It stays so where the request is then refused for another reason: that part is
         mended.
         """
-        dialect, reason, text = self._dialect, refused, self._text(prompt)
+        dialect, reason, chats_lack = self._dialect, refused, ""
         while True:
-            for simpler in dialect.simpler(n, text):
+            for simpler in dialect.simpler(n, prompt):
                 try:
                     choices = self._complete(*self._request(prompt, n, seed, simpler))
                 except Refused as other:
                     if _core(other) != _core(reason):
                         dialect, reason = simpler, other
                         break
+                except _NoRoute:
+                    chats_lack = f" (nor is there {self.base_url}/chat/completions, for messages)"
                 except EngineError:
                     raise reason from None  # what was asked for is refused; how this attempt fails is of no interest
                 else:
                     self._dialect = simpler
                     return choices
             else:
-                if dialect.token_prompts and text is None:
+                if dialect.token_prompts and prompt.text is None and not is_chat(prompt.given):
                     raise Refused(
                         f"{reason} (a text in place of the token ids {prompt.tokens[:4]} ... was not tried: tokenized "
                         "again, it has others)"
                     )
-                raise reason
+                raise Refused(f"{reason}{chats_lack}")
 
     def _request(self, prompt: _Prompt, n: int, seed: int, dialect: _Dialect) -> tuple[dict[str, Any], dict[str, Any]]:
         """Fields that OpenAI defines, and others."""
         s = self.settings
-        sent: list[int] | str | None = prompt.tokens if dialect.token_prompts else self._text(prompt)
-        if sent is None:
-            raise EngineError(
-                f"{self.base_url} takes only texts as prompts, and there is none for the token ids "
-                f"{prompt.tokens[:4]} ...: tokenized again, it has others"
-            )
+        if dialect.sends_messages(prompt):
+            sent: dict[str, Any] = {"messages": prompt.given}
+            log_probs: dict[str, Any] = {"logprobs": True, "top_logprobs": 1}  # llama.cpp's default would be 20
+        else:
+            sent = {"prompt": prompt.tokens if dialect.token_prompts else prompt.text}
+            log_probs = {"logprobs": 1}
+            if sent["prompt"] is None:
+                raise EngineError(
+                    f"{self.base_url} takes only texts as prompts, and there is none for the token ids "
+                    f"{prompt.tokens[:4]} ...: tokenized again, it has others"
+                )
         body = {
-            "prompt": sent,
+            **sent,
             **({"n": min(n, dialect.most)} if dialect.counts else {}),
             **({"seed": seed} if dialect.seeds else {}),
-            "max_tokens": s.max_new_tokens,
+            ("max_tokens" if dialect.max_tokens else "max_completion_tokens"): s.max_new_tokens,
             "temperature": s.temperature,
             "top_p": s.top_p,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
-            **({"logprobs": 1} if self._log_probs else {}),
+            **(log_probs if self._log_probs else {}),
         }
         asked = {"top_k": s.top_k, "min_p": s.min_p, "min_tokens": s.min_new_tokens, "ignore_eos": dialect.ignore_eos}
         needed = {name: value for name, value in asked.items() if value}
@@ -514,20 +564,21 @@ class ServerProposal:
         return body, {**neutral, **ids, **needed} if dialect.extensions else needed
 
     def _complete(self, body: dict[str, Any], extensions: dict[str, Any]) -> list[dict[str, Any]]:
-        """The reply's choices, in order."""
-        create = self._client.completions.with_raw_response.create
-        # As extra fields: what the client knows it checks, which for long prompts takes longer than to send them.
-        fields = {**body, **extensions}
+        """The reply's choices, in order; those of a chat in the form of completions."""
+        chats = "messages" in body
+        api = self._client.chat.completions if chats else self._client.completions
+        create = api.with_raw_response.create
+        # A prompt as an extra field: what the client knows it looks through, which for long ones takes longer than to
+        # send them.
+        asked, extra = (body, extensions) if chats else ({"prompt": ""}, {**body, **extensions})
         try:
-            return self._ask(lambda: create(model=self.served_model, prompt="", extra_body=fields), self._completed)
+            choices = self._ask(lambda: create(model=self.served_model, **asked, extra_body=extra), self._completed)
         except _NoRoute as error:
             # That there is no such model comes as 404, too.
             if re.search("model", str(error).removeprefix(self.base_url), re.IGNORECASE) and "chat" not in str(error):
-                raise
-            raise EngineError(
-                f"{error}; daemon_fast continues texts: it needs {self.base_url}/completions, and can't use a server "
-                "that only chats"
-            ) from None
+                raise EngineError(str(error)) from None
+            raise
+        return [as_completion(choice, self.base_url) for choice in choices] if chats else choices
 
     def _completed(self, reply: Any) -> list[dict[str, Any]]:
         """Choices of a reply to a request for completions."""

@@ -1,13 +1,14 @@
 """What every proposal must hold, whatever engine it draws from: called by the tests of each one.
 
 Each check takes a proposal with temperature 0.8, M = 6, and 12 new tokens at most. `teacher` gives the [L, V] logits
-that its model has for a prefix and a continuation.
+that its model has for a prefix and a continuation. Those of chats take one with `chat_tokenizer`.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from daemon_fast import ops
@@ -15,6 +16,33 @@ from daemon_fast.errors import InvalidInput
 
 PREFIXES = [[5, 9, 30], [7], [3, 4, 5, 6, 7, 8, 9, 10, 11]]
 SETTINGS = {"num_candidates": 6, "max_new_tokens": 12, "min_new_tokens": 0, "temperature": 0.8}
+
+# Chats, and the token ids that the template makes of them: w50 is the user, w51 the assistant.
+END = tiny.VOCABULARY - 1  # ends each message; <eos>, token 0, ends texts
+CHATS = [
+    [{"role": "user", "content": "w1 w2"}],
+    [{"role": "user", "content": "w3"}, {"role": "assistant", "content": "w4 w5"}, {"role": "user", "content": "w6"}],
+]
+RENDERED = [[52, 3, 4, END, 53], [52, 5, END, 53, 6, 7, END, 52, 8, END, 53]]
+
+
+def chat_tokenizer():
+    """The tiny tokenizer with a template in which a token of its own, in the place of the last word, ends messages."""
+    made = tiny.tokenizer(tiny.WORDS - 1)
+    made.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    made.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+        "{{ {'user': 'w50 ', 'assistant': 'w51 '}[m.role] ~ m.content ~ ' <end> ' }}{% endfor %}"
+        "{% if add_generation_prompt %}w51{% endif %}"
+    )
+    return made
+
+
+def saved(path, family="llama"):
+    """A folder with a tiny model and this tokenizer."""
+    tiny.model(family).save_pretrained(path)
+    chat_tokenizer().save_pretrained(path)
+    return str(path)
 
 
 def shapes_and_lengths_are_right(proposal):
@@ -104,3 +132,61 @@ def bad_prefixes_are_named(proposal, context, vocab_size):
     ):
         with pytest.raises(InvalidInput, match=message):
             proposal.propose(prefixes, 0)
+
+
+def chats_are_answered(proposal, teacher):
+    """Chats and their token ids are one prompt; several in one batch, beside a text."""
+    c = proposal.propose([*CHATS, "w3 w7"], seed=0)
+    assert c.prefix_tokens == [*RENDERED, [5, 9]]
+    by_ids = proposal.propose([*RENDERED, [5, 9]], seed=0)
+    assert torch.equal(c.tokens, by_ids.tokens)
+    torch.testing.assert_close(c.token_log_p, by_ids.token_log_p, atol=1e-4, rtol=0)
+    assert proposal.propose(CHATS[0], seed=0).prefix_tokens == RENDERED[:1]  # a list of messages is one chat
+    log_probs_are_the_models(proposal, teacher, prefixes=c.prefix_tokens)
+    for chat, message in (
+        ([{"role": "system", "content": "w1"}, *CHATS[0]], "the chat template refuses .*: no system message"),
+        ([*CHATS[0], {"role": "assistant", "content": "w1"}], "there is nothing to answer"),
+        ([{"role": "user", "content": None}], "has a content of type NoneType"),
+    ):
+        with pytest.raises(InvalidInput, match=f"prefix 1.*{message}"):
+            proposal.propose([CHATS[0], chat], 0)
+
+
+def answers_end(many, teacher, prompts=RENDERED, atol=1e-3):
+    """With hundreds of candidates: which ended, how long they are, and that the end is part of log p.
+
+    What is drawn up to the end is compared with a plain pass; empty answers are among them.
+    """
+    m, longest = many.settings.num_candidates, many.settings.max_new_tokens
+    c, counts = many.propose(prompts, seed=7), many.settings.count_eos
+    empty = full = 0
+    for r, row in enumerate(c.tokens.tolist()):
+        drawn = int((c.token_log_p[r] != 0).sum())
+        row = row[:drawn]
+        ended = row[-1] in (0, END)
+        assert not {0, END} & set(row[:-1])
+        assert ended or drawn == longest
+        assert bool(c.ended[r]) == ended
+        assert int(c.lengths[r]) == drawn - (ended and not counts)
+        empty += drawn == 1 and ended
+        full += not ended
+        prefix = RENDERED[r // m]
+        want = torch.log_softmax(teacher(prefix, row).double(), -1)[range(drawn), row].sum()
+        assert abs(float(c.log_p[r // m, r % m] - want)) < atol * longest
+    assert empty > 0
+    assert 0 < full < len(c.tokens)
+
+
+def responses_are_scored_to_their_end(proposal, teacher, atol=1e-3):
+    """Empty ones, ones that ended by either token, ones that were cut."""
+    rows = [[5, 9, END], [END], [7, 8, 0], [0], [5, 9], [7] * 12]
+    prefixes = [RENDERED[i % 2] for i in range(len(rows))]
+    c, counts = proposal.score(prefixes, rows), proposal.settings.count_eos
+    assert c.shape == (len(rows), 1)
+    assert c.ended.tolist() == [True, True, True, True, False, False]
+    assert c.lengths.tolist() == ([3, 1, 3, 1, 2, 12] if counts else [2, 0, 2, 0, 2, 12])
+    for i, (prefix, row) in enumerate(zip(prefixes, rows, strict=True)):
+        want = torch.log_softmax(teacher(prefix, row).double(), -1)[range(len(row)), row]
+        torch.testing.assert_close(c.token_log_p[i, : len(row)].double(), want, atol=atol, rtol=0)
+        assert (c.token_log_p[i, len(row) :] == 0).all()
+    assert [c.texts[i] for i in (1, 3)] == ["", ""]

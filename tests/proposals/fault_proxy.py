@@ -1,4 +1,4 @@
-"""A completions server over a tiny model, a proxy that spoils replies as networks do, a table of what servers do."""
+"""A completions server over a tiny model, a proxy that spoils replies as networks do, tables of what servers do."""
 
 from __future__ import annotations
 
@@ -25,20 +25,25 @@ KEY = "sk-this-must-never-be-seen"
 MODEL = "tiny"
 OPENAI_FIELDS = {
     "model", "prompt", "n", "seed", "max_tokens", "temperature", "top_p", "presence_penalty", "frequency_penalty",
-    "logprobs", "echo",
+    "logprobs", "echo", "messages", "top_logprobs", "max_completion_tokens",
 }  # fmt: skip
 PASSING = ("delay", "reset", "429", "500", "503", "truncated", "no choices", "aborted")
 
 
 class TinyServer:
-    """Answers as vLLM does, from a tiny Llama."""
+    """Answers as vLLM does, from a tiny Llama; chats, if its tokenizer has a template. `eos` : that end its texts."""
 
-    def __init__(self):
-        self.model, self.tokenizer = tiny.model(), tiny.tokenizer()
+    def __init__(self, tokenizer=None, eos=None):
+        self.eos = eos
+        self.model, self.tokenizer = tiny.model(), tokenizer or tiny.tokenizer()
         self._drawing = threading.Lock()
+        self._end = self.tokenizer.get_vocab().get("<end>")
 
     def __call__(self, path, body):
         """(status, reply) to a request."""
+        if chats := path.endswith("/chat/completions"):
+            text = self.tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=True)
+            body = {**body, "prompt": text}
         if body is not None and isinstance(body["prompt"], str):
             body = {**body, "prompt": self.tokenizer(body["prompt"])["input_ids"]}
         if path == "/v1/models":
@@ -47,15 +52,17 @@ class TinyServer:
             return 404, {"error": {"message": f"The model `{body['model']}` does not exist.", "code": 404}}
         with self._drawing:
             rows = list(self._echo(body) if body.get("echo") else self._draw(body))
-        return 200, {"choices": [self._choice(i, *row) for i, row in enumerate(rows)]}
+        form = self._message if chats else self._choice
+        return 200, {"choices": [form(i, *row) for i, row in enumerate(rows)]}
 
     def _draw(self, body):
         settings = {
-            "num_candidates": body.get("n", 1), "max_new_tokens": body["max_tokens"],
+            "num_candidates": body.get("n", 1),
+            "max_new_tokens": body.get("max_tokens") or body["max_completion_tokens"],
             "temperature": body["temperature"], "top_p": body["top_p"], "top_k": max(body.get("top_k", 0), 0),
             "min_p": body.get("min_p", 0.0), "min_new_tokens": body.get("min_tokens", 0),
         }  # fmt: skip
-        proposal = TransformersProposal(self.model, self.tokenizer, **settings)
+        proposal = TransformersProposal(self.model, self.tokenizer, eos_token_ids=self.eos, **settings)
         c = proposal.propose([body["prompt"]], body.get("seed", 0))
         for r, n in enumerate((c.token_log_p != 0).sum(1).tolist()):
             yield c.tokens[r, :n].tolist(), c.token_log_p[r, :n].tolist()
@@ -69,10 +76,16 @@ class TinyServer:
         return {
             "index": index,
             "text": self.tokenizer.decode(ids, skip_special_tokens=True),
-            "finish_reason": "stop" if ids[-1] == 0 else "length",
+            "finish_reason": "stop" if ids[-1] in (0, self._end) else "length",
             "token_ids": ids,
             "logprobs": {"tokens": [f"token_id:{i}" for i in ids], "token_logprobs": log_p},
         }
+
+    def _message(self, index, ids, log_p):
+        choice = self._choice(index, ids, log_p)
+        entries = [{"token": f"token_id:{i}", "logprob": p, "bytes": None} for i, p in zip(ids, log_p, strict=True)]
+        message = {"role": "assistant", "content": choice.pop("text"), "refusal": None, "tool_calls": []}
+        return {**choice, "message": message, "logprobs": {"content": entries}}
 
 
 def forward(url):
@@ -301,7 +314,7 @@ def draws_on(choice):
 
 def own_text(answer, path, body):
     """Takes only texts, and says so as a validator does."""
-    if body is not None and not isinstance(body["prompt"], str):
+    if body is not None and not isinstance(body.get("prompt", ""), str):
         return 422, {"detail": [{"loc": ["body", "prompt"], "msg": "Input should be a valid string"}]}
     return answer(path, body)
 
@@ -485,6 +498,97 @@ FAULTS = {
     "null for models": Fault(lists(200, None), options=UNNAMED),
     "no completions": Fault(
         lambda answer, path, body: answer(path, body) if body is None else (404, {"detail": "Not Found"}),
-        r"404: Not Found; .* can't use a server that only chats",
+        r"404: Not Found; it needs .*/v1/completions to continue a text or token ids",
     ),
+}
+
+
+# ---- chats ----------------------------------------------------------------------------------------------------------
+
+
+def lacks(route, status=404, reply=None):
+    """Has no such address."""
+    reply = {"detail": "Not Found"} if reply is None else reply
+    return lambda answer, path, body: (status, reply) if path == f"/v1/{route}" else answer(path, body)
+
+
+CHATS_ONLY = lacks("completions")
+CHAT_MODEL = {
+    "message": "This is a chat model and not supported in the v1/completions endpoint. Did you mean to use "
+    "v1/chat/completions?",
+    "code": 404,
+}
+OWN_TEMPLATE = "puts chats in its own template"
+
+
+def message(change):
+    """Changes the message of each choice, in place."""
+    return both(CHATS_ONLY, choices(lambda choice: change(choice, choice["message"])))
+
+
+def holds(**fields):
+    return message(lambda choice, message: message.update(fields))
+
+
+def without_end(choice, message):
+    """Tells nothing of the token that ended it; of the empty answer, nothing at all. Nor any ids."""
+    choice.pop("token_ids")
+    entries = choice["logprobs"]["content"]
+    if choice["finish_reason"] == "stop":
+        entries.pop()
+    for entry in entries:
+        entry["token"] = ""
+    if not entries:
+        message["content"] = choice["logprobs"] = None
+
+
+def without_ids(choice, message):
+    choice.pop("token_ids")
+
+
+CHAT_FAULTS = {
+    "completions": Fault(lambda answer, path, body: answer(path, body)),
+    "chats only": Fault(CHATS_ONLY, told=OWN_TEMPLATE),
+    **{
+        f"chats only, by {status}": Fault(lacks("completions", status), told=OWN_TEMPLATE) for status in (405, 410, 501)
+    },
+    "a chat model's own words": Fault(lacks("completions", 404, {"error": CHAT_MODEL}), told=OWN_TEMPLATE),
+    "chats only, under 200": Fault(lacks("completions", 200, {"error": CHAT_MODEL}), told=OWN_TEMPLATE),
+    "texts only": Fault(own_text, told=OWN_TEMPLATE),
+    "texts only, no chats": Fault(
+        both(own_text, lacks("chat/completions")),
+        r"valid string.*\(nor is there .*/v1/chat/completions, for messages\)",
+    ),
+    "neither": Fault(both(CHATS_ONLY, lacks("chat/completions")), "404: Not Found; it needs .*/v1/chat/completions$"),
+    "refuses the chat": Fault(both(CHATS_ONLY, refuses("no credit", lambda b: True)), "answers 400: no credit$"),
+    "max_tokens has another name": Fault(
+        both(CHATS_ONLY, refuses("Unsupported parameter: 'max_tokens'", lambda b: "max_tokens" in b)), told=OWN_TEMPLATE
+    ),
+    "max_tokens has another name, few fields, one at a time": Fault(
+        both(
+            CHATS_ONLY,
+            STRICT,
+            refuses("Unsupported parameter: 'max_tokens'", lambda b: "max_tokens" in b),
+            refuses("n must be 1", lambda b: b["n"] > 1),
+        ),
+        same=False,
+        told=OWN_TEMPLATE,
+    ),
+    "ids in the names of tokens alone": Fault(message(without_ids), told=OWN_TEMPLATE),
+    "an answer in parts": Fault(
+        message(lambda _, m: m.update(content=[{"type": "text", "text": m["content"]}])), told=OWN_TEMPLATE
+    ),
+    "parts that are no text": Fault(holds(content=[{"type": "thinking"}]), "answers with a part of type 'thinking'"),
+    "no message": Fault(both(CHATS_ONLY, choices(lambda c: c.pop("message"))), "gives a choice without a message"),
+    **{
+        f"has {name}": Fault(holds(**{name: value}), f"answers with {name} .*only what the model writes as an answer")
+        for name, value in (
+            ("reasoning_content", "Let me think"),
+            ("reasoning", "Let me think"),
+            ("refusal", "I can't"),
+            ("tool_calls", [{"id": "a"}]),
+            ("function_call", {"name": "a"}),
+        )
+    },
+    "filtered": Fault(both(CHATS_ONLY, sets(finish_reason="content_filter")), UNSAMPLED),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -17,14 +18,19 @@ import fault_proxy
 import pytest
 import tiny
 import torch
-from fault_proxy import FAULTS, KEY, FaultProxy, TinyServer
+from click.testing import CliRunner
+from fault_proxy import CHAT_FAULTS, CHATS_ONLY, FAULTS, KEY, FaultProxy, TinyServer
 
-from daemon_fast import TransformersProposal, metrics
+from daemon_fast import Energy, ProposalSettings, TransformersProposal, metrics
+from daemon_fast.cli import main
 from daemon_fast.data.collect import collect
 from daemon_fast.errors import EngineError, InvalidInput, MissingPackage
 
 pytest.importorskip("openai", reason="needs the package openai: pip install 'daemon-fast[server]'")
+from daemon_fast.prompts import fingerprint
 from daemon_fast.proposals import openai as module
+from daemon_fast.proposals.base import vocabulary_fingerprint
+from daemon_fast.proposals.completions import Drawn, are_copies
 from daemon_fast.proposals.openai import ServerProposal
 
 MANY = [[i, i + 1, i + 2] for i in range(2, 42)]
@@ -441,3 +447,185 @@ def test_the_missing_package_is_named(monkeypatch, folder):
 def test_arguments_of_another_type_are_refused(bad):
     with pytest.raises(InvalidInput, match=r"= .* must be a number from"):
         ServerProposal("http://localhost:1/v1", "no model is loaded before", **bad)
+
+
+# ---- chats ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chat_server():
+    return TinyServer(contract.chat_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer")
+    contract.chat_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def serve_chats(chat_server):
+    """Starts servers that do something else than the good one, and stops them."""
+    started = []
+
+    def start(spoil=None):
+        answer = chat_server if spoil is None else lambda path, body: spoil(chat_server, path, body)
+        started.append(FaultProxy(answer).__enter__())
+        return started[-1]
+
+    yield start
+    for proxy in started:
+        proxy.__exit__()
+
+
+@pytest.fixture
+def answer(chat_folder):
+    def make(server, **options):
+        return ServerProposal(server.url, chat_folder, **{**contract.SETTINGS, "max_retries": 1, **options})
+
+    return make
+
+
+@pytest.mark.parametrize("count_eos", [False, True])
+def test_it_meets_the_contract_of_answers(serve_chats, answer, chat_server, count_eos):
+    server = serve_chats()
+    p, many = answer(server, count_eos=count_eos), answer(server, count_eos=count_eos, num_candidates=300)
+    contract.chats_are_answered(p, teacher(chat_server))
+    assert all(isinstance(body["prompt"], list) for body in server.bodies)
+    contract.answers_end(many, teacher(chat_server))
+    contract.responses_are_scored_to_their_end(p, teacher(chat_server))
+
+
+@pytest.mark.filterwarnings("ignore:.*own template")
+@pytest.mark.parametrize("count_eos", [False, True])
+def test_a_server_that_only_chats_answers_chats(serve_chats, answer, chat_server, count_eos):
+    p = answer(serve_chats(CHATS_ONLY), count_eos=count_eos, num_candidates=300)
+    contract.answers_end(p, teacher(chat_server), contract.CHATS)
+
+
+@pytest.mark.filterwarnings("ignore:.*own template")
+@pytest.mark.parametrize("prompts", [contract.RENDERED, contract.CHATS], ids=["ids", "messages"])
+def test_a_server_that_draws_on_behind_an_answer(chat_server, answer, prompts):
+    """A model's configuration may lack the token by which its template ends an answer."""
+    draws_on = TinyServer(contract.chat_tokenizer(), eos=[0])
+    only_chats = prompts is contract.CHATS
+    with FaultProxy(functools.partial(CHATS_ONLY, draws_on) if only_chats else draws_on) as server:
+        contract.answers_end(answer(server, num_candidates=300), teacher(chat_server), prompts)
+
+
+@pytest.mark.parametrize("name", CHAT_FAULTS)
+def test_what_a_server_does_with_chats_is_mended_or_met_by_an_error(name, serve_chats, answer, chat_server, recwarn):
+    fault = CHAT_FAULTS[name]
+    p = answer(serve_chats(fault.spoil))
+    if fault.error:
+        with pytest.raises(EngineError, match=fault.error):
+            p.propose(contract.CHATS, 0)
+        return
+    c, again = p.propose(contract.CHATS, 0), p.propose(contract.CHATS, 0)
+    assert same(c, again)
+    told = [str(w.message) for w in recwarn if w.category is UserWarning]
+    assert sum(fault.told in text for text in told) == 1 if fault.told else not told
+    good = answer(serve_chats()).propose(contract.CHATS, 0)
+    assert c.prefix_tokens == good.prefix_tokens == contract.RENDERED
+    assert same(c, good) or not fault.same
+    for r, (n, ended) in enumerate(zip(c.lengths.tolist(), c.ended.tolist(), strict=True)):
+        row = c.tokens[r, : n + ended].tolist()
+        want = teacher(chat_server)(contract.RENDERED[r // 6], row).double().log_softmax(-1)[range(len(row)), row]
+        torch.testing.assert_close(c.token_log_p[r, : len(row)].double(), want, atol=1e-3, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*own template")
+def test_what_only_chats_is_remembered_and_continues_no_text(serve_chats, answer):
+    server = serve_chats(CHATS_ONLY)
+    p = answer(server)
+    p.propose(contract.CHATS, 0)
+    asked = len(server.bodies)
+    p.propose(contract.CHATS, 1)
+    assert len(server.bodies) == asked + 2
+    assert [body["messages"] for body in server.bodies[-2:]] in (contract.CHATS, contract.CHATS[::-1])
+    for prefix in ("w1", [3], contract.RENDERED[0]):
+        with pytest.raises(EngineError, match="/v1/completions to continue a text or token ids"):
+            p.propose([contract.CHATS[0], prefix], 0)
+    with pytest.warns(UserWarning, match=r"given texts have no log-probabilities: .*404: Not Found"):
+        scored = p.score(contract.RENDERED, [[5, contract.END], [contract.END]])
+    assert scored.token_log_p.isnan().all()
+    assert (scored.ended.tolist(), scored.lengths.tolist()) == ([True, True], [1, 0])
+
+
+@pytest.mark.filterwarnings("ignore:.*own template", "ignore:.*tokenizes them itself")
+def test_a_server_of_texts_is_sent_chats_as_messages_and_texts_as_texts(serve_chats, answer):
+    server = serve_chats(fault_proxy.own_text)
+    c = answer(server).propose([*contract.CHATS, "w3 w7"], 0)
+    assert same(c, answer(serve_chats()).propose([*contract.CHATS, "w3 w7"], 0))
+    assert {type(body.get("prompt")) for body in server.bodies if "messages" not in body} == {list, str}
+    assert sum("messages" in body for body in server.bodies) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*own template", "ignore:.*tokenized again")
+def test_an_end_that_a_server_does_not_tell_has_no_log_probability(serve_chats, answer):
+    told = answer(serve_chats(fault_proxy.message(fault_proxy.without_end)), num_candidates=300)
+    with pytest.warns(UserWarning, match="lacks log-probabilities of some candidates' tokens"):
+        c = told.propose(contract.CHATS, 0)
+    good = answer(serve_chats(), num_candidates=300).propose(contract.CHATS, 0)
+    read = torch.tensor([1 not in row for row in good.tokens.tolist()])  # <unk> is no text
+    assert torch.equal(c.ended, good.ended)
+    assert torch.equal(c.lengths[read], good.lengths[read])
+    assert torch.equal(c.log_p.flatten()[read].isnan(), good.ended[read])
+    assert ((c.lengths == 0) & read).any()
+    assert metrics.features(metrics.parse(["length", "ended", "sr_1"]), c).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "log_p", "ended", "copies"),
+    [
+        ([5, contract.END], None, True, False),  # an answer may be all but certain
+        ([5, contract.END], [-0.01, torch.nan], True, False),
+        ([5] * 30, None, True, True),
+        ([5] * 12, None, False, True),
+        ([5, contract.END], [-2.0, torch.nan], True, True),
+        ([5, contract.END], [-0.01, -0.02], True, False),
+    ],
+)
+def test_equal_answers_are_copies_only_where_chance_has_no_room(tokens, log_p, ended, copies):
+    drawn = [Drawn(tokens, log_p, len(tokens) - ended, ended, None, False, False)] * 25
+    settings = ProposalSettings("tiny", "", num_candidates=25)
+    assert are_copies(drawn, settings, tiny.VOCABULARY) == copies
+
+
+@pytest.fixture
+def chat_energy(chat_folder, tmp_path):
+    vocabulary, path = vocabulary_fingerprint(contract.chat_tokenizer()), tmp_path / "energy.json"
+    Energy(
+        metrics=metrics.parse(["length", "ended"]),
+        mu=torch.tensor([0.5, 0.0], dtype=torch.float64),
+        targets=torch.tensor([1.0, 0.5], dtype=torch.float64),
+        proposal_settings=ProposalSettings(chat_folder, vocabulary, **contract.SETTINGS),
+        chat_template=fingerprint(contract.chat_tokenizer()),
+    ).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("spoil", [None, CHATS_ONLY], ids=["completions", "chats"])
+def test_the_command_line_sends_chats(serve_chats, chat_energy, tmp_path, spoil):
+    server = serve_chats(spoil)
+    options = ["--energy", chat_energy, "--engine", server.url]
+    result = CliRunner().invoke(main, ["generate", "--message", "w1 w2", "--json", *options])
+    assert result.exit_code == 0, result.output
+    assert len(json.loads(result.stdout.splitlines()[-1])["texts"]) == 1
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    records = [{"messages": chat} for chat in contract.CHATS]
+    records[0]["messages"] = [*contract.CHATS[0], {"role": "assistant", "content": "w9"}]  # left out
+    records += [{"messages": "w1 w2"}, {"messages": [{"role": "system", "content": "w1"}]}]
+    source.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    result = CliRunner().invoke(main, ["decode", str(source), str(output), "--prompt-field", "messages", *options])
+    assert result.exit_code == 1, result.output  # of one record
+    found = [json.loads(line)["daemon"] for line in output.read_text().splitlines()]
+    assert [len(one.get("texts", ())) for one in found] == [1, 1, 1, 0]
+    assert "the chat template refuses messages of the roles system: no system message" in found[3]["error"]
+    if spoil is None:
+        assert {tuple(body["prompt"]) for body in server.bodies} == set(map(tuple, contract.RENDERED))
+    else:
+        sent = [body["messages"] for body in server.bodies if "messages" in body]
+        assert all(chat in contract.CHATS for chat in sent)
+        assert all(chat in sent for chat in contract.CHATS)

@@ -11,6 +11,7 @@ import warnings
 import contract
 import pytest
 import torch
+from fault_proxy import CHATS_ONLY, FaultProxy, forward
 
 from daemon_fast import Energy, SIRDecoder, TransformersProposal, fit_energy
 from daemon_fast.errors import EngineError
@@ -114,6 +115,51 @@ def test_a_minimum_length(propose, model):
     assert whole.sum() > 20
     with pytest.raises(EngineError, match="though min_tokens = 6 was asked for: it needs min_new_tokens = 0"):
         propose(num_candidates=25, min_new_tokens=6).propose([prefix], 0)
+
+
+CHATS = [
+    [{"role": "user", "content": "Yes or no?"}],
+    [
+        {"role": "system", "content": "You answer with one word."},
+        {"role": "user", "content": "What is the capital of France?"},
+        {"role": "assistant", "content": "Paris."},
+        {"role": "user", "content": "And of Italy?"},
+    ],
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*characters split between tokens", "ignore:.*these are NaN")
+def test_a_server_that_only_chats(url, propose, model, teacher):
+    """Its chat endpoint, behind a proxy that hides the other: its own template is the tokenizer's, here."""
+    end = model[1].eos_token_id
+    rendered = [
+        model[1](model[1].apply_chat_template(chat, tokenize=False, add_generation_prompt=True))["input_ids"]
+        for chat in CHATS
+    ]
+    with FaultProxy(lambda path, body: CHATS_ONLY(forward(url), path, body)) as server:
+        p = ServerProposal(server.url, DEFAULT_MODEL, **{**contract.SETTINGS, "temperature": 1.0, "max_new_tokens": 8})
+        with pytest.warns(UserWarning, match="puts chats in its own template"):
+            c = p.propose(CHATS, 0)
+        p = ServerProposal(server.url, DEFAULT_MODEL, num_candidates=300, max_new_tokens=1, min_new_tokens=0)
+        first = p.propose(CHATS[:1], 1)
+    assert c.prefix_tokens == rendered
+    by_ids = propose(temperature=1.0, max_new_tokens=8).propose(CHATS, 0)  # of the same server, with completions
+    assert by_ids.prefix_tokens == rendered
+    errors, ended = [], 0
+    for candidates in (c, by_ids):
+        for r in (~candidates.log_p.flatten().isnan()).nonzero()[:, 0].tolist():
+            n = int(candidates.lengths[r] + candidates.ended[r])
+            row = candidates.tokens[r, :n].tolist()
+            assert (row[-1] == end) == bool(candidates.ended[r])
+            ended += row[-1] == end
+            logits = teacher(rendered[r // 6], row).double()
+            errors += (logits.log_softmax(-1)[range(n), row] - candidates.token_log_p[r, :n]).abs().tolist()
+    assert ended > 0
+    assert max(errors) < OFF["atol"]
+    assert sum(errors) / len(errors) < OFF["mean"]
+    q = torch.softmax(teacher(rendered[0], [0])[0].double(), -1)
+    counts = torch.bincount(first.tokens[:, 0], minlength=len(q)) / 300
+    assert float((counts - q).abs().max()) < 5 * float((q * (1 - q) / 300).sqrt().max())
 
 
 @pytest.mark.filterwarnings("ignore:.*characters split between tokens", "ignore:.*these are NaN")

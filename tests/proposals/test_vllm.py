@@ -68,6 +68,21 @@ def test_it_meets_the_contract(proposal, reference, model):
 
 
 @needs_vllm
+@pytest.mark.parametrize("count_eos", [False, True])
+def test_it_meets_the_contract_of_answers(llm, model, count_eos, monkeypatch):
+    monkeypatch.setattr(llm, "get_tokenizer", contract.chat_tokenizer)
+    settings = {**contract.SETTINGS, "count_eos": count_eos}
+    p, many = VLLMProposal(llm, **settings), VLLMProposal(llm, **{**settings, "num_candidates": 300})
+
+    def teacher(*rows):
+        return teacher_forced(model, *rows)
+
+    contract.chats_are_answered(p, teacher)
+    contract.answers_end(many, teacher)
+    contract.responses_are_scored_to_their_end(p, teacher)
+
+
+@needs_vllm
 def test_settings_name_the_same_model_and_vocabulary(llm, folder, reference):
     ours = VLLMProposal(llm, **contract.SETTINGS).settings
     assert ours.model_id == folder
@@ -102,8 +117,7 @@ def test_only_the_generation_configs_tokens_end_a_text(proposal, reference, llm,
         assert not {20, 9} & set(row[:length])
         assert length == 12 or row[length] in (20, 9)
     assert (c.tokens[:, 0] == 0).any()  # the tokenizer's own goes on
-    want = reference(**settings)
-    want._eos = torch.tensor([20, 9])
+    want = reference(eos_token_ids=[20, 9], **settings)
     lengths = [x.double() for x in (c.lengths, want.propose([[5, 9]], seed=0).lengths)]
     error = sum(x.var() / len(x) for x in lengths).sqrt()
     assert abs(lengths[0].mean() - lengths[1].mean()) < 4 * error
@@ -247,7 +261,9 @@ def test_log_probs_agree_between_engines(smollm, pairs):
     torch.testing.assert_close(c.token_log_p, by_them, atol=1e-3, rtol=0)
     torch.testing.assert_close(by_us, by_them, atol=1e-3, rtol=0)
     text = "Ünïcode, 123 and <|im_end|>\n\tmore"
-    assert ours.tokenize([text]) == theirs.tokenize([text])
+    chat = [{"role": "user", "content": text}]
+    assert ours.tokenize([text, chat]) == theirs.tokenize([text, chat])
+    assert ours.eos_token_ids == theirs.eos_token_ids
     assert ours.detokenize(c.tokens.tolist()) == theirs.detokenize(c.tokens.tolist())
 
 
