@@ -352,7 +352,8 @@ def test_a_model_or_a_path_that_is_not_there(client, url):
 
 def test_a_key(decoder):
     with serving(decoder, api_key="sk-secret-ü") as address:
-        for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "sk-secret-ü".encode()}):
+        wrong = {"Authorization": "Bearer wrong"}, {"Authorization": "sk-secret-ü".encode()}, {"Host": "x/health"}
+        for header in ({}, *wrong):
             reply = post(address, {"model": MODEL, "prompt": "w1"}, **header)
             assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key")
         reply = post(address, {"model": MODEL, "prompt": "w1"}, Authorization="Bearer sk-secret-ü".encode())

@@ -245,7 +245,8 @@ class _Server:
 
     def _check_key(self, http: HTTPRequest) -> None:
         key = self.limits.api_key
-        if key is None or not http.url.path.startswith("/v1/"):
+        # Not the path of http.url, which is made of what the client says the host is, too.
+        if key is None or not http.scope["path"].startswith("/v1/"):
             return
         scheme, _, given = http.headers.get("authorization", "").partition(" ")
         # Starlette reads each byte of a header as a character.
@@ -331,7 +332,7 @@ def make_app(decoder: SIRDecoder, one_by_one: bool, names: list[str], limits: Li
 
     async def no_route(http: HTTPRequest, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500
-        path = http.url.path[:100]
+        path = http.scope["path"][:100]
         what = f"{http.method} is not for {path}" if status == 405 else f"there is no {path}"
         headers = error.headers if isinstance(error, HTTPException) else None
         server.counts.requests.labels("other", status).inc()
