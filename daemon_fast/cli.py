@@ -365,7 +365,8 @@ def fit(
     )  # fmt: skip
     assert engine is not None
     proposal = engine.proposal(**sampling)
-    energy = fit_energy(proposal, plan.human, plan.metrics, directory=work_dir or _candidates_of(output), **options)
+    human = texts if responses else plan.human  # prompts are checked again, by the model
+    energy = fit_energy(proposal, human, plan.metrics, directory=work_dir or _candidates_of(output), **options)
     energy.save(output)
     found = energy.diagnostics
     assert found is not None
@@ -378,7 +379,7 @@ def fit(
         f"written to {output}"
     )
     # Warnings have named them.
-    sys.exit(1 if texts.problems or found.unmet or is_low(found.ess_mean, num_candidates) else 0)
+    sys.exit(1 if texts.problems or plan.human.left_out or found.unmet or is_low(found.ess_mean, num_candidates) else 0)
 
 
 def _listed(text: str) -> list[str]:

@@ -177,9 +177,9 @@ class SIRDecoder:
 
     @staticmethod
     def _check_template(energy: Energy, proposal: Proposal) -> None:
-        if energy.chat_template is None:
+        if energy.chat_template is None or proposal.tokenizer is None:  # then prompts are token ids
             return
-        used = None if proposal.tokenizer is None else fingerprint(proposal.tokenizer)
+        used = fingerprint(proposal.tokenizer)
         if energy.chat_template != used:
             warnings.warn(
                 f"mu was fitted to chats in another template ({energy.chat_template}) than the tokenizer has "

@@ -14,7 +14,7 @@ from daemon_fast.errors import InvalidInput
 
 __all__ = [
     "Message", "Messages", "answer_ids", "as_messages", "chat_ids", "check_text", "end_of_answer", "fingerprint",
-    "ids_behind", "is_chat", "prompt_ids", "user",
+    "ids_behind", "is_chat", "no_template", "prompt_ids", "user",
 ]  # fmt: skip
 
 Message = dict[str, Any]  # "role" and "content", both strings, and what else a template reads
@@ -62,6 +62,8 @@ def as_messages(chat: Sequence[Any], name: str) -> Messages:
             raise InvalidInput(f"{where} has role = {role!r}: it must be a string, such as 'user'")
         if isinstance(content, Sequence) and not isinstance(content, str | bytes):
             content = "\n".join(_text_of(part, where) for part in content)
+        if content is None and message.get("tool_calls"):  # as OpenAI's clients send it
+            content = ""
         if not isinstance(content, str):
             raise InvalidInput(f"{where} has a content of type {type(content).__name__}: only text can be continued")
         check_text(content, where)
@@ -152,6 +154,9 @@ def end_of_answer(tokenizer: Any) -> int | None:
         return None
     try:
         ids = answer_ids(user("a"), "b", tokenizer, "chat")
+        if ids is None:  # written otherwise once it is answered: then behind the question
+            asked, answered = (_rendered(chat, tokenizer, "chat") for chat in (user("a"), _answered("a", "b")))
+            ids = answered[len(asked) :] if answered[: len(asked)] == asked else None
     except InvalidInput:
         return None
     special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
@@ -160,20 +165,29 @@ def end_of_answer(tokenizer: Any) -> int | None:
     return next((i for i in behind if i in special), None)
 
 
+def _answered(question: str, answer: str) -> Messages:
+    return [*user(question), {"role": ASSISTANT, "content": answer}]
+
+
+def no_template(tokenizer: Any, name: str) -> str:
+    """What is wrong with a chat where the tokenizer can't make a prompt of it."""
+    return (
+        f"{name} is a chat, and the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template: take a "
+        "model that was made to chat, set tokenizer.chat_template, or give a text"
+    )
+
+
 def fingerprint(tokenizer: Any) -> str | None:
     """Hash of the tokenizer's chat template; None if it has none."""
     template = getattr(tokenizer, "chat_template", None)
-    if isinstance(template, Mapping):  # several by name: what `apply_chat_template` takes unless told
-        template = template.get("default")
+    if isinstance(template, Mapping):  # several by name: the one that `apply_chat_template` takes unless told
+        template = template.get("default", repr(sorted(template)))
     return None if template is None else hashlib.sha256(template.encode()).hexdigest()[:16]
 
 
 def _rendered(messages: Messages, tokenizer: Any, name: str, **options: bool) -> list[int]:
     if getattr(tokenizer, "chat_template", None) is None:
-        raise InvalidInput(
-            f"{name} is a chat, and the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template: "
-            "take a model that was made to chat, set tokenizer.chat_template, or give a text"
-        )
+        raise InvalidInput(no_template(tokenizer, name))
     from jinja2 import TemplateError
 
     try:

@@ -16,6 +16,7 @@ from daemon_fast.data.exchanges import pair
 from daemon_fast.errors import InvalidInput
 from daemon_fast.experiments.run import STUDIES, Domain, Sizes, evaluate
 from daemon_fast.experiments.studies import alignment
+from daemon_fast.integrations.generate import generate
 from daemon_fast.prompts import fingerprint, user
 
 MOST = 12
@@ -127,11 +128,70 @@ def test_ends_that_the_proposal_does_not_have_are_named(model, exchanges):
         fit_energy(proposal, exchanges, ["sr_1"], num_prefixes=8)
 
 
+def test_prompts_too_long_for_the_model_are_left_out(model, exchanges, data, energy, tmp_path):
+    """They cost no run: another prompt takes their place."""
+    long = [(tiny.text(60, seed), "w1") for seed in range(20)]
+    proposal = TransformersProposal.load(model, num_candidates=4, max_new_tokens=8, min_new_tokens=0)
+    with pytest.warns(UserWarning, match=r"exchanges are left out: the prompt of exchange \d+ has 63 tokens"):
+        fitted = fit_energy(proposal, [*long, *exchanges[:30]], ["tr_8"], num_prefixes=20, ridge=0.5)
+    assert fitted.diagnostics.num_prefixes == 20
+    records = [{"prompt": prompt, "response": response} for prompt, response in [*long, *exchanges]]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    arguments = ["--data", tmp_path / "long.jsonl", "--prompt-field", "prompt"]
+    result = run(*fit_arguments(model, tmp_path / "e.json", *arguments, "--ridge", 0.1))
+    assert result.exit_code in (0, 1), result.output
+    assert Energy.load(tmp_path / "e.json").diagnostics.num_prefixes == 30
+
+
+def test_tables_are_lists_of_records(model, exchanges):
+    pyarrow = pytest.importorskip("pyarrow")
+    records = [{"prompt": prompt, "response": response} for prompt, response in exchanges[:30]]
+    proposal = TransformersProposal.load(model, num_candidates=4, max_new_tokens=8, min_new_tokens=0)
+    options = {"metrics": ["tr_8"], "num_prefixes": 10, "ridge": 0.5}
+    want = fit_energy(proposal, records, **options).mu
+    for human in (pyarrow.Table.from_pylist(records), iter(records)):
+        assert torch.equal(fit_energy(proposal, human, **options).mu, want)
+    for human in (5, records[0]):
+        with pytest.raises(InvalidInput, match=r"human is a (int|dict): it must be a list of texts, or of prompts"):
+            fit_energy(proposal, human, **options)
+
+
+def test_generate_ends_where_answers_do():
+    """Also if the generation config lacks the token by which the chat template ends them."""
+    model, tokenizer = tiny.model(), tiny.chat_tokenizer()
+    fitted = TransformersProposal(model, tokenizer, num_candidates=30, max_new_tokens=20, min_new_tokens=0)
+    zero = torch.zeros(1, dtype=torch.float64)
+    energy = Energy(metrics.parse(["length"]), zero, zero, fitted.settings, chat_template=fingerprint(tokenizer))
+    ids = torch.tensor(fitted.tokenize([user("w1 w2")]))
+    model.generation_config.eos_token_id = 7
+    ends = {}
+    for given in (None, tokenizer):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            out = model.generate(
+                ids, custom_generate=generate, energy=energy, processing_class=given, max_new_tokens=20, seed=1,
+                pad_token_id=1, return_dict_in_generate=True,
+            )  # fmt: skip
+        candidates = out.decoded.candidates
+        ends[given is None] = {
+            row[n]
+            for row, n, end in zip(
+                candidates.tokens.tolist(), candidates.lengths.tolist(), candidates.ended, strict=True
+            )
+            if end
+        }
+    assert ends[True] <= {7}
+    assert 0 in ends[False] <= {0, 7}
+
+
 def test_wrong_arguments_are_named(model, data, tmp_path):
     out = tmp_path / "e.json"
     for more, message in (
         (["--data", data / "pairs.jsonl", "--response-field", "response"], "'response' needs --prompt-field"),
-        (["--data", data / "pairs.jsonl", "--prompt-field", "question"], "has no field 'question', but prompt, resp"),
+        (
+            ["--data", data / "pairs.jsonl", "--prompt-field", "question"],
+            "has no prompt: no field 'question', but prompt, resp",
+        ),
         (
             ["--data", data / "pairs.jsonl", "--prompt-field", "prompt", "--min-new-tokens", 13],
             "min_new_tokens = 13 mu",

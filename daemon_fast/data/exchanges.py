@@ -6,9 +6,7 @@ import json
 import os
 import random
 import warnings
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +27,7 @@ from daemon_fast.prompts import (
     fingerprint,
     ids_behind,
     is_chat,
+    no_template,
     prompt_ids,
     user,
 )
@@ -36,6 +35,7 @@ from daemon_fast.prompts import (
 __all__ = ["Exchange", "Exchanges", "as_exchange", "pair", "read_exchanges"]
 
 
+BEYOND_TEXT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal")
 ARTICLE = "Write the introduction of an encyclopedia article about {}."
 
 
@@ -52,9 +52,11 @@ class Exchanges(list[Exchange]):
     Attributes
     ----------
     problems : what is wrong with the records that were left out, and where they stand
+    where : where each of the others stands
     """
 
     problems: Sequence[str] = ()
+    where: Sequence[str] = ()
 
 
 def as_exchange(value: Any, prompt_field: str | None = None, response_field: str | None = None) -> Exchange:
@@ -64,55 +66,83 @@ def as_exchange(value: Any, prompt_field: str | None = None, response_field: str
     ----------
     value : a chat, whose last message is the assistant's; a pair (prompt, response); or a record of the fields below
     prompt_field : a text or a chat. Default: "prompt", or "messages" without it
-    response_field : a text, or a chat of one message. Default: "response", or "completion" without it; or the last
-        message of the prompt's chat, if that is the assistant's
+    response_field : a text, or a chat of one message of the assistant's. Default: the last message of the prompt's
+        chat, if that is the assistant's; else "response", or "completion" without it
 
     Raises
     ------
     InvalidInput
-        It holds no such thing.
+        It holds no such thing; or more than text: thoughts or calls of tools, with which no answer is measured.
     """
     if isinstance(value, Exchange):
         return value
+    value = _plain(value)
     if is_chat(value):
         return _of_chat(value)
-    if isinstance(value, tuple) and len(value) == 2:
+    if isinstance(value, tuple | list) and len(value) == 2 and isinstance(value[1], str):
         return _exchange(*value)
     if not isinstance(value, Mapping):
-        raise InvalidInput(f"is a {type(value).__name__}: a chat, or a record with a prompt and a response, is needed")
+        raise InvalidInput(
+            f"is a {type(value).__name__}: a chat (a list of messages), a pair of prompt and response, or a record of "
+            "both is needed"
+        )
+    if value.get("tools"):
+        raise InvalidInput("has tools: prompts are made without")
     record = dict(value)
-    prompt_field = prompt_field or next((name for name in ("prompt", "messages") if name in record), None)
-    if prompt_field is None or lookup(record, prompt_field) is None:
-        raise InvalidInput(f"has no field {prompt_field or 'prompt'!r}{_others(record)}")
-    prompt = lookup(record, prompt_field)
-    if response_field is None:
-        if is_chat(prompt) and prompt[-1].get("role") == ASSISTANT:
+    asked, prompt_field = (
+        prompt_field,
+        prompt_field or next((name for name in ("prompt", "messages") if name in record), "prompt"),
+    )
+    prompt = _field(record, prompt_field, "prompt")
+    if not isinstance(prompt, str) and not is_chat(prompt):
+        raise InvalidInput(
+            f"has in {prompt_field!r} neither a text nor a chat, a list of messages with role and content"
+        )
+    given = [name for name in ("response", "completion") if record.get(name) is not None]
+    if is_chat(prompt) and prompt[-1].get("role") == ASSISTANT:
+        if response_field is None and (asked or not given):
             return _of_chat(prompt)
-        response_field = next((name for name in ("response", "completion") if name in record), "response")
-    response = lookup(record, response_field)
-    if response is None:
-        raise InvalidInput(f"has no response: no field {response_field!r}{_others(record)}")
-    return _exchange(prompt, response)
+        raise InvalidInput(
+            f"has a response in {response_field or given[0]!r}, and the assistant's message at the end of "
+            f"{prompt_field!r}: one is to answer the prompt"
+        )
+    response_field = response_field or (given or ["response"])[0]
+    return _exchange(prompt, _field(record, response_field, "response"))
 
 
-def _others(record: Record) -> str:
-    return f", but {', '.join(map(str, islice(record, 5)))}" if record else ""
+def _field(record: Record, name: str, what: str) -> Any:
+    value = _plain(lookup(record, name))
+    if value is None:
+        others = [str(key) for key in record if key != name][:5]
+        why = "null in" if name in record else "no field"
+        raise InvalidInput(f"has no {what}: {why} {name!r}" + (f", but {', '.join(others)}" if others else ""))
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """Lists and dictionaries in place of arrays and scalars of NumPy and Arrow."""
+    if hasattr(value, "as_py"):
+        return value.as_py()
+    return value.tolist() if hasattr(value, "tolist") and not isinstance(value, Mapping) else value
 
 
 def _of_chat(chat: Sequence[Mapping[str, Any]]) -> Exchange:
     messages = as_messages(chat, "its chat")
-    if messages[-1]["role"] != ASSISTANT:
-        raise InvalidInput(
-            f"has a chat whose last message is of role {messages[-1]['role']!r}: the response is to be the assistant's"
-        )
-    if len(messages) < 2:
+    if len(messages) < 2 and messages[-1]["role"] == ASSISTANT:
         raise InvalidInput("has a chat of a response alone: there is no prompt")
-    return _exchange(messages[:-1], messages[-1]["content"])
+    return _exchange(messages[:-1], messages[-1:])
 
 
 def _exchange(prompt: Any, response: Any) -> Exchange:
     if is_chat(response) and len(response) == 1:  # as TRL writes completions
-        response = as_messages(response, "its response")[0]["content"]
+        answer = as_messages(response, "its response")[0]
+        if answer["role"] != ASSISTANT:
+            raise InvalidInput(
+                f"has a chat whose last message is of role {answer['role']!r}: the response is to be the assistant's"
+            )
+        if beyond := [name for name in BEYOND_TEXT if answer.get(name)]:
+            raise InvalidInput(f"has {beyond[0]} in its response: only a text can be measured")
+        response = answer["content"]
     if not isinstance(response, str):
         raise InvalidInput(f"has a response that is a {type(response).__name__}: it must be a text")
     if is_chat(prompt):
@@ -153,11 +183,12 @@ def read_exchanges(
     if os.fspath(source) == "encyclopedia":
         articles = json.loads(Path(path).read_text(encoding="utf-8")).values()
         return Exchanges(Exchange(ARTICLE.format(article["title"]), article["extract"].strip()) for article in articles)
-    found, problems = Exchanges(), []
+    found, problems, where = Exchanges(), [], []
     for item in read_records(path, None, format=format):
         try:
             if item.problem is None:
                 found.append(as_exchange(item.record, prompt_field, response_field))
+                where.append(item.where)
             else:
                 problems.append(f"{item.where} {item.problem}")
         except InvalidInput as error:
@@ -169,7 +200,7 @@ def read_exchanges(
     if problems:
         shown = "; ".join(problems[:3]) + ("; ..." if len(problems) > 3 else "")
         warnings.warn(f"{len(problems)} records of {source} are left out: {shown}", stacklevel=2)
-    found.problems = problems
+    found.problems, found.where = problems, where
     return found
 
 
@@ -183,13 +214,13 @@ def pair(
     at_least: int | None = None,
     *,
     chat: bool | None = None,
-    prompt_tokens: int | None = None,
+    check: Callable[[list[list[int]]], Any] | None = None,
 ) -> Pairs:
     """Token ids of prompts and responses, in an order shuffled by `seed`.
 
     A response ends with the token by which the model ends one. Of those that are longer than `max_new_tokens`, that
     token included, the first `max_new_tokens` are taken: like a candidate that was cut, they have not ended. Responses
-    shorter than `min_new_tokens`, which can't be drawn, are left out, and so are prompts of more than `prompt_tokens`.
+    shorter than `min_new_tokens`, which can't be drawn, are left out.
 
     Parameters
     ----------
@@ -198,74 +229,99 @@ def pair(
     limit : number of pairs to stop at; default: as many as there are
     at_least : number of pairs that there must be; default: the limit, or 1 without one
     chat : whether a prompt that is a text is a user's message, in the tokenizer's chat template. Default: if it has one
-    prompt_tokens : that the model has room for; None: any number
+    check : raises InvalidInput for prompts that can't be answered: a proposal's `tokenize`
 
     Raises
     ------
     DataError
         Fewer pairs are usable.
     InvalidInput
-        An exchange that is none, or one that the chat template refuses; a tokenizer without end-of-text; chats, and a
-        tokenizer without chat template.
+        An exchange that is none; a tokenizer without end-of-text; chats, and a tokenizer without chat template, or
+        chat = False.
+
+    Warns
+    -----
+    UserWarning
+        Exchanges that can't be used are left out: the chat template refuses them, the response holds the token that
+        ends one, it is too short, or the prompt is too long for the model. `Pairs.left_out` counts them. Or the
+        template writes a chat otherwise once it is answered, so that responses stand where it would not put them.
     """
-    template = fingerprint(tokenizer)
-    if chat is None:
-        chat = template is not None
+    template, of_text, of_answer = fingerprint(tokenizer), tokenizer.eos_token_id, end_of_answer(tokenizer)
+    as_chats = template is not None if chat is None else chat
     shown = progress(desc="prompts and responses", unit="pair", total=limit or len(exchanges), delay=2.0)
-    left_out, chats = Counter[str](), 0
+    where, problems, misplaced, chats = getattr(exchanges, "where", ()), list[str](), 0, False
     pairs = Pairs([], [])
     for i in random.Random(seed).sample(range(len(exchanges)), len(exchanges)):
         if len(pairs) == limit:
             break
+        name = where[i] if where else f"exchange {i}"
         try:
             prompt, response = as_exchange(exchanges[i])
         except InvalidInput as error:
-            raise InvalidInput(f"exchange {i} {error}") from error
-        messages = prompt if not isinstance(prompt, str) else user(prompt) if chat else None
-        prefix, row = _ids(prompt, messages, response, tokenizer, f"exchange {i}")
-        if prompt_tokens is not None and len(prefix) > prompt_tokens:
-            left_out[f"prompts of more than {prompt_tokens} tokens"] += 1
-        elif len(row) <= min_new_tokens:  # the end-of-text token isn't drawn before
-            left_out[f"responses of fewer than {min_new_tokens} tokens"] += 1
-        else:
-            pairs.prefixes.append(prefix)
-            pairs.continuations.append(row[:max_new_tokens])
-            chats += messages is not None
-            shown.update(1)
+            raise InvalidInput(f"{name} {error}") from error
+        if chat is False and not isinstance(prompt, str):
+            raise InvalidInput(f"chat = False, and {name} is a chat")
+        messages = prompt if not isinstance(prompt, str) else user(prompt) if as_chats else None
+        if messages is not None and template is None:
+            raise InvalidInput(no_template(tokenizer, name))
+        end = of_text if messages is None or of_answer is None else of_answer
+        if end is None:
+            raise InvalidInput(
+                f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no end-of-text: responses can't end"
+            )
+        try:
+            prefix, row, placed = _ids(prompt, messages, response, tokenizer, end, name)
+            if check is not None:
+                _check(check, prefix, name)
+            if len(row) <= min_new_tokens:  # the end-of-text token isn't drawn before
+                raise InvalidInput(f"{name} has a response of fewer than {min_new_tokens} tokens")
+        except InvalidInput as error:
+            problems.append(str(error))
+            continue
+        pairs.prefixes.append(prefix)
+        pairs.continuations.append(row[:max_new_tokens])
+        chats, misplaced = chats or messages is not None, misplaced + (not placed)
+        shown.update(1)
     shown.close()
-    found = "".join(f", {count} {what}" for what, count in left_out.items())
+    said = "; ".join(problems[:3]) + ("; ..." if len(problems) > 3 else "")
     needed = at_least if at_least is not None else limit or 1
     if len(pairs) < needed:
-        raise DataError(f"no usable pairs: {len(pairs)} of {len(exchanges)} for the {needed} that are needed{found}")
-    if left_out:
-        warnings.warn(f"left out{found[1:]}: {sum(left_out.values())} of {len(exchanges)}", stacklevel=2)
-    if 0 < chats < len(pairs):
-        raise InvalidInput(
-            f"{chats} of {len(pairs)} prompts are chats and the others texts: give one kind, or chat=True"
+        raise DataError(
+            f"too few usable pairs: of {len(exchanges)} exchanges {len(pairs)}, and {needed} are needed"
+            + (f": {said}" if said else "")
         )
-    return Pairs(pairs.prefixes, pairs.continuations, template if chats else None)
+    if problems:
+        warnings.warn(f"{len(problems)} exchanges are left out: {said}", stacklevel=2)
+    if misplaced:
+        warnings.warn(
+            f"the chat template writes {misplaced} of {len(pairs)} chats otherwise once they are answered, as those do "
+            "that leave out thoughts: these responses stand right behind their prompts, where the model may draw more",
+            stacklevel=2,
+        )
+    return Pairs(pairs.prefixes, pairs.continuations, template if chats else None, len(problems))
+
+
+def _check(check: Callable[[list[list[int]]], Any], prefix: list[int], name: str) -> None:
+    try:
+        check([prefix])
+    except InvalidInput as error:
+        raise InvalidInput(str(error).replace("prefix 0", f"the prompt of {name}", 1)) from error
 
 
 def _ids(
-    prompt: str | Messages, messages: Messages | None, response: str, tokenizer: Any, name: str
-) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt, and of its response with the token that ends it."""
+    prompt: str | Messages, messages: Messages | None, response: str, tokenizer: Any, end: int, name: str
+) -> tuple[list[int], list[int], bool]:
+    """Token ids of a prompt, and of its response with the token that ends it; whether that is where it belongs."""
     if messages is None:
         assert isinstance(prompt, str)
-        prefix, end = prompt_ids(prompt, tokenizer), tokenizer.eos_token_id
+        prefix, row = prompt_ids(prompt, tokenizer), None
         if not prefix:
             raise InvalidInput(f"{name} has an empty prompt: a language model needs at least one token to continue")
-        row = None
     else:
         prefix, row = chat_ids(messages, tokenizer, name), answer_ids(messages, response, tokenizer, name)
-        end = end_of_answer(tokenizer)
-        end = tokenizer.eos_token_id if end is None else end
-    if end is None:
-        raise InvalidInput(
-            f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no end-of-text token: responses can't end"
-        )
     if end in tokenizer(response, add_special_tokens=False)["input_ids"]:
         raise InvalidInput(f"{name} has {tokenizer.decode([end])!r} in its response, which ends a text")
+    placed = row is not None or messages is None
     if row is None:
         row = ids_behind(prefix, response, tokenizer)
-    return prefix, [*row[: row.index(end)], end] if end in row else [*row, end]
+    return prefix, [*row[: row.index(end)], end] if end in row else [*row, end], placed

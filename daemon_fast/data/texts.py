@@ -28,17 +28,19 @@ class Pairs:
     ----------
     continuations : one that ended has the end-of-text token as its last
     chat_template : fingerprint of the template that made the prefixes from chats; None if they are no chats
+    left_out : of the exchanges that they were made of, those that could not be used
     """
 
     prefixes: list[list[int]]
     continuations: list[list[int]]
     chat_template: str | None = None
+    left_out: int = 0
 
     def __len__(self) -> int:
         return len(self.prefixes)
 
     def __getitem__(self, some: slice) -> Pairs:
-        return Pairs(self.prefixes[some], self.continuations[some], self.chat_template)
+        return Pairs(self.prefixes[some], self.continuations[some], self.chat_template, self.left_out)
 
 
 class Texts(list[str]):

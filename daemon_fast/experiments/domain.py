@@ -136,7 +136,8 @@ class DomainData:
             exchanges = read_exchanges(domain.data, domain.prompt_field, domain.response_field, domain.format)
             self.left_out = len(exchanges.problems)
             chat = self.energy.chat_template is not None
-            return pair(exchanges, self.tokenizer, longest, shortest, limit, options.seed, at_least=1, chat=chat)
+            check = self.proposal.tokenize
+            return pair(exchanges, self.tokenizer, longest, shortest, limit, options.seed, 1, chat=chat, check=check)
         texts = read_texts(domain.data, domain.field, domain.format)
         self.left_out = len(texts.problems)
         return split(texts, self.tokenizer, options.prefix_tokens, longest, None, options.seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeGuard, get_args
 
@@ -129,7 +129,7 @@ def fit_energy(
     texts: Human | None = None
     with problems:
         if not isinstance(human, str | os.PathLike):
-            texts = human
+            texts = _as_human(human)
         else:
             texts = read_exchanges(human) if os.fspath(human) in EXCHANGES else read_texts(human)
     sampling, tokenizer = proposal.settings, None if isinstance(human, Pairs) else proposal.tokenizer
@@ -141,7 +141,7 @@ def fit_energy(
         problems, texts, tokenizer, metrics, sampling.num_candidates, sampling.max_new_tokens, sampling.min_new_tokens,
         encoder=encoder, num_prefixes=num_prefixes, num_targets=num_targets, prefix_tokens=prefix_tokens, chat=chat,
         normalization=normalization, draw=draw, base=base, spread=spread, ridge=ridge, bootstrap=bootstrap,
-        seed=seed, batch_size=batch_size, directory=directory,
+        seed=seed, batch_size=batch_size, directory=directory, check=proposal.tokenize,
     )  # fmt: skip
     check_ends(plan.human, tokenizer, proposal)
     measured = measure(
@@ -201,6 +201,7 @@ def prepare(
     seed: int = 0,
     batch_size: int = 4,
     directory: str | os.PathLike[str] | None = None,
+    check: Callable[[list[list[int]]], Any] | None = None,
 ) -> Plan:
     """All that can be known of a fit before candidates are drawn. Arguments are those of `fit_energy`.
 
@@ -210,6 +211,7 @@ def prepare(
     human : texts, prompts with responses, or pairs; or None if a problem tells why there are none
     tokenizer : or None if there is none
     num_candidates, new_tokens, min_new_tokens : of the proposal
+    check : of prompts, see `daemon_fast.data.exchanges.pair`
 
     Raises
     ------
@@ -279,11 +281,26 @@ def prepare(
             pass  # a problem says so
         elif responses:
             limit = max(num_prefixes, texts)
-            pairs = pair(human, tokenizer, new_tokens, min_new_tokens or 0, limit, seed, chat=chat)
+            pairs = pair(human, tokenizer, new_tokens, min_new_tokens or 0, limit, seed, chat=chat, check=check)
         else:
             pairs = split(human, tokenizer, prefix_tokens, new_tokens, max(num_prefixes, texts), seed)
     problems.report()
     return Plan(parsed, pairs[:num_prefixes], pairs[:texts])
+
+
+def _as_human(human: Any) -> Human:
+    """Texts or exchanges as a list, also from a table of NumPy's friends."""
+    if isinstance(human, Pairs):
+        return human
+    if hasattr(human, "to_pylist"):  # Arrow
+        human = human.to_pylist()
+    elif hasattr(human, "to_dict") and hasattr(human, "columns"):  # pandas
+        human = human.to_dict("records")
+    if isinstance(human, Mapping) or not isinstance(human, Iterable):
+        raise InvalidInput(
+            f"human is a {type(human).__name__}: it must be a list of texts, or of prompts with responses"
+        )
+    return human if isinstance(human, Sequence) else list(human)
 
 
 def _are_exchanges(human: Human | None) -> TypeGuard[Sequence[Any]]:

@@ -25,6 +25,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from daemon_fast.decode import Decoded, SIRDecoder
 from daemon_fast.energy import Energy
 from daemon_fast.errors import InvalidInput
+from daemon_fast.proposals.base import eos_token_ids
 from daemon_fast.proposals.transformers import TransformersProposal
 
 __all__ = ["GenerateOutput", "generate"]
@@ -100,8 +101,9 @@ def generate(
     energy : Energy
         The fitted artefact.
     processing_class : tokenizer, optional
-        Needed by metrics that read texts (`coh`); also checks that the artefact was fitted for this vocabulary. Not
-        `tokenizer`: that one Transformers keeps to itself.
+        Needed by metrics that read texts (`coh`); also checks that the artefact was fitted for this vocabulary, and, if
+        to chats, tells which token ends an answer where the generation config lacks it. Not `tokenizer`: that one
+        Transformers keeps to itself.
     num_candidates : M; default: as fitted
     seed : default: drawn from torch's global generator, which `transformers.set_seed` seeds
 
@@ -264,6 +266,8 @@ def _proposal(
     }
     eos = config.eos_token_id
     eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    if energy.chat_template is not None:  # the turn's end, which some configs lack: it ended candidates in the fit
+        eos = eos_token_ids(eos, tokenizer)
     made = TransformersProposal(model, tokenizer, model_id=fitted.model_id, eos_token_ids=eos, **settings)
     if tokenizer is None:  # there is nothing to check the vocabulary by
         made.settings = replace(made.settings, vocabulary=fitted.vocabulary)

@@ -39,7 +39,6 @@ from daemon_fast.fit.samples import Block
 from daemon_fast.metrics import Function, Metric
 from daemon_fast.models import DEFAULT_ENCODER, Encoder
 from daemon_fast.ops import Draw, Normalization
-from daemon_fast.prompts import user
 from daemon_fast.proposals.base import Proposal, ProposalSettings
 from daemon_fast.proposals.load import EngineSpec
 from daemon_fast.seeds import batch_seed
@@ -248,15 +247,10 @@ class _Exchanges:
             return nothing
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is left out
-            try:
-                one = pair([exchange], tokenizer, s.max_new_tokens, s.min_new_tokens, at_least=0, chat=self.chat)
-                if len(one):
-                    proposal.tokenize(one.prefixes)
-            except InvalidInput:
-                # A tokenizer that can't take even this has no template, or no end-of-text: no row would be left.
-                pair([("a" if isinstance(exchange.prompt, str) else user("a"), "b")], tokenizer, 2, chat=self.chat)
-                return nothing
-        return one
+            return pair(
+                [exchange], tokenizer, s.max_new_tokens, s.min_new_tokens, at_least=0, chat=self.chat,
+                check=proposal.tokenize,
+            )  # fmt: skip
 
 
 class _Measure:

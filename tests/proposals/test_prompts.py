@@ -87,9 +87,11 @@ def test_a_template_that_writes_an_answered_chat_otherwise():
     """As those do that leave out earlier thoughts: the answer stands behind the prompt all the same."""
     template = CHATML.replace("<|start|>assistant\n{% endif %}", "<|start|>assistant\n<think>{% endif %}")
     tokenizer = bytes_tokenizer(template)
-    pairs = pair([("Rome?", "A city.")], tokenizer, max_new_tokens=50)
+    with pytest.warns(UserWarning, match="writes 1 of 1 chats otherwise once they are answered"):
+        pairs = pair([("Rome?", "A city.")], tokenizer, max_new_tokens=50)
     assert decoded(tokenizer, pairs.prefixes[0]).endswith("<|start|>assistant\n<think>")
-    assert decoded(tokenizer, pairs.continuations[0]) == "A city.<eos>"
+    assert decoded(tokenizer, pairs.continuations[0]) == "A city.<|end|>"
+    assert end_of_answer(tokenizer) == tokenizer.convert_tokens_to_ids("<|end|>")
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
