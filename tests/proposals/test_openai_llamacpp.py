@@ -76,7 +76,6 @@ def test_it_meets_the_contract(propose, model, teacher, prefixes):
     contract.shapes_and_lengths_are_right(p)
     contract.log_probs_are_the_models(p, teacher, **OFF, prefixes=prefixes, known=0.9)
     contract.a_seed_gives_the_same_candidates_again(p)
-    contract.a_seed_each_gives_what_it_gives_alone(p)
     contract.bad_prefixes_are_named(p, CONTEXT, len(model[1]))
     many = propose(num_candidates=300, max_new_tokens=1)  # more than there are slots
     contract.tokens_follow_the_distribution(many, teacher, prefixes[0])
