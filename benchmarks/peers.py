@@ -2,7 +2,7 @@
 
 SmolLM2-135M, prompts of 32 tokens of Wikipedia, 48 new tokens (16 where there are 16 prompts), temperature 1, nothing
 truncated. Embedded (`TransformersProposal`), Transformers' `generate`, and two servers on loopback, asked by
-`ServerProposal`: vLLM's CPU build and llama.cpp (by `xllamacpp`; its weights are the GGUF file's of 8 bits, the others'
+`ServerProposal`: vLLM's CPU build and llama.cpp (by `xllamacpp`; its weights are the GGUF file's of 4 bits, the others'
 are the same in float32). Engines in turn, one thread each. What is told is processor time, of client and server
 together: on one thread it is what a call takes on an idle machine, and on a busy one it is steadier.
 Run: OMP_NUM_THREADS=1 python benchmarks/peers.py [--vllm PYTHON] [--save]; PYTHON is that of an environment with vLLM,
