@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import socket
 import threading
 import time
 import warnings
@@ -246,6 +247,12 @@ def test_another_client(url, decoder, monkeypatch):
             return await asyncio.gather(*(many.chat_completion(MESSAGES, model=MODEL, seed=5) for _ in range(5)))
 
     assert {reply.choices[0].message.content for reply in asyncio.run(several())} == {want}
+
+
+def test_replies_are_not_held_back_for_a_fuller_packet():
+    """Asyncio sends at once only where a socket names its protocol: replies of large bodies else took 40 ms more."""
+    with contextlib.closing(listen("127.0.0.1", 0)) as listening:
+        assert listening.proto == socket.IPPROTO_TCP
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------
