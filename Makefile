@@ -14,7 +14,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: demo demo-quick test test-engines check format build bench clean
+# Each Python from 3.10 on that is at hand: a wheel is built for each.
+PYTHONS ?= $(foreach minor,10 11 12 13 14,$(firstword $(foreach python,python3.$(minor) $(wildcard $(HOME)/.pyenv/versions/3.$(minor).*/bin/python),$(shell $(python) -c 'print("$(python)")' 2>/dev/null))))
+
+.PHONY: demo demo-quick test test-engines check format build bench docs wheels clean
 
 demo: build
 	$(BIN)/daemon-fast demo --force
@@ -48,6 +51,12 @@ bench: build
 	$(BIN)/python benchmarks/kernels.py --save
 	$(BIN)/python benchmarks/latency.py --save
 	$(BIN)/python benchmarks/scaling.py --save
+
+docs: build
+	$(BIN)/python tests/docs.py build/docs
+
+wheels: build
+	PATH="$(CURDIR)/$(BIN):$$PATH" .ci/wheels $$($(BIN)/python -c 'import torch; print(torch.__path__[0])') $(PYTHONS)
 
 build: $(VENV)/built
 
@@ -85,4 +94,4 @@ $(VLLM_VENV)/installed: requirements-vllm.txt Makefile
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) build dist .mypy_cache .pytest_cache .ruff_cache

@@ -6,7 +6,7 @@
 #define DAEMON_FAST_VERSION ""
 #endif
 
-PYBIND11_MODULE(_C, m) {
+PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
     m.doc() = "Compiled operators of daemon_fast; importing it registers torch.ops.daemon_fast.";
     m.def(
         "build_info",

@@ -825,7 +825,7 @@ def completion(shell: str) -> None:
 @main.command()
 def doctor() -> None:
     """Versions, build, devices, and a self-check of each operator. Exit code 1 if one is wrong."""
-    from daemon_fast.doctor import facts, self_checks
+    from daemon_fast.doctor import advice, facts, self_checks
 
     for name, value in facts().items():
         click.echo(f"{name:>22}: {value}")
@@ -833,6 +833,8 @@ def doctor() -> None:
     for operator, device, verdict in self_checks():
         click.echo(f"{operator:>22}: {verdict} on {device}")
         healthy &= verdict == "ok"
+    for sentence in advice():
+        click.echo(sentence)
     sys.exit(0 if healthy else 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import math
 import platform
@@ -13,7 +14,7 @@ from torch import Tensor
 from daemon_fast import gopher, ops, reference
 from daemon_fast.extension import build_info
 
-__all__ = ["facts", "self_checks"]
+__all__ = ["advice", "facts", "self_checks"]
 
 
 def facts() -> dict[str, str]:
@@ -21,6 +22,7 @@ def facts() -> dict[str, str]:
     build = build_info()
     cuda = f"nvcc {build['cuda']} for {build['cuda_architectures']}" if build["cuda"] else "not compiled"
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    driver = _driver_cuda()
     versions = {name: _version(name) for name in ("transformers", "sentence-transformers", "numpy")}
     return {
         "daemon-fast": str(build["version"]),
@@ -29,9 +31,70 @@ def facts() -> dict[str, str]:
         **versions,
         "compiled with": f"{build['compiler']}, headers of torch {build['torch']}",
         "CUDA kernels": cuda,
+        "CUDA driver": f"serves CUDA {driver[0]}.{driver[1]}" if driver else "none",
         "CPU": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
         "GPUs": ", ".join(devices) or "none",
     }
+
+
+def advice() -> list[str]:
+    """What keeps a GPU of this machine from being used, and what to do: a sentence each. Empty if nothing does."""
+    driver, build = _driver_cuda(), build_info()
+    if driver is None:
+        return []
+    capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    return list(_advice(driver, torch.version.cuda, build["cuda"], str(build["cuda_architectures"]), capabilities))
+
+
+def _advice(
+    driver: tuple[int, int],  # the newest CUDA that it serves
+    torch_cuda: str | None,  # of which torch is a build
+    kernels_cuda: str | None,  # whose nvcc compiled the kernels
+    architectures: str,  # such as 80-real,90-real,90-virtual
+    capabilities: list[tuple[int, int]],  # of each GPU
+) -> Iterator[str]:
+    source = "pip install --force-reinstall --no-deps --no-binary :all: --no-build-isolation daemon-fast"
+    if torch_cuda is None:
+        yield "There is a CUDA driver, but this torch is a build without CUDA: install one with it (pytorch.org)."
+    if kernels_cuda is None:
+        yield f"This daemon_fast has no CUDA kernels: put nvcc on PATH and build it from source: {source}"
+        return
+    needed = int(kernels_cuda.split(".")[0])
+    if driver[0] < needed:
+        yield (
+            f"The driver serves CUDA {driver[0]}.{driver[1]}, and the kernels are of CUDA {kernels_cuda}: update the "
+            f"driver to one that serves CUDA {needed}.0, or put nvcc of CUDA {driver[0]} on PATH and build from "
+            f"source: {source}"
+        )
+    for major, minor in capabilities:
+        if not _serves(architectures, major, minor):
+            yield (
+                f"The kernels ({architectures}) don't run on a GPU of compute capability {major}.{minor}: build from "
+                f"source: DAEMON_FAST_CUDA_ARCHITECTURES={major}{minor} {source}"
+            )
+
+
+def _serves(architectures: str, major: int, minor: int) -> bool:
+    """Whether code for these architectures runs on a GPU: cubins within their major version, PTX on all newer ones."""
+    for architecture in architectures.split(","):
+        number, _, kind = architecture.partition("-")
+        made_for = divmod(int(number.rstrip("af")), 10)
+        newer = made_for <= (major, minor)
+        if newer and (kind != "real" or made_for[0] == major):
+            return True
+    return False
+
+
+def _driver_cuda() -> tuple[int, int] | None:
+    """The newest version of CUDA that the driver serves, or None if there is no driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    if driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
+        return None
+    return version.value // 1000, version.value % 1000 // 10
 
 
 def _version(package: str) -> str:

@@ -121,10 +121,13 @@ class Problems:
     --------
     >>> problems = Problems()
     >>> with problems:
-    ...     check_seed(-1)
+    ...     raise InvalidInput("seed = -1 is below 0")
     >>> with problems:
-    ...     metrics = parse(["blue", "rouge"])
-    >>> problems.report()  # raises SeveralProblems: three lines
+    ...     raise UnknownMetric("no metric is called 'rouge'")
+    >>> problems.report()
+    Traceback (most recent call last):
+    daemon_fast.errors.SeveralProblems: seed = -1 is below 0
+    no metric is called 'rouge'
     """
 
     def __init__(self, found: Iterable[DaemonFastError] = ()) -> None:

@@ -24,7 +24,9 @@ def load() -> ModuleType:
     """
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < (2, 10):
-        raise ImportError(f"daemon_fast needs torch >= 2.10, and this is torch {torch.__version__}.")
+        raise ImportError(
+            f"daemon_fast needs torch >= 2.10, and this is torch {torch.__version__}: pip install --upgrade torch"
+        )
     try:
         module = importlib.import_module("daemon_fast._C")
     except ImportError as error:

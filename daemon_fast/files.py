@@ -146,8 +146,11 @@ def digest(*what: Any) -> str:
 
 def file_digest(path: str | os.PathLike[str]) -> str:
     """64 hexadecimal digits of a file's content."""
+    found = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -112,6 +113,23 @@ def test_an_old_torch_is_named(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
     with pytest.raises(ImportError, match=r"needs torch >= 2.10, and this is torch 2.9.1\+cpu"):
         extension.load()
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [(None, "No torch beside .* Install torch >= 2.10"), ("2.9.1+cpu", r"torch 2.9.1\+cpu in .* is too old")],
+)
+def test_a_build_without_a_torch_that_serves_says_what_to_install(version, message, tmp_path):
+    pybind11 = pytest.importorskip("pybind11")
+    if shutil.which("cmake") is None:
+        pytest.skip("no cmake")
+    if version is not None:
+        (tmp_path / "version.py").write_text(f"__version__ = '{version}'\n")
+    command = ["cmake", "-S", Path(__file__).parents[1], "-B", tmp_path / "build", "-DDAEMON_FAST_CUDA=OFF"]
+    command += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DTORCH_DIR={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.search(message, " ".join(done.stderr.split()))
 
 
 def test_importing_the_bare_source_tree_says_what_is_wrong(tmp_path):

@@ -23,12 +23,19 @@ constexpr int64_t kMaxStaticSharedBytes = 8 * 1024;  // no kernel here has more:
 constexpr int64_t kDefaultSharedBytes = 48 * 1024 - kMaxStaticSharedBytes;
 constexpr int64_t kMaxScratchBytes = int64_t{1} << 30;  // of global memory, for what doesn't fit into shared memory
 
+// What these mean depends on the machine: `daemon-fast doctor` looks, and tells what to do.
+inline const char* advice(cudaError_t error) {
+    const bool of_this_machine = error == cudaErrorInsufficientDriver || error == cudaErrorNoKernelImageForDevice ||
+                                 error == cudaErrorUnsupportedPtxVersion;
+    return of_this_machine ? " (run `daemon-fast doctor`: it says what to do)" : "";
+}
+
 // `what` failed, unless it didn't. The runtime would keep the error for the next call.
 template <class... What>
 void check(cudaError_t error, const What&... what) {
     if (error == cudaSuccess) return;
     cudaGetLastError();
-    fail(what..., ": ", cudaGetErrorString(error));
+    fail(what..., ": ", cudaGetErrorString(error), advice(error));
 }
 
 inline cudaStream_t current_stream(int device) {

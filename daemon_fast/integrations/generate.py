@@ -123,7 +123,7 @@ def generate(
 
     Examples
     --------
-    >>> model.generate(**inputs, custom_generate=daemon_fast.generate, energy=energy, max_new_tokens=64)
+    >>> model.generate(**inputs, custom_generate=daemon_fast.generate, energy=energy, max_new_tokens=32)
     """
     if not isinstance(energy, Energy):
         raise InvalidInput(

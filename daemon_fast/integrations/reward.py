@@ -35,7 +35,8 @@ class RepetitionReward:
     >>> reward = RepetitionReward({"sr_4": -1.0, "tr_16": -0.5})
     >>> reward(completion_ids=[[5, 6, 7, 8], [5, 5, 5, 5, 5, 5]])
     [0.0, -1.0833333432674408]
-    >>> trl.GRPOTrainer(model, reward_funcs=[reward], train_dataset=dataset)
+
+    `trl.GRPOTrainer(model, reward_funcs=[reward], train_dataset=dataset)` trains with it.
     """
 
     def __init__(self, weights: Mapping[str, float], name: str = "repetition") -> None:

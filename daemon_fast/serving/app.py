@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+import anyio
 import uvicorn
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -272,7 +273,7 @@ async def _body(http: HTTPRequest) -> bytes:
         raise Refusal(f"the content type is {kind[:60]!r}: it must be application/json", 415)
     body = bytearray()
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        with anyio.fail_after(BODY_SECONDS):
             async for chunk in http.stream():
                 body += chunk
                 if len(body) > MOST_BYTES:
@@ -288,7 +289,7 @@ async def _body(http: HTTPRequest) -> bytes:
 async def _discard(http: HTTPRequest) -> None:
     """Read what is left of a body that is refused: a connection closed before might take the reply with it."""
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(DISCARD_SECONDS):
+        with anyio.fail_after(DISCARD_SECONDS):
             while not getattr(http.state, "read", False):
                 message = await http.receive()
                 http.state.read = message["type"] == "http.disconnect" or not message.get("more_body")
