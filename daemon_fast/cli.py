@@ -1,4 +1,4 @@
-"""The command line: fit, generate, decode, evaluate, metrics, doctor, demo."""
+"""The command line: fit, generate, decode, serve, evaluate, metrics, doctor, demo."""
 
 from __future__ import annotations
 
@@ -157,13 +157,16 @@ def _shared(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda command: functools.reduce(lambda f, option: option(f), reversed(options), command)
 
 
-model_options = _shared(
+weights_options = _shared(
     click.option("--device", help="Such as cpu or cuda:0.  [default: a GPU if there is one]"),
-    click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of all random draws."),
-    click.option("--batch-size", type=click.IntRange(1), default=4, help="Prefixes drawn together."),
     click.option(
         "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", help="Of weights."
     ),
+)
+model_options = _shared(
+    click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of all random draws."),
+    click.option("--batch-size", type=click.IntRange(1), default=4, help="Prefixes drawn together."),
+    weights_options,
 )
 engine_options = _shared(
     click.option(
@@ -215,8 +218,10 @@ def main() -> None:
 
 
 def _engine(
-    name: str, arguments: str | None, served_model: str | None, model_id: str, device: str | None, dtype: str
-) -> EngineSpec:
+    name: str, arguments: str | None, served_model: str | None, model_id: str, device: str | None, dtype: str,
+    of_servers: dict[str, Any] | None = None,
+) -> EngineSpec:  # fmt: skip
+    """`of_servers` : what a server's --engine-args have unless they say otherwise."""
     check_model(model_id)  # before torch and Transformers are imported: at once
     from daemon_fast.proposals.load import EngineSpec
 
@@ -228,6 +233,8 @@ def _engine(
         raise InvalidInput(f"--engine-args = {arguments} must be a JSON object")
     if served_model is not None:
         parsed["served_model"] = served_model
+    if of_servers is not None and name.startswith(("http://", "https://")):
+        parsed = of_servers | parsed
     return EngineSpec(name, model_id, device, dtype, parsed)
 
 
@@ -439,14 +446,14 @@ def generate(
 
 def _decoder(
     path: Path, batch_size: int, engine_name: str, engine_args: str | None, served_model: str | None,
-    model: str | None, device: str | None, dtype: str,
+    model: str | None, device: str | None, dtype: str, of_servers: dict[str, Any] | None = None,
 ) -> SIRDecoder:  # fmt: skip
     from daemon_fast.decode import SIRDecoder
     from daemon_fast.energy import Energy
 
     energy = Energy.load(path)
     fitted = energy.proposal_settings
-    engine = _engine(engine_name, engine_args, served_model, model or fitted.model_id, device, dtype)
+    engine = _engine(engine_name, engine_args, served_model, model or fitted.model_id, device, dtype, of_servers)
     return SIRDecoder(energy, engine.proposal(**fitted.sampling()), batch_size)
 
 
@@ -510,6 +517,60 @@ def decode(
     if more := len(summary.errors[10:]):
         click.echo(f"and {more} more", err=True)
     sys.exit(1 if summary.errors else 0)
+
+
+@main.command()
+@click.option("--energy", "path", type=click.Path(path_type=Path), required=True, help="Artefact written by fit.")
+@click.option("--model", help="Instead of the one in the artefact.")
+@click.option("--host", default="127.0.0.1", help="Address to listen at; 0.0.0.0 for all of this machine.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8001, help="0: any that is free.")
+@click.option(
+    "--batch-size", type=click.IntRange(1),
+    help="Prompts drawn together; of a server: requests to it at a time.  [default: 8; of a server: 64]",
+)  # fmt: skip
+@click.option("--max-waiting", type=click.IntRange(1), default=256, help="Prompts that wait; past it, 429.")
+@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=600.0, help="Seconds for a reply.")
+@click.option(
+    "--api-key", envvar="DAEMON_FAST_API_KEY", show_envvar=True, help="That clients must send.  [default: none]"
+)
+@engine_options
+@weights_options
+def serve(
+    path: Path, host: str, port: int, batch_size: int | None, max_waiting: int, timeout: float, api_key: str | None,
+    engine_name: str, engine_args: str | None, **options: Any,
+) -> None:  # fmt: skip
+    """Serve a fitted artefact to clients of the OpenAI protocol: completions and chats, of any engine.
+
+    Each prompt's candidates are drawn and weighed as the artefact was fitted; max_tokens and stop are cut from the text
+    that was chosen. Replies tell weights, effective sample size, log Z and metrics under "daemon". What would draw from
+    another distribution (temperature, logit_bias, ...) is refused by name. Embedded engines draw the prompts that wait
+    together as one batch.
+
+    SIGTERM and Ctrl-C end it when what was asked for before is answered.
+    """
+    from daemon_fast.errors import require
+
+    for module in ("openai", "prometheus_client", "starlette", "uvicorn"):
+        require(module, "serve needs", "'daemon-fast[serve]'")
+    from daemon_fast.serving import app
+
+    _quiet_transformers()
+    behind = engine_name.startswith(("http://", "https://"))
+    # A server that hangs must not hold its thread for longer than a client waits.
+    waits = {"timeout": timeout, "max_retries": 2}
+    size = batch_size or (64 if behind else 8)
+    decoder = _decoder(path, size, engine_name, engine_args, **options, of_servers=waits)
+    settings = decoder.proposal.settings
+    own = Path(settings.model_id).name if os.path.exists(settings.model_id) else settings.model_id
+    names = list(dict.fromkeys([getattr(decoder.proposal, "served_model", own), own]))  # clients go on as before
+    if host not in ("127.0.0.1", "localhost", "::1") and not api_key:
+        warnings.warn(f"whoever reaches {host} can use this server: --api-key is not set", stacklevel=1)
+    listening = app.listen(host, port)
+    at = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/v1"
+    click.echo(f"serving {names[0]} at {at}: {settings.num_candidates} candidates a prompt; Ctrl-C ends")
+    sys.stdout.flush()
+    with contextlib.suppress(KeyboardInterrupt):
+        app.serve(app.make_app(decoder, behind, names, app.Limits(max_waiting, timeout, api_key)), listening, timeout)
 
 
 @main.command()

@@ -35,6 +35,7 @@ __all__ = [
     "eos_token_ids",
     "ids_behind",
     "prompt_ids",
+    "seed_of_each",
     "token_ids",
     "tokenize",
     "vocabulary_fingerprint",
@@ -122,15 +123,21 @@ class Proposal(Protocol):
     tokenizer: Any
     eos_token_ids: list[int]
 
-    def propose(self, prefixes: Sequence[Prefix], seed: int) -> Candidates:
+    def propose(self, prefixes: Sequence[Prefix], seed: int | Sequence[int]) -> Candidates:
         """M candidates of each prefix; the same seed gives the same ones again.
 
         A string, a flat list of token ids, a tensor [P] or a list of messages (a chat, to answer) is one prefix.
 
+        Parameters
+        ----------
+        seed : of all random numbers; or N seeds, one of each prefix, which then gets the candidates that it would get
+            alone with this seed, whatever else is drawn with it, as far as the engine rounds the same way in both
+
         Raises
         ------
         InvalidInput
-            No prefixes, an empty one, one too long for the model's context, or what is no text, token ids or chat.
+            No prefixes, an empty one, one too long for the model's context, or what is no text, token ids or chat; not
+            as many seeds as prefixes.
         """
         ...
 
@@ -249,6 +256,22 @@ def tokenize(
         if bad := [token for token in row if not 0 <= token < vocab_size]:
             raise InvalidInput(f"prefix {i} has token {bad[0]}, outside the vocabulary of {vocab_size}")
     return rows
+
+
+def seed_of_each(seed: int | Sequence[int], num_prefixes: int) -> list[tuple[int, int]]:
+    """A seed and a number for each prefix, to make its random numbers of: of one seed the numbers are 0 to N - 1; of
+    one seed each they are 0, as of a prefix alone.
+
+    Raises
+    ------
+    InvalidInput
+        Not as many seeds as prefixes.
+    """
+    if not isinstance(seed, Sequence):
+        return [(seed, i) for i in range(num_prefixes)]
+    if len(seed) != num_prefixes:
+        raise InvalidInput(f"seed has {len(seed)} seeds for {num_prefixes} prefixes: give one, or one for each")
+    return [(own, 0) for own in seed]
 
 
 def _ids(prefix: str | list[int] | Messages, tokenizer: Any, name: str) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -88,6 +88,20 @@ class Candidates:
                 "proposal (base = 'proposal'), or draw at temperature 1 without top-k, top-p and min-p"
             )
         return log_q
+
+    def of_prefix(self, i: int) -> Candidates:
+        """Those of one prefix."""
+        m = self.shape[1]
+        rows = slice(i * m, (i + 1) * m)
+        return replace(
+            self,
+            tokens=self.tokens[rows],
+            lengths=self.lengths[rows],
+            token_log_p=self.token_log_p[rows],
+            token_log_q=self.token_log_q[rows],
+            prefix_tokens=self.prefix_tokens[i : i + 1],
+            ended=None if self.ended is None else self.ended[rows],
+        )
 
     @cached_property
     def texts(self) -> list[str]:

@@ -33,6 +33,7 @@ from daemon_fast.proposals.base import (
     ends,
     eos_token_ids,
     prompt_ids,
+    seed_of_each,
     tokenize,
     vocabulary_fingerprint,
 )
@@ -281,14 +282,14 @@ class ServerProposal:
         """
         return tokenize(prefixes, self.tokenizer, self._vocabulary, self._context, self.settings.max_new_tokens)
 
-    def propose(self, prefixes: Sequence[Prefix], seed: int) -> Candidates:
+    def propose(self, prefixes: Sequence[Prefix], seed: int | Sequence[int]) -> Candidates:
         """M candidates of each prefix.
 
         Parameters
         ----------
         prefixes : N strings, lists of token ids or chats
         seed : the same seed gives the same ones again, as far as the server keeps to seeds; those that a reply lacked
-            are drawn with another one
+            are drawn with another one. Or N seeds, one of each prefix.
 
         Raises
         ------
@@ -302,7 +303,8 @@ class ServerProposal:
         check_candidates(self.settings, len(prefix_tokens))
         given = as_list(prefixes)
         prompts = [_Prompt(*one, self._text(*one)) for one in zip(given, prefix_tokens, strict=True)]
-        drawn = self._settle(prompts, seed % 2**64)
+        seeds = [(own % 2**64, i) for own, i in seed_of_each(seed, len(prompts))]
+        drawn = self._settle(prompts, seeds)
         rows = [row for own in drawn for row in own]
         self._check_vocabulary(drawn[0])
         self._tell(prompts, rows)
@@ -318,18 +320,18 @@ class ServerProposal:
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return text if text and prompt_ids(text, self.tokenizer) == tokens else None
 
-    def _settle(self, prompts: list[_Prompt], seed: int) -> list[list[Drawn]]:
+    def _settle(self, prompts: list[_Prompt], seeds: list[tuple[int, int]]) -> list[list[Drawn]]:
         """Candidates of each prompt, all drawn in one way. A server that ignores part of what it was asked is asked in
         another, for all of them: what it gave till then isn't what was asked for."""
         while True:
             try:
-                drawn = self._draw_all(prompts, seed)
+                drawn = self._draw_all(prompts, seeds)
             except EndedEarly as early:
                 if self._dialect.ignore_eos or not self._may_ignore_eos():
                     raise
                 before, self._dialect = self._dialect, replace(self._dialect, ignore_eos=True)
                 try:
-                    return self._settle(prompts, seed)
+                    return self._settle(prompts, seeds)
                 except (EndedEarly, Refused):
                     self._dialect = before
                     raise early from None
@@ -349,7 +351,7 @@ class ServerProposal:
                 "one by one"
             )
 
-    def _draw_all(self, prompts: list[_Prompt], seed: int) -> list[list[Drawn]]:
+    def _draw_all(self, prompts: list[_Prompt], seeds: list[tuple[int, int]]) -> list[list[Drawn]]:
         """M candidates of each prompt: what the replies of one round lack, the next round asks for with other seeds."""
         m = self.settings.num_candidates
         drawn: list[list[Drawn]] = [[] for _ in prompts]
@@ -360,7 +362,7 @@ class ServerProposal:
                 size = min(sizes[i], self._dialect.most)
                 for begin in range(len(own), m, size):
                     # 30 bits: some servers hold a seed in 32, and add the candidate's number to it.
-                    own_seed = int(np.random.SeedSequence([seed, i, parts[i]]).generate_state(1)[0] >> 2)
+                    own_seed = int(np.random.SeedSequence([*seeds[i], parts[i]]).generate_state(1)[0] >> 2)
                     jobs.append((i, min(size, m - begin), own_seed))
                     parts[i] += 1
             if not jobs:
@@ -566,8 +568,11 @@ class ServerProposal:
         chats = "messages" in body
         api = self._client.chat.completions if chats else self._client.completions
         create = api.with_raw_response.create
+        # A prompt as an extra field: what the client knows it looks through, which for long ones takes longer than to
+        # send them.
+        asked, extra = (body, extensions) if chats else ({"prompt": ""}, {**body, **extensions})
         try:
-            choices = self._ask(lambda: create(model=self.served_model, **body, extra_body=extensions), self._completed)
+            choices = self._ask(lambda: create(model=self.served_model, **asked, extra_body=extra), self._completed)
         except _NoRoute as error:
             # That there is no such model comes as 404, too.
             if re.search("model", str(error).removeprefix(self.base_url), re.IGNORECASE) and "chat" not in str(error):
@@ -633,7 +638,7 @@ class ServerProposal:
             if attempt:  # spread out, so that requests which failed together don't come back together
                 time.sleep(min(MAX_WAIT, FIRST_WAIT * 2 ** (attempt - 1)) * random.uniform(0.5, 1))
             try:
-                return read(ask().http_response.json())
+                return read(_parsed(ask().http_response))
             except _NothingYet as error:
                 problem = str(error)
             except openai.APIStatusError as error:
@@ -664,6 +669,8 @@ class ServerProposal:
 
     def _map(self, work: Callable[[int], T], n: int) -> list[T]:
         """work(0), ..., work(n - 1), as many at a time as may be in flight."""
+        if n == 1:
+            return [work(0)]
         todo, done = iter(range(n)), queue.SimpleQueue[tuple[int, T | BaseException]]()
         taking, stop = threading.Lock(), threading.Event()
 
@@ -696,6 +703,16 @@ class ServerProposal:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=stacklevel)
+
+
+def _parsed(response: Any) -> Any:
+    """JSON of a reply. Log-probabilities of 25 candidates of 48 tokens take Python's own parser a millisecond."""
+    from pydantic_core import from_json  # which openai needs
+
+    try:
+        return from_json(response.content)
+    except ValueError:
+        return response.json()  # which takes half a character for one, and says what is wrong
 
 
 def _core(refused: Refused) -> str:

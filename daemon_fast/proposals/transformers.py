@@ -21,7 +21,14 @@ from daemon_fast.errors import InvalidInput
 from daemon_fast.memory import check_candidates
 from daemon_fast.models import DEFAULT_MODEL, load_language_model
 from daemon_fast.proposals import base
-from daemon_fast.proposals.base import Prefix, ProposalSettings, ends, tokenize, vocabulary_fingerprint
+from daemon_fast.proposals.base import (
+    Prefix,
+    ProposalSettings,
+    ends,
+    seed_of_each,
+    tokenize,
+    vocabulary_fingerprint,
+)
 from daemon_fast.proposals.candidates import Candidates
 from daemon_fast.proposals.prompt_cache import Prompts, SharedPromptCache, bytes_of, cache_for, process, way_of
 from daemon_fast.proposals.twin import Twin, context_of, device_of, rope_switch, text_config, unwrapped
@@ -122,7 +129,7 @@ class TransformersProposal:
         return rows
 
     @torch.inference_mode()
-    def propose(self, prefixes: Sequence[Prefix], seed: int) -> Candidates:
+    def propose(self, prefixes: Sequence[Prefix], seed: int | Sequence[int]) -> Candidates:
         """M candidates of each prefix, all prefixes in one batch.
 
         Nothing is kept from call to call that the model's weights decide. On CUDA a step is captured in a graph, which
@@ -131,17 +138,20 @@ class TransformersProposal:
         Parameters
         ----------
         prefixes : N strings, lists of token ids or chats
-        seed : of all random numbers; the same seed gives the same ones again
+        seed : of all random numbers; the same seed gives the same ones again. Or N seeds, one of each prefix: it gets
+            the random numbers that it would get alone. Its candidates are those then, too, but where a logit that was
+            rounded otherwise in the larger batch turns a draw.
 
         Raises
         ------
         InvalidInput
             No prefixes, an empty one, one too long for the model's context; a model that is no causal LM, or whose
-            logits leave nothing to draw.
+            logits leave nothing to draw; not as many seeds as prefixes.
         """
-        if not -(2**63) <= seed < 2**64:
-            raise InvalidInput(f"seed = {seed} must be from -2^63 to 2^64 - 1")
         tokens = self.tokenize(prefixes)
+        for own, _ in seed_of_each(seed, len(tokens)):
+            if not -(2**63) <= own < 2**64:
+                raise InvalidInput(f"seed = {own} must be from -2^63 to 2^64 - 1")
         model = Twin(self.model)
         self.path = way_of(model)
         prompts = process(model, tokens, cached=self.path != "recomputed")
@@ -273,13 +283,17 @@ class _Batch:
         """Whether it can draw candidates of these, too."""
         return isinstance(self._cache, SharedPromptCache) and self._cache.suits(prompts)
 
-    def run(self, model: Twin, prompts: Prompts, seed: int) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    def run(
+        self, model: Twin, prompts: Prompts, seed: int | Sequence[int]
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """Tokens [R, T], lengths [R], log p and log q [R, T] of what it draws; and which [R] have ended."""
         s, device = self._sampler.settings, self._slot.device
         self._cache.load(model, prompts)
         # Drawn on the host, so that a seed means the same on every device.
-        generator = torch.Generator().manual_seed(seed)
-        self._uniforms.copy_(torch.rand(self._uniforms.shape, generator=generator, dtype=torch.float64))
+        seeds = seed if isinstance(seed, Sequence) else [seed]
+        shape = s.max_new_tokens, len(prompts.tokens) * s.num_candidates // len(seeds)
+        generators = [torch.Generator().manual_seed(own) for own in seeds]
+        self._uniforms.copy_(torch.cat([torch.rand(shape, generator=g, dtype=torch.float64) for g in generators], 1))
         for buffer in (self._tokens, self._log_p, self._log_q, self._lengths, self._slot):
             buffer.zero_()
         self._running.fill_(True)

@@ -16,6 +16,7 @@ from daemon_fast.proposals.base import (
     ProposalSettings,
     ends,
     eos_token_ids,
+    seed_of_each,
     tokenize,
     vocabulary_fingerprint,
 )
@@ -119,14 +120,14 @@ class VLLMProposal:
         texts: list[str] = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return texts
 
-    def propose(self, prefixes: Sequence[Prefix], seed: int) -> Candidates:
+    def propose(self, prefixes: Sequence[Prefix], seed: int | Sequence[int]) -> Candidates:
         """M candidates of each prefix.
 
         Parameters
         ----------
         prefixes : N strings, lists of token ids or chats
         seed : of all random numbers; the same seed gives the same ones again, as far as vLLM, which batches
-            requests as they come, rounds the same way
+            requests as they come, rounds the same way; or N seeds, one of each prefix
 
         Raises
         ------
@@ -154,7 +155,7 @@ class VLLMProposal:
             **({"logprob_token_ids": sorted(barred)} if barred else {"logprobs": 0}),
         }
         # Candidate j has its prefix's seed plus j: halved, the sum stays a signed 64-bit number.
-        requests = [{"seed": batch_seed(seed, i) >> 1, **sampling} for i in range(len(prefix_tokens))]
+        requests = [{"seed": batch_seed(*own) >> 1, **sampling} for own in seed_of_each(seed, len(prefix_tokens))]
         drawn = [c for output in self._generate(prefix_tokens, requests) for c in output.outputs]
         rows = [list(c.token_ids) for c in drawn]
         log_p = [_of_tokens(c.logprobs, row) for c, row in zip(drawn, rows, strict=True)]

@@ -80,6 +80,19 @@ def a_seed_gives_the_same_candidates_again(proposal):
     assert first.tokens.shape != other.tokens.shape or not torch.equal(first.tokens, other.tokens)
 
 
+def a_seed_each_gives_what_it_gives_alone(proposal):
+    seeds = [5, 6, 5]
+    together = proposal.propose(PREFIXES, seeds)
+    for i, (prefix, seed) in enumerate(zip(PREFIXES, seeds, strict=True)):
+        own, alone = together.of_prefix(i), proposal.propose([prefix], seed)
+        assert own.prefix_tokens == [prefix]
+        assert torch.equal(own.lengths, alone.lengths)
+        for row, want, n in zip(own.tokens.tolist(), alone.tokens.tolist(), alone.lengths.tolist(), strict=True):
+            assert row[:n] == want[:n]
+    with pytest.raises(InvalidInput, match="seed has 2 seeds for 3 prefixes: give one, or one for each"):
+        proposal.propose(PREFIXES, [5, 6])
+
+
 def score_gives_what_drawing_gave(proposal, atol=1e-3):
     c = proposal.propose(PREFIXES, seed=2)
     rows = [(r, int(c.lengths[r])) for r in range(len(c.tokens)) if c.lengths[r] > 0]

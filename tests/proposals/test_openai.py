@@ -101,6 +101,7 @@ def test_it_meets_the_contract(serve, propose, tiny_server):
     contract.shapes_and_lengths_are_right(p)
     contract.log_probs_are_the_models(p, teacher(tiny_server))
     contract.a_seed_gives_the_same_candidates_again(p)
+    contract.a_seed_each_gives_what_it_gives_alone(p)
     contract.score_gives_what_drawing_gave(p)
     contract.bad_prefixes_are_named(p, tiny.CONTEXT, tiny.VOCABULARY)
     many = propose(server, num_candidates=5000, max_new_tokens=1)

@@ -85,6 +85,7 @@ def test_it_meets_the_contract():
     contract.shapes_and_lengths_are_right(p)
     contract.log_probs_are_the_models(p, teacher)
     contract.a_seed_gives_the_same_candidates_again(p)
+    contract.a_seed_each_gives_what_it_gives_alone(p)
     contract.score_gives_what_drawing_gave(p)
     contract.tokens_follow_the_distribution(many, teacher)
     contract.bad_prefixes_are_named(p, tiny.CONTEXT, tiny.VOCABULARY)

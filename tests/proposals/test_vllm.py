@@ -60,6 +60,7 @@ def test_it_meets_the_contract(proposal, reference, model):
     contract.shapes_and_lengths_are_right(p)
     contract.log_probs_are_the_models(p, teacher)
     contract.a_seed_gives_the_same_candidates_again(p)
+    contract.a_seed_each_gives_what_it_gives_alone(p)
     contract.score_gives_what_drawing_gave(p)
     contract.bad_prefixes_are_named(p, tiny.CONTEXT, tiny.VOCABULARY)
     contract.tokens_follow_the_distribution(proposal(num_candidates=2000, max_new_tokens=1), teacher)

@@ -1,0 +1,1 @@
+"""`daemon-fast serve`: a fitted artefact behind the OpenAI protocol."""
