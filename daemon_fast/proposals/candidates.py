@@ -221,4 +221,5 @@ def _less(before: str, text: str) -> str | None:
         if text[at : at + 1] != letter:
             return None
         at += 1
-    return text[at:]
+    # A space that was one byte of a row of them isn't cleaned up: broken characters stand in its place, too.
+    return None if text[at:].startswith(BROKEN) else text[at:]

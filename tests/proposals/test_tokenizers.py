@@ -119,6 +119,15 @@ def test_a_text_is_what_the_model_wrote(kind, words, at, extra):
     assert c.prefix_texts[0].rstrip("\ufffd") + c.texts[0] == tokenizer.decode(prefix + row, skip_special_tokens=True)
 
 
+def test_a_byte_that_breaks_the_prefixs_last():
+    """A tab and half a character, each one token of a byte, read as two broken characters: only one is the row's."""
+    tokenizer = KINDS["SentencePiece"]
+    tab, half, letter = tokenizer.convert_tokens_to_ids(["<0x09>", "<0x80>", "T"])
+    for prefix in ([tab], [letter, tab]):
+        assert tokenizer.decode([*prefix, half]).endswith("\ufffd\ufffd")
+        assert candidates(tokenizer, [prefix], [[half]]).texts == ["\ufffd"]
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data(), kind=st.sampled_from(list(KINDS)))
 def test_any_tokens_read_as_behind_the_whole_prefix(data, kind):
