@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -109,6 +110,21 @@ def _format(cell: Any) -> str:
     return f"{cell:.3g}" if abs(cell) < 1000 else f"{cell:,.0f}"
 
 
+def resumed(name: str) -> list[Any]:
+    """With --save, the figures that an interrupted run on this machine left."""
+    path = RESULTS / f"{name}.json"
+    saved = json.loads(path.read_text()) if "--save" in sys.argv and path.exists() else None
+    return saved["figures"] if saved is not None and saved["machine"] == machine() else []
+
+
+def keep(name: str, figures: Any) -> None:
+    """With --save, write figures to benchmarks/results/."""
+    if "--save" in sys.argv:
+        RESULTS.mkdir(exist_ok=True)
+        text = json.dumps({"machine": machine(), "figures": figures}, indent=2) + "\n"
+        (RESULTS / f"{name}.json").write_text(text)
+
+
 def finish(name: str, text: str, figures: Any) -> None:
     """Print the report; with --save also write it, and its figures as JSON, to benchmarks/results/."""
     arguments = argparse.ArgumentParser()
@@ -118,6 +134,5 @@ def finish(name: str, text: str, figures: Any) -> None:
     report = f"{text}\n\n{described}\n"
     print(report)
     if save:
-        RESULTS.mkdir(exist_ok=True)
+        keep(name, figures)
         (RESULTS / f"{name}.md").write_text(report)
-        (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine(), "figures": figures}, indent=2) + "\n")

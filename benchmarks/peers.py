@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 import subprocess
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, finish, machine, table
+from common import finish, keep, resumed, table
 
 from daemon_fast import ServerProposal, TransformersProposal
 from daemon_fast.data.texts import read_texts
@@ -156,10 +155,7 @@ def prompts_of(tokenizer: Any, count: int) -> list[str]:
 
 def main() -> None:
     os.environ["NO_PROXY"] = "127.0.0.1"
-    path, cells = RESULTS / "peers.json", []
-    if "--save" in sys.argv and path.exists():
-        saved = json.loads(path.read_text())
-        cells = saved["figures"] if saved["machine"] == machine() else []
+    cells = resumed("peers")
     todo = [(n, m) for n in NEW for m in SIZES if (n, m) not in {(c["prompts"], c["m"]) for c in cells}]
     with contextlib.ExitStack() as stack:
         servers: dict[str, Server] = {}
@@ -189,8 +185,7 @@ def main() -> None:
             seconds = {name: statistics.median(values) for name, values in used.items()}
             print(n, m, seconds, flush=True)
             cells.append({"prompts": n, "m": m, "new": NEW[n], "cpu_seconds": seconds, "all": used})
-            if "--save" in sys.argv:
-                path.write_text(json.dumps({"machine": machine(), "figures": cells}, indent=2) + "\n")
+            keep("peers", cells)
     rows = []
     for c in sorted(cells, key=lambda c: (c["prompts"], c["m"])):
         s = c["cpu_seconds"]

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, finish, machine, table
+from common import finish, keep, resumed, table
 from peers import Server, answers, llama, prompts_of, running
 
 from daemon_fast import Energy, TransformersProposal, metrics
@@ -155,10 +155,7 @@ PAIRS = (EMBEDDED, REPLAYED, LEAN, LLAMA)
 
 def main() -> None:
     os.environ["NO_PROXY"] = "127.0.0.1"
-    path, cells = RESULTS / "serving.json", []
-    if "--save" in sys.argv and path.exists():
-        saved = json.loads(path.read_text())
-        cells = saved["figures"] if saved["machine"] == machine() else []
+    cells = resumed("serving")
     prompts = prompts_of(load_tokenizer(), 400)
 
     def todo(names: Pair) -> list[int]:
@@ -173,8 +170,7 @@ def main() -> None:
             count = requests[CLIENTS.index(clients)]
             cells.append(measured(prompts, names, servers, ask, clients, count, rounds))
             print(json.dumps(cells[-1]), flush=True)
-            if "--save" in sys.argv:
-                path.write_text(json.dumps({"machine": machine(), "figures": cells}, indent=2) + "\n")
+            keep("serving", cells)
 
     with tempfile.TemporaryDirectory() as folder:
         energy, longer = artefact(folder, NEW), artefact(folder, REPLAYED_TOKENS)

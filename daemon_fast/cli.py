@@ -365,8 +365,12 @@ def fit(
     )  # fmt: skip
     assert engine is not None
     proposal = engine.proposal(**sampling)
-    human = texts if responses else plan.human  # prompts are checked again, by the model
-    energy = fit_energy(proposal, human, plan.metrics, directory=work_dir or _candidates_of(output), **options)
+    if responses:  # now the model says, too, which prompts it can answer
+        plan = prepare(
+            Problems(), texts, tokenizer, plan.metrics, num_candidates, new_tokens, min_new_tokens, encoder=encoder,
+            directory=work_dir, check=proposal.tokenize, **options,
+        )  # fmt: skip
+    energy = fit_energy(proposal, plan.human, plan.metrics, directory=work_dir or _candidates_of(output), **options)
     energy.save(output)
     found = energy.diagnostics
     assert found is not None

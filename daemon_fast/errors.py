@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from types import TracebackType
 from typing import Any
@@ -27,6 +27,7 @@ __all__ = [
     "Undefined",
     "UnknownMetric",
     "require",
+    "some_of",
 ]
 
 
@@ -108,6 +109,11 @@ class TargetsNotMet(UserWarning):
 
 class UnboundedTilt(UserWarning):
     """exp(-mu · f) grows without bound, so that the exact p_mu may not exist."""
+
+
+def some_of(problems: Sequence[str]) -> str:
+    """The first of many, on one line."""
+    return "; ".join(problems[:3]) + ("; ..." if len(problems) > 3 else "")
 
 
 class Problems:

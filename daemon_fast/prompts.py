@@ -110,13 +110,16 @@ def chat_ids(messages: Messages, tokenizer: Any, name: str) -> list[int]:
     return _rendered(messages, tokenizer, name, add_generation_prompt=True)
 
 
-def answer_ids(messages: Messages, answer: str, tokenizer: Any, name: str) -> list[int] | None:
+def answer_ids(prompt: list[int], messages: Messages, answer: str, tokenizer: Any, name: str) -> list[int] | None:
     """Token ids of an answer as the template writes it behind the messages, and what follows it there.
 
     None where the template writes the messages otherwise once they are answered: then the answer has no place behind
     the prompt.
+
+    Parameters
+    ----------
+    prompt : token ids of the messages, see `chat_ids`
     """
-    prompt = chat_ids(messages, tokenizer, name)
     whole = _rendered([*messages, {"role": ASSISTANT, "content": answer}], tokenizer, name)
     return whole[len(prompt) :] if whole[: len(prompt)] == prompt else None
 
@@ -153,20 +156,15 @@ def end_of_answer(tokenizer: Any) -> int | None:
     if getattr(tokenizer, "chat_template", None) is None:
         return None
     try:
-        ids = answer_ids(user("a"), "b", tokenizer, "chat")
+        ids = answer_ids(chat_ids(user("a"), tokenizer, "chat"), user("a"), "b", tokenizer, "chat")
         if ids is None:  # written otherwise once it is answered: then behind the question
-            asked, answered = (_rendered(chat, tokenizer, "chat") for chat in (user("a"), _answered("a", "b")))
-            ids = answered[len(asked) :] if answered[: len(asked)] == asked else None
+            ids = answer_ids(_rendered(user("a"), tokenizer, "chat"), user("a"), "b", tokenizer, "chat")
     except InvalidInput:
         return None
     special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
     special.discard(tokenizer.unk_token_id)  # which the letter may be
     behind = dropwhile(lambda i: i in special, ids or ())  # what some templates put before an answer, too
     return next((i for i in behind if i in special), None)
-
-
-def _answered(question: str, answer: str) -> Messages:
-    return [*user(question), {"role": ASSISTANT, "content": answer}]
 
 
 def no_template(tokenizer: Any, name: str) -> str:

@@ -14,7 +14,7 @@ from daemon_fast.data.formats import Format
 from daemon_fast.data.records import Record, lookup, read_records
 from daemon_fast.data.texts import Pairs
 from daemon_fast.embedded import EXCHANGES, locate
-from daemon_fast.errors import DataError, InvalidInput
+from daemon_fast.errors import DataError, InvalidInput, some_of
 from daemon_fast.progress import progress
 from daemon_fast.prompts import (
     ASSISTANT,
@@ -33,7 +33,6 @@ from daemon_fast.prompts import (
 )
 
 __all__ = ["Exchange", "Exchanges", "as_exchange", "pair", "read_exchanges"]
-
 
 BEYOND_TEXT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal")
 ARTICLE = "Write the introduction of an encyclopedia article about {}."
@@ -89,10 +88,8 @@ def as_exchange(value: Any, prompt_field: str | None = None, response_field: str
     if value.get("tools"):
         raise InvalidInput("has tools: prompts are made without")
     record = dict(value)
-    asked, prompt_field = (
-        prompt_field,
-        prompt_field or next((name for name in ("prompt", "messages") if name in record), "prompt"),
-    )
+    asked = prompt_field is not None
+    prompt_field = prompt_field or next((name for name in ("prompt", "messages") if name in record), "prompt")
     prompt = _field(record, prompt_field, "prompt")
     if not isinstance(prompt, str) and not is_chat(prompt):
         raise InvalidInput(
@@ -198,8 +195,7 @@ def read_exchanges(
             f"{os.fspath(source)} holds no prompt with a response" + (f": {problems[0]}" if problems else "")
         )
     if problems:
-        shown = "; ".join(problems[:3]) + ("; ..." if len(problems) > 3 else "")
-        warnings.warn(f"{len(problems)} records of {source} are left out: {shown}", stacklevel=2)
+        warnings.warn(f"{len(problems)} records of {source} are left out: {some_of(problems)}", stacklevel=2)
     found.problems, found.where = problems, where
     return found
 
@@ -283,15 +279,14 @@ def pair(
         chats, misplaced = chats or messages is not None, misplaced + (not placed)
         shown.update(1)
     shown.close()
-    said = "; ".join(problems[:3]) + ("; ..." if len(problems) > 3 else "")
     needed = at_least if at_least is not None else limit or 1
     if len(pairs) < needed:
         raise DataError(
             f"too few usable pairs: of {len(exchanges)} exchanges {len(pairs)}, and {needed} are needed"
-            + (f": {said}" if said else "")
+            + (f": {some_of(problems)}" if problems else "")
         )
     if problems:
-        warnings.warn(f"{len(problems)} exchanges are left out: {said}", stacklevel=2)
+        warnings.warn(f"{len(problems)} exchanges are left out: {some_of(problems)}", stacklevel=2)
     if misplaced:
         warnings.warn(
             f"the chat template writes {misplaced} of {len(pairs)} chats otherwise once they are answered, as those do "
@@ -318,7 +313,8 @@ def _ids(
         if not prefix:
             raise InvalidInput(f"{name} has an empty prompt: a language model needs at least one token to continue")
     else:
-        prefix, row = chat_ids(messages, tokenizer, name), answer_ids(messages, response, tokenizer, name)
+        prefix = chat_ids(messages, tokenizer, name)
+        row = answer_ids(prefix, messages, response, tokenizer, name)
     if end in tokenizer(response, add_special_tokens=False)["input_ids"]:
         raise InvalidInput(f"{name} has {tokenizer.decode([end])!r} in its response, which ends a text")
     placed = row is not None or messages is None

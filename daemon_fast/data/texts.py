@@ -14,7 +14,7 @@ from typing import Any
 from daemon_fast.data.formats import Format
 from daemon_fast.data.records import read_records
 from daemon_fast.embedded import TEXTS, locate
-from daemon_fast.errors import DataError, InvalidInput
+from daemon_fast.errors import DataError, InvalidInput, some_of
 from daemon_fast.prompts import check_text, prompt_ids
 
 __all__ = ["Pairs", "Texts", "read_texts", "split"]
@@ -89,8 +89,7 @@ def read_texts(source: str | os.PathLike[str], field: str = "text", format: Form
     if not texts:
         raise DataError(f"{name} holds no text" + (f": {problems[0]}" if problems else ""))
     if problems:
-        shown = "; ".join(problems[:3]) + ("; ..." if len(problems) > 3 else "")
-        warnings.warn(f"{len(problems)} records of {source} are left out: {shown}", stacklevel=2)
+        warnings.warn(f"{len(problems)} records of {source} are left out: {some_of(problems)}", stacklevel=2)
     texts.problems = problems
     return texts
 
