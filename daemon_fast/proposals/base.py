@@ -179,6 +179,8 @@ def as_list(prefixes: Prefixes) -> list[str | list[int] | Messages]:
 def _one(item: Any, name: str) -> str | list[int] | Messages:
     if isinstance(item, str):
         return item
+    if hasattr(item, "tolist"):  # an array or tensor, also one of messages
+        item = item.tolist()
     return as_messages(item, name) if is_chat(item) else token_ids(item, name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jinja2
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -68,6 +69,8 @@ def test_a_chat_is_what_the_template_makes_of_it(kind, chat):
     assert rows[2] == rows[0] == tokenize(messages, tokenizer, len(tokenizer), None, 4)[0]
     parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
     assert tokenize(parts, tokenizer, len(tokenizer), None, 4) == [rows[0]]
+    for form in (tuple(messages), np.array(messages), [np.array(messages)], (tuple(messages),)):
+        assert tokenize(form, tokenizer, len(tokenizer), None, 4) == [rows[0]]
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
