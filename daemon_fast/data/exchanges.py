@@ -103,6 +103,11 @@ def as_exchange(value: Any, prompt_field: str | None = None, response_field: str
             f"has a response in {response_field or given[0]!r}, and the assistant's message at the end of "
             f"{prompt_field!r}: one is to answer the prompt"
         )
+    if response_field is None and not given and is_chat(prompt):
+        raise InvalidInput(
+            f"has no response: no field 'response', and the last message of {prompt_field!r} is of role "
+            f"{prompt[-1].get('role')!r}"
+        )
     response_field = response_field or (given or ["response"])[0]
     return _exchange(prompt, _field(record, response_field, "response"))
 

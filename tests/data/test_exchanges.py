@@ -50,6 +50,11 @@ def test_forms(value, fields, want):
         ({"prompt": "w1", "response": 4}, (), "has a response that is a int: it must be a text"),
         ({"prompt": 4, "response": "w2"}, (), "has in 'prompt' neither a text nor a chat"),
         ({"messages": [["user", "w1"]]}, (), "has in 'messages' neither a text nor a chat"),
+        (
+            {"messages": [USER]},
+            (),
+            "has no response: no field 'response', and the last message of 'messages' is of role",
+        ),
         ({"messages": None}, (), "has no prompt: null in 'messages'"),
         ({"prompt": [USER, ANSWER], "response": "w5"}, (), "has a response in 'response', and the assistant's message"),
         ({"messages": [USER, ANSWER]}, ("messages", "x"), "has a response in 'x', and the assistant's message at the"),
