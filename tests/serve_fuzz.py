@@ -1,7 +1,7 @@
 """Requests as no client sends them, against a server: each gets an answer that makes sense, and the server goes on.
 
 `python tests/serve_fuzz.py [N]` sends N (10,000) to a server of its own over a tiny model, in between what real clients
-ask for, and tells what came back and what the server's memory did.
+ask for, and tells what came back and what the server's memory did. With --sound, all are such as clients send them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import tiny
@@ -79,15 +80,15 @@ def raw(chance: random.Random) -> tuple[bytes, bool]:
     return head.encode("latin-1") + f"Content-Length: {len(data)}\r\n\r\n".encode() + data, True
 
 
-async def send(host: str, port: int, chance: random.Random) -> str:
-    """What came of a request: a status, "left" or "closed".
+async def send(host: str, port: int, chance: random.Random, make: Callable[[random.Random], tuple[bytes, bool]]) -> str:
+    """What came of a request that `make` made: a status, "left" or "closed".
 
     Raises
     ------
     AssertionError
         No reply, or one that makes no sense.
     """
-    data, well_formed = raw(chance)
+    data, well_formed = make(chance)
     reader, writer = await asyncio.open_connection(host, port)
     try:
         writer.write(data)
@@ -123,14 +124,16 @@ async def send(host: str, port: int, chance: random.Random) -> str:
     return str(status)
 
 
-async def storm(host: str, port: int, seeds: range, at_once: int = 16) -> Counter[str]:
+async def storm(
+    host: str, port: int, seeds: range, make: Callable[[random.Random], tuple[bytes, bool]] = raw, at_once: int = 16
+) -> Counter[str]:
     """Send a request for each seed, some at once; count what came of them."""
     came: Counter[str] = Counter()
     todo = iter(seeds)
 
     async def sender() -> None:
         for seed in todo:
-            came[await send(host, port, random.Random(seed))] += 1
+            came[await send(host, port, random.Random(seed), make)] += 1
 
     await asyncio.gather(*(sender() for _ in range(at_once)))
     return came
@@ -169,15 +172,27 @@ def resident(pid: int) -> float:
     return next(int(line.split()[1]) / 1000 for line in lines if line.startswith("VmRSS"))
 
 
+def sound(chance: random.Random) -> tuple[bytes, bool]:
+    """As `raw`: a completion or a chat, of a text of any length, streamed or not."""
+    text = tiny.text(chance.randrange(1, 40), chance.randrange(1000))
+    asked = {"model": MODEL, "n": chance.randrange(1, 5), "stream": chance.random() < 0.3}
+    chat = chance.random() < 0.5
+    asked |= {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
+    data, path = json.dumps(asked).encode(), "/v1/chat/completions" if chat else "/v1/completions"
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    return f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data, True
+
+
 def main() -> None:
-    total = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
+    counts = [int(argument) for argument in sys.argv[1:] if argument.isdigit()]
+    total, make = counts[0] if counts else 10_000, sound if "--sound" in sys.argv else raw
     with tempfile.TemporaryDirectory() as folder:
         path, came = artefact(Path(folder)), Counter()
         process, host, port = start(path, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
         begin = time.monotonic()
         try:
             for first in range(0, total, 1000):
-                came += asyncio.run(storm(host, port, range(first, min(total, first + 1000))))
+                came += asyncio.run(storm(host, port, range(first, min(total, first + 1000)), make))
                 print(
                     f"{sum(came.values())} requests, {time.monotonic() - begin:.0f} s, {resident(process.pid):.0f} MB"
                 )

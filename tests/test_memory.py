@@ -28,6 +28,7 @@ def test_a_batch_that_cannot_fit_is_named_with_its_parts(monkeypatch):
     proposal = TransformersProposal(tiny.model(), tiny.tokenizer(), **settings)
     rows, layers, heads, size = 2 * 50, 2, 2, 8
     needed = rows * 8 * 16 + 4 * rows * tiny.VOCABULARY + rows * 8 * layers * 2 * heads * size * 4
+    monkeypatch.setattr(memory, "SMALL", 0)
     monkeypatch.setattr(memory, "available", lambda _: needed)
     assert proposal.propose(["w1 w2", "w3"], seed=0).shape == (2, 50)
     monkeypatch.setattr(memory, "available", lambda _: needed - 1)

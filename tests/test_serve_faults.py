@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import threading
 import warnings
 
+import httpx2
 import pytest
 import serve_fuzz
 import tiny
@@ -20,7 +22,9 @@ from test_serve import MODEL, make_decoder, metric, post, serving, until
 
 from daemon_fast import Energy, SIRDecoder, metrics
 from daemon_fast.proposals import openai as server_proposal
+from daemon_fast.proposals import transformers as transformers_proposal
 from daemon_fast.serving import app as app_module
+from daemon_fast.serving.batcher import Batcher
 
 
 @pytest.fixture(autouse=True)
@@ -106,8 +110,6 @@ def behind(proxy, tokenizer, batch_size=16, **options):
 
 def test_faults_of_the_server_behind_lose_no_request_and_change_none(tokenizer, monkeypatch):
     monkeypatch.setattr(server_proposal, "MAX_WAIT", 0.05)
-    for name in ("INITIAL_RETRY_DELAY", "MAX_RETRY_DELAY"):
-        monkeypatch.setattr(f"openai._base_client.{name}", 0.02)
     server = fault_proxy.TinyServer()
     requests = [{"model": MODEL, "prompt": tiny.text(1 + i % 5, i), "seed": i, "n": 2} for i in range(24)]
     with fault_proxy.FaultProxy(server) as sound, fault_proxy.FaultProxy(server, rate=0.4) as faulty:
@@ -144,6 +146,116 @@ def test_a_server_behind_that_dies(tokenizer, monkeypatch):
             assert fault_proxy.KEY not in dead.text
         assert post(address, {"model": MODEL, "prompt": ""}).status_code == 400
         assert metric(address, 'daemon_requests_total{path="/v1/completions",status="502"}') == 3
+
+
+class Hangs:
+    """A server that answers no request for completions, and notes when its client has left."""
+
+    def __init__(self):
+        self.asked, self.left = threading.Event(), threading.Event()
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}/v1"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self._answer, args=(self._listening.accept()[0],), daemon=True).start()
+
+    def _answer(self, connection):
+        models = json.dumps({"data": [{"id": MODEL}]}).encode()
+        with connection:
+            while data := connection.recv(65536):
+                if data.startswith(b"POST"):
+                    self.asked.set()
+                else:
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(models), models))
+            if self.asked.is_set():
+                self.left.set()
+
+    def close(self):
+        self._listening.close()
+
+
+def leaves(address, body, once):
+    """A client that sends a request, and leaves at this event."""
+
+    async def ask():
+        async with httpx2.AsyncClient(timeout=60) as http:
+            task = asyncio.create_task(http.post(f"{address}/completions", json=body))
+            assert await asyncio.to_thread(once.wait, 20)
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize("prompts", ["w1", ["w1", "w2", "w3"]])
+def test_a_server_behind_is_told_when_nobody_waits_any_more(tokenizer, prompts):
+    server = Hangs()
+    with contextlib.closing(server), serving(behind(server, tokenizer), one_by_one=True) as address:
+        leaves(address, {"model": MODEL, "prompt": prompts}, server.asked)
+        assert server.left.wait(20)
+        until(lambda: metric(address, 'daemon_requests_total{path="/v1/completions",status="499"}') == 1)
+
+
+def test_a_server_behind_is_told_when_time_is_over(tokenizer):
+    server = Hangs()
+    with (
+        contextlib.closing(server),
+        serving(behind(server, tokenizer, batch_size=1), one_by_one=True, timeout=0.5) as address,
+    ):
+        for _ in range(2):  # one thread draws: the first request has let go of it
+            assert post(address, {"model": MODEL, "prompt": "w1"}).status_code == 504
+            assert server.left.wait(20)
+            server.left.clear()
+
+
+class Steps:
+    """Steps of a batch, of which the fourth waits."""
+
+    def __init__(self, monkeypatch):
+        self.taken, self.reached, self.go_on = 0, threading.Event(), threading.Event()
+        step = transformers_proposal._Batch._step
+
+        def counted(batch, *arguments):
+            self.taken += 1
+            if self.taken == 4:
+                self.reached.set()
+                assert self.go_on.wait(20)
+            step(batch, *arguments)
+
+        monkeypatch.setattr(transformers_proposal._Batch, "_step", counted)
+
+
+def test_a_batch_that_nobody_waits_for_is_stopped(monkeypatch):
+    decoder = make_decoder(min_new_tokens=12)
+    want = decoder(["w1"], seed=3).texts[0][0]
+    steps = Steps(monkeypatch)
+    with serving(decoder) as address:
+        leaves(address, {"model": MODEL, "prompt": ["w1", "w2"]}, steps.reached)
+        until(lambda: metric(address, 'daemon_requests_total{path="/v1/completions",status="499"}') == 1)
+        steps.go_on.set()
+        reply = post(address, {"model": MODEL, "prompt": "w1", "seed": 3}).json()
+    assert reply["choices"][0]["text"] == want
+    assert steps.taken == 4 + 11  # of 12 tokens the first is drawn from the prompt's logits
+
+
+def test_a_batch_that_somebody_waits_for_is_drawn_to_its_end(monkeypatch):
+    decoder = make_decoder(min_new_tokens=12)
+    want = [decoder(["w1"], seed=seed).texts[0][0] for seed in (3, 4)]
+    steps = Steps(monkeypatch)
+    batcher = Batcher(decoder, False, 100, lambda _: None)
+    first = batcher.submit(["w9"], 1, 0)
+    assert steps.reached.wait(20)  # meanwhile these come, which share the next batch
+    leaving, staying = batcher.submit(["w1"], 1, 3), batcher.submit(["w1"], 1, 4)
+    steps.go_on.set()
+    first.result(20)
+    until(lambda: steps.taken > 11)
+    leaving.cancel()
+    assert staying.result(20).texts[0][0] == want[1]
+    batcher.close()
 
 
 # ---- a process of its own -------------------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -135,16 +137,16 @@ class Candidates:
         """
         width = max(1, *map(len, rows))
 
-        def padded(lists: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
-            return torch.tensor([[*row, *[0] * (width - len(row))] for row in lists], dtype=dtype)
+        def padded(lists: Sequence[Sequence[float]], dtype: Any) -> Tensor:  # NumPy takes a quarter of torch's time
+            return torch.from_numpy(np.array([[*row, *[0] * (width - len(row))] for row in lists], dtype=dtype))
 
         def log_probs(lists: Sequence[Sequence[float]] | None) -> Tensor:
             if lists is None:
                 return torch.full((len(rows), width), torch.nan)
-            return padded([row or [torch.nan] for row in lists], torch.float32)
+            return padded([row or [torch.nan] for row in lists], np.float32)
 
         return Candidates(
-            tokens=padded(rows, torch.int64),
+            tokens=padded(rows, np.int64),
             lengths=torch.tensor(lengths, dtype=torch.int64),
             token_log_p=log_probs(log_p),
             token_log_q=log_probs(log_q),

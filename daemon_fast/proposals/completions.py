@@ -168,16 +168,20 @@ class Reader:
 
     def _of_tokens(self, tokens: list[int], log_p: list[float] | None, reason: str | None, text: Any) -> Drawn:
         s = self.settings
-        if bad := [token for token in tokens if not 0 <= token < self.vocabulary]:
+        if tokens and not 0 <= min(tokens) <= max(tokens) < self.vocabulary:
+            bad = next(token for token in tokens if not 0 <= token < self.vocabulary)
             raise EngineError(
-                f"{self.url} gives token {bad[0]}, outside the vocabulary of {self.vocabulary}: {s.model_id} is not "
+                f"{self.url} gives token {bad}, outside the vocabulary of {self.vocabulary}: {s.model_id} is not "
                 "the model that the server serves"
             )
         if len(tokens) > s.max_new_tokens:
             raise EngineError(
                 f"{self.url} gives {len(tokens)} tokens, though max_tokens = {s.max_new_tokens} was asked for"
             )
-        drawn, n = len(tokens), next((t + 1 for t, token in enumerate(tokens) if token in self.eos_token_ids), None)
+        drawn, n = (
+            len(tokens),
+            min((tokens.index(end) + 1 for end in self.eos_token_ids if end in tokens), default=None),
+        )
         if n is not None and n < drawn:  # where a server draws on behind an end of text, that is another text
             log_p = log_p[:n] if log_p is not None and len(log_p) == drawn else log_p
             tokens, text = tokens[:n], None
@@ -312,8 +316,8 @@ def log_probs(choice: dict[str, Any]) -> list[float] | None:
         values = given.get("token_logprobs")
     if values is None:
         return None
-    known = [nan if value is None else float(value) for value in values]
-    return [nan if value == -math.inf else value for value in known]  # what was drawn can't be impossible
+    # What was drawn can't be impossible.
+    return [nan if value is None or value == -math.inf else float(value) for value in values]
 
 
 def token_ids(choice: dict[str, Any]) -> list[int] | None:
@@ -328,7 +332,7 @@ def token_ids(choice: dict[str, Any]) -> list[int] | None:
         ids = [int(name.removeprefix(TOKEN_ID)) for name in names]
     if ids is None or (not ids and choice.get("text")):
         return None
-    return [operator.index(i) for i in ids]
+    return list(map(operator.index, ids))
 
 
 def are_copies(drawn: Sequence[Drawn], settings: ProposalSettings, vocabulary: int) -> bool:

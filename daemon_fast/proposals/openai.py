@@ -1,19 +1,21 @@
 """Candidates from a server that speaks OpenAI's protocol of completions, or of chats: vLLM, SGLang, llama.cpp, TGI, ...
 
-One request asks for all candidates of a prefix; several are under way at a time. The openai client waits out faults
-that pass; what a reply lacks is asked for again, so that no prefix is lost and none answered twice. What a server
-refuses is asked for in a simpler way, and that is remembered.
+One request asks for all candidates of a prefix; several are under way at a time. Faults that pass are waited out, and
+what a reply lacks is asked for again, so that no prefix is lost and none answered twice. What a server refuses is asked
+for in a simpler way, and that is remembered.
 """
 
 from __future__ import annotations
 
+import contextvars
+import http.client
+import json
 import os
 import queue
 import random
 import re
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +24,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from daemon_fast import stop
 from daemon_fast.errors import EngineError, InvalidInput, require
 from daemon_fast.memory import check_candidates
 from daemon_fast.models import load_tokenizer
@@ -51,13 +54,14 @@ from daemon_fast.proposals.completions import (
     said,
     token_ids,
 )
+from daemon_fast.proposals.connections import Connections, HTTPReply
 
 __all__ = ["ServerProposal"]
 
 T = TypeVar("T")
 
-FIRST_WAIT, MAX_WAIT = 0.5, 8.0  # seconds before the next attempt; each wait is twice the one before
-CONNECT_TIMEOUT = 10.0  # a server that thinks for minutes still accepts connections at once
+# Seconds before the next attempt, each wait twice the one before, unless the server says how long: at most so long.
+FIRST_WAIT, MAX_WAIT, MAX_RETRY_AFTER = 0.5, 8.0, 60.0
 NO_ROUTE = (404, 405, 410, 501)
 NO_JSON = "the reply is no JSON"
 PASSING = (408, 409, 429)  # and 5xx
@@ -163,7 +167,7 @@ class ServerProposal:
     ModelUnavailable
         The tokenizer can't be loaded.
     MissingPackage
-        openai is not installed.
+        pydantic_core, which parses replies, is not installed.
 
     Notes
     -----
@@ -215,7 +219,7 @@ class ServerProposal:
         max_retries: int = 5,
         **settings: Any,
     ) -> None:
-        openai = require("openai", "candidates from a server need", "'daemon-fast[server]'")
+        self._from_json = require("pydantic_core", "candidates from a server need", "'daemon-fast[server]'").from_json
         for name, value, kind, least in (
             ("max_in_flight", max_in_flight, int, 1),
             ("timeout", timeout, int | float, 1e-3),
@@ -230,12 +234,9 @@ class ServerProposal:
         self.eos_token_ids = eos_token_ids(None, self.tokenizer)
         self._vocabulary = 1 + max(self.tokenizer.get_vocab().values())
         self._reader = Reader(base_url, self.tokenizer, self.eos_token_ids, self._vocabulary, self.settings, log_probs)
-        self._client = openai.OpenAI(
-            base_url=base_url,
-            api_key=os.environ.get("OPENAI_API_KEY") or "none",
-            timeout=openai.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT)),
-            max_retries=max_retries,
-        )
+        self._key = os.environ.get("OPENAI_API_KEY") or "none"
+        headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
+        self._connections = Connections(base_url, headers, timeout)
         self._dialect, self._settling = _Dialect(), threading.Lock()
         self._warned: set[str] = set()
         self.served_model, self._context = self._served(served_model)
@@ -243,7 +244,7 @@ class ServerProposal:
     def _served(self, model: str | None) -> tuple[str, int | None]:
         """Name of the model asked for, or of the only one served, and its context where the server tells."""
         try:
-            entries = self._ask(self._client.models.with_raw_response.list, _models_of)
+            entries = self._ask("GET", "/models", None, _models_of)
             why = "its list is empty"
         except (_NoRoute, Refused) as error:
             entries, why = [], str(error).removeprefix(f"{self.base_url} ")
@@ -566,13 +567,10 @@ class ServerProposal:
     def _complete(self, body: dict[str, Any], extensions: dict[str, Any]) -> list[dict[str, Any]]:
         """The reply's choices, in order; those of a chat in the form of completions."""
         chats = "messages" in body
-        api = self._client.chat.completions if chats else self._client.completions
-        create = api.with_raw_response.create
-        # A prompt as an extra field: what the client knows it looks through, which for long ones takes longer than to
-        # send them.
-        asked, extra = (body, extensions) if chats else ({"prompt": ""}, {**body, **extensions})
+        path = "/chat/completions" if chats else "/completions"
+        asked = {"model": self.served_model, **body, **extensions}
         try:
-            choices = self._ask(lambda: create(model=self.served_model, **asked, extra_body=extra), self._completed)
+            choices = self._ask("POST", path, json.dumps(asked).encode(), self._completed)
         except _NoRoute as error:
             # That there is no such model comes as 404, too.
             if re.search("model", str(error).removeprefix(self.base_url), re.IGNORECASE) and "chat" not in str(error):
@@ -613,9 +611,12 @@ class ServerProposal:
         ------
         EngineError
         """
-        given = [(row, row.text) for row in rows if not row.from_text and row.text and letters(row.text)]
-        here = self.detokenize([row.tokens for row, _ in given]) if given else []
-        other = [(*its, text) for its, text in zip(given, here, strict=True) if letters(its[1]) != letters(text)]
+        given = [(row, row.text) for row in rows if not row.from_text and row.text]
+        longest = max(given, key=lambda its: len(its[0].tokens), default=None)
+        if longest is None or (letters(longest[1]) and not self._read_otherwise([longest])):
+            return
+        given = [(row, text) for row, text in given if letters(text)]
+        other = self._read_otherwise(given) if given else []
         # Half a character at the end, say, reads otherwise, too; but not in most texts.
         if 2 * len(other) > len(given):
             (row, there, text), name = other[0], self.settings.model_id
@@ -624,48 +625,65 @@ class ServerProposal:
                 f"as {text[:40]!r}: {name} is not the model that the server serves"
             )
 
-    def _ask(self, ask: Callable[[], Any], read: Callable[[Any], T]) -> T:
+    def _read_otherwise(self, given: list[tuple[Drawn, str]]) -> list[tuple[Drawn, str, str]]:
+        """Of candidates and their texts, those whose tokens the tokenizer reads as another text, and this."""
+        here = self.detokenize([row.tokens for row, _ in given])
+        return [(*its, text) for its, text in zip(given, here, strict=True) if letters(its[1]) != letters(text)]
+
+    def _ask(self, method: str, path: str, body: bytes | None, read: Callable[[Any], T]) -> T:
         """What `read` finds in the reply; where that is nothing, though its status is 200, it is asked for again.
 
         Raises
         ------
         EngineError
         """
-        import openai
-
         none = f"{self.base_url} gave no answer in {self._max_retries + 1} attempts"
+        problem, told = "", None
         for attempt in range(self._max_retries + 1):
             if attempt:  # spread out, so that requests which failed together don't come back together
-                time.sleep(min(MAX_WAIT, FIRST_WAIT * 2 ** (attempt - 1)) * random.uniform(0.5, 1))
+                wait = min(MAX_WAIT, FIRST_WAIT * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
+                stop.current().sleep(wait if told is None else told)
+            told = None
             try:
-                return read(_parsed(ask().http_response))
+                reply = self._connections.send(method, path, body)
+                if reply.status == 200:
+                    return read(self._parsed(reply))
+                problem, told = f"{reply.status}: {self._message(reply)}", _retry_after(reply)
             except _NothingYet as error:
                 problem = str(error)
-            except openai.APIStatusError as error:
-                status, text = error.status_code, f"{error.status_code}: {self._message(error)}"
-                if status in NO_ROUTE:
-                    raise _NoRoute(f"{self.base_url} answers {text}") from None  # whose message may tell the key
-                if status in PASSING or status >= 500:
-                    raise EngineError(f"{none}: {text}") from None
-                kind = Refused if status in (400, 422) else EngineError
-                raise kind(f"{self.base_url} answers {text}") from None
-            except openai.APIConnectionError as error:
-                text = " ".join(str(error.__cause__ or error).split()) or type(error.__cause__).__name__
-                raise EngineError(f"{none}: {text}") from None
+            except (OSError, http.client.HTTPException) as error:
+                problem = " ".join(str(error).split()) or type(error).__name__
             except ValueError:
                 problem = NO_JSON
+            else:
+                if reply.status in NO_ROUTE:
+                    raise _NoRoute(f"{self.base_url} answers {problem}")
+                if reply.status not in PASSING and reply.status < 500:
+                    kind = Refused if reply.status in (400, 422) else EngineError
+                    raise kind(f"{self.base_url} answers {problem}")
         raise (_NoRoute if problem == NO_JSON else EngineError)(f"{none}: {problem}")
 
-    def _message(self, error: Any) -> str:
-        """What the server says, in one line and without the key."""
-        body = error.body
-        if isinstance(body, dict):
-            body = body.get("message") or body.get("detail") or body
-        return self._without_key(said(body or error.message))
+    def _parsed(self, reply: HTTPReply) -> Any:
+        """JSON of a reply. Log-probabilities of 25 candidates of 48 tokens take Python's own parser a millisecond."""
+        try:
+            return self._from_json(reply.body)
+        except ValueError:
+            return json.loads(reply.body)  # which takes half a character for one
+
+    def _message(self, reply: HTTPReply) -> str:
+        """What the server says of a request that it did not answer, in one line and without the key."""
+        if 300 <= reply.status < 400:
+            return f"it has moved to {said(reply.headers.get('Location'))}"
+        try:
+            told = self._parsed(reply)
+        except ValueError:
+            told = reply.body.decode(errors="replace")
+        if isinstance(told, dict) and told.get("error"):
+            told = told["error"]
+        return self._without_key(said(told or reply.reason))
 
     def _without_key(self, text: str) -> str:
-        key = self._client.api_key
-        return text if key == "none" else text.replace(key, "***")
+        return text if self._key == "none" else text.replace(self._key, "***")
 
     def _map(self, work: Callable[[int], T], n: int) -> list[T]:
         """work(0), ..., work(n - 1), as many at a time as may be in flight."""
@@ -689,7 +707,7 @@ class ServerProposal:
         try:
             # Daemons, not an executor: that one waits for requests in flight, also after an interruption.
             for _ in range(min(n, self._max_in_flight)):
-                threading.Thread(target=run, daemon=True).start()
+                threading.Thread(target=contextvars.copy_context().run, args=(run,), daemon=True).start()
             for _ in range(n):
                 i, result = done.get()
                 if isinstance(result, BaseException):
@@ -705,14 +723,13 @@ class ServerProposal:
             warnings.warn(message, stacklevel=stacklevel)
 
 
-def _parsed(response: Any) -> Any:
-    """JSON of a reply. Log-probabilities of 25 candidates of 48 tokens take Python's own parser a millisecond."""
-    from pydantic_core import from_json  # which openai needs
-
+def _retry_after(reply: HTTPReply) -> float | None:
+    """Seconds after which the server wants to be asked again, if it says so and they are not too many."""
     try:
-        return from_json(response.content)
-    except ValueError:
-        return response.json()  # which takes half a character for one, and says what is wrong
+        seconds = float(reply.headers.get("Retry-After", ""))
+    except ValueError:  # nothing, or a date
+        return None
+    return seconds if 0 <= seconds <= MAX_RETRY_AFTER else None
 
 
 def _core(refused: Refused) -> str:

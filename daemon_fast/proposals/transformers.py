@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from daemon_fast import ops
+from daemon_fast import ops, stop
 from daemon_fast.errors import InvalidInput
 from daemon_fast.memory import check_candidates
 from daemon_fast.models import DEFAULT_MODEL, load_language_model
@@ -297,8 +297,10 @@ class _Batch:
         for buffer in (self._tokens, self._log_p, self._log_q, self._lengths, self._slot):
             buffer.zero_()
         self._running.fill_(True)
+        wanted = stop.current()
         self._draw(prompts.logits.repeat_interleave(s.num_candidates, dim=0), s.min_new_tokens > 0)
         for slot in range(s.max_new_tokens - 1):
+            wanted.check()
             if slot % LOOK_EVERY.get(device.type, 1) == 0 and not self._go_on(len(prompts.tokens)):
                 break
             window, below_minimum = self._cache.window(slot), slot + 1 < s.min_new_tokens

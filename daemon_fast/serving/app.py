@@ -14,6 +14,7 @@ import time
 import traceback
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,7 +156,7 @@ class _Server:
             ) from None
         except InvalidInput as error:
             raise Refusal(str(error), param="prompt") from None
-        decoded = await self._decoded(http, asyncio.wrap_future(future), until)
+        decoded = await self._decoded(http, future, until)
         noted["wait_seconds"] = round(decoded.seconds["wait"], 4)
         reply, parts = await aside(self._written, request, seed, decoded)
         self.counts.add(reply, decoded)
@@ -183,9 +184,9 @@ class _Server:
         except InvalidInput as error:
             raise Refusal(str(error), param="messages" if isinstance(request, ChatRequest) else "prompt") from error
 
-    async def _decoded(self, http: HTTPRequest, drawn: asyncio.Future[Decoded], until: float) -> Decoded:
+    async def _decoded(self, http: HTTPRequest, future: Future[Decoded], until: float) -> Decoded:
         """What the batcher gives, unless the client leaves or time is over before: then what waits is not drawn."""
-        left = asyncio.ensure_future(_disconnected(http))
+        drawn, left = asyncio.wrap_future(future), asyncio.ensure_future(_disconnected(http))
         try:
             remaining = max(0.0, until - time.monotonic())
             both: set[asyncio.Future[Any]] = {drawn, left}
@@ -200,6 +201,7 @@ class _Server:
         except DaemonFastError as error:  # prompts were checked before: it is not the client's doing
             raise Refusal(str(error), 500, "server_error", code=type(error).__name__) from error
         finally:
+            future.cancel()  # at once: that of `drawn` comes to it when the reply is on its way
             drawn.cancel()
             left.cancel()
 

@@ -17,7 +17,7 @@ from daemon_fast import Energy, SIRDecoder, TransformersProposal, fit_energy
 from daemon_fast.errors import EngineError
 from daemon_fast.models import DEFAULT_MODEL, load_language_model, locate
 
-pytest.importorskip("openai", reason="needs the package openai: pip install 'daemon-fast[server]'")
+pytest.importorskip("pydantic_core", reason="needs the package pydantic: pip install 'daemon-fast[server]'")
 pytest.importorskip("xllamacpp", reason="needs the package xllamacpp, which holds a llama.cpp: pip install xllamacpp")
 import xllamacpp
 

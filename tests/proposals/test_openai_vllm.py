@@ -20,7 +20,7 @@ from fault_proxy import CHATS_ONLY, FaultProxy, forward
 from daemon_fast import TransformersProposal
 from daemon_fast.errors import InvalidInput
 
-pytest.importorskip("openai", reason="needs the package openai: pip install 'daemon-fast[server]'")
+pytest.importorskip("pydantic_core", reason="needs the package pydantic: pip install 'daemon-fast[server]'")
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("needs the package vllm in this interpreter", allow_module_level=True)
 
