@@ -456,10 +456,11 @@ def features(metrics: Sequence[Metric], candidates: Candidates) -> Tensor:
             value = metric.combine(by_name)
         else:
             value = columns[id(metric)] if id(metric) in columns else torch.as_tensor(metric.evaluate(candidates))
-        checked = _checked(metric, value, candidates)
-        by_name |= dict(zip(metric.names, checked.unbind(1), strict=True))
-    values = [by_name[name] for name in column_names(metrics)]
-    return torch.stack(values, dim=1).reshape(*candidates.shape, -1)
+        by_name |= dict(zip(metric.names, _columns(metric, value, candidates), strict=True))
+    values = torch.stack([by_name[name] for name in column_names(metrics)], dim=1)
+    if not values.isfinite().all():
+        _refuse(metrics, by_name)
+    return values.reshape(*candidates.shape, -1)
 
 
 def _repetition_columns(metrics: Sequence[RepetitionMetric], candidates: Candidates) -> list[Tensor]:
@@ -470,7 +471,8 @@ def _repetition_columns(metrics: Sequence[RepetitionMetric], candidates: Candida
     return [metric.combine(sr, tr) for metric in metrics]
 
 
-def _checked(metric: Metric, value: Tensor, candidates: Candidates) -> Tensor:
+def _columns(metric: Metric, value: Tensor, candidates: Candidates) -> tuple[Tensor, ...]:
+    """A metric's values, [R] for each of its names."""
     rows, k = candidates.tokens.shape[0], len(metric.names)
     if value.ndim == 1 and k == 1:
         value = value[:, None]
@@ -478,12 +480,16 @@ def _checked(metric: Metric, value: Tensor, candidates: Candidates) -> Tensor:
         raise InvalidInput(
             f"metric {metric.name} returned shape {list(value.shape)} for {rows} candidates and {k} column(s)"
         )
-    value = value.to(candidates.tokens.device, torch.float32)
-    finite = value.isfinite().all(dim=1)
-    if not finite.all():
-        row = int((~finite).nonzero()[0])
-        raise InvalidInput(f"metric {metric.name} is {value[row].tolist()} for candidate {row}: it must be finite")
-    return value
+    return value.to(candidates.tokens.device, torch.float32).unbind(1)
+
+
+def _refuse(metrics: Sequence[Metric], by_name: Mapping[str, Tensor]) -> None:
+    """Name the first metric that is not finite; `Spread` comes after those that it is of."""
+    for metric in sorted(metrics, key=lambda metric: isinstance(metric, Spread)):
+        value = torch.stack([by_name[name] for name in metric.names], dim=1)
+        if len(bad := (~value.isfinite().all(dim=1)).nonzero()):
+            row = int(bad[0])
+            raise InvalidInput(f"metric {metric.name} is {value[row].tolist()} for candidate {row}: it must be finite")
 
 
 def _nats_per_token(name: str, candidates: Candidates) -> Tensor:

@@ -93,7 +93,9 @@ class Candidates:
 
     def of_prefix(self, i: int) -> Candidates:
         """Those of one prefix."""
-        m = self.shape[1]
+        n, m = self.shape
+        if n == 1 and i == 0:
+            return self
         rows = slice(i * m, (i + 1) * m)
         return replace(
             self,
@@ -160,6 +162,8 @@ class Candidates:
         """Join batches of prefixes; widths T may differ."""
         if not parts:
             raise InvalidInput("there are no candidates to concatenate")
+        if len(parts) == 1:
+            return parts[0]
         width = max(part.tokens.shape[1] for part in parts)
 
         def join(name: str) -> Tensor:
