@@ -8,8 +8,9 @@ way is waited for. Beside times it takes the processor time of the server asked,
   same without a server: the decoder in this process, given as many prompts at a time. Also counts the texts that are
   the same as one at a time, as they should be but for what a logit rounded otherwise turns.
 - replayed, 48 tokens: a server that answers at once, as vLLM does, with candidates drawn before. Itself asked for
-  n = 25 texts; through a bare proxy, which asks for what serve asks for, parses the reply once and answers one text;
-  through serve, with log-probabilities and without. What serve takes longer than the engine itself is what it adds.
+  n = 25 texts, and for their log-probabilities, too; through a bare proxy, which asks for what serve asks for, parses
+  the reply once and answers one text; through serve, with log-probabilities and without. What serve takes longer than
+  the engine itself is what it adds.
 - llama.cpp (by `xllamacpp`), 8 tokens: a real server, itself and through serve.
 
 Run: OMP_NUM_THREADS=1 python benchmarks/serving.py [--save], which takes 15 minutes; with --save, parts that the file
@@ -300,6 +301,7 @@ def main() -> None:
                 with through() as whole, through("--engine-args", '{"log_probs": false}') as lean:
                     engines = {
                         "itself": functools.partial(asked, itself, {"n": M}),
+                        "itself, with log-probs": functools.partial(asked, itself, {"n": M, "logprobs": 1}),
                         "bare proxy": functools.partial(asked, bare, {}),
                         "serve": functools.partial(asked, whole, {}),
                         "serve, no log-probs": functools.partial(asked, lean, {}),

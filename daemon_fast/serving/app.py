@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import hmac
 import json
 import logging
@@ -409,4 +410,6 @@ def serve(app: Starlette, listening: socket.socket, timeout: float) -> None:
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=int(timeout) + 1
     )
+    # What was loaded stays: without it a full collection takes 100 ms less, which else a request in hundreds waits.
+    gc.freeze()
     uvicorn.Server(config).run(sockets=[listening])
