@@ -32,7 +32,7 @@ constexpr int64_t kMaxRepetitionTokens = int64_t{1} << 29;
 constexpr int64_t kMaxSharedTokens = int64_t{1} << 15;  // with 16-bit positions and slots
 
 // Threads of a block. One warp needs no barriers, and rows fill a GPU if they are many and short: a multiprocessor's
-// shared memory holds 15 of 512 tokens.
+// shared memory holds 32 of 256 tokens, its most of blocks, and 17 of 512.
 constexpr int kOneWarp = kWarp;
 constexpr int kManyWarps = 256;
 constexpr int64_t kOneWarpTokens = 512;
@@ -44,9 +44,10 @@ struct RepetitionPlan {
     int32_t longest_ngram;
 };
 
-// Of the table's slots. Short rows get more, of which fewer are taken, since a further round costs them most.
-inline int table_bits(int64_t T) {
-    const int64_t slots = T <= kOneWarpTokens ? 4 * T : 2 * T;
+// Of the table's slots. Short rows get more, of which fewer are taken, since a further round costs them most; but one
+// warp gets few, so that more rows fit into a multiprocessor.
+inline int table_bits(int64_t T, int threads) {
+    const int64_t slots = T <= kOneWarpTokens && threads > kOneWarp ? 4 * T : 2 * T;
     int bits = 5;
     while (int64_t{1} << bits < slots) ++bits;
     return bits;
@@ -60,7 +61,7 @@ struct RowLayout {
     int bits;  // of the table's slots
     int64_t tokens, ids, next_ids, list, lost, repeated, next_repeated, counter, bytes;
 
-    RowLayout(int64_t T, int64_t token_bytes, int64_t position_bytes) : bits(table_bits(T)) {
+    RowLayout(int64_t T, int threads, int64_t token_bytes, int64_t position_bytes) : bits(table_bits(T, threads)) {
         bytes = int64_t{4} << bits;
         const auto take = [&](int64_t size) {
             const int64_t here = bytes;
@@ -107,7 +108,7 @@ struct RowScratch {
           counter(reinterpret_cast<uint32_t*>(at + layout.counter)),
           bits(layout.bits) {}
 
-    static RowLayout layout(int64_t T) { return RowLayout(T, sizeof(Token), sizeof(Index)); }
+    static RowLayout layout(int64_t T, int threads) { return RowLayout(T, threads, sizeof(Token), sizeof(Index)); }
 
     // Writes position t into the slot of its key's hash, and the slot into ids[t].
     __device__ __forceinline__ void enter(Index* to, uint32_t t, uint32_t key) {
@@ -339,7 +340,6 @@ __device__ __forceinline__ void repetition_row(
     if (threadIdx.x == 0) s.counter[0] = s.counter[3] = 0;
 #pragma unroll 1
     for (int i = threadIdx.x; i < plan.ngram_count; i += kThreads) out[i] = 0.0f;
-    synchronize<kThreads>();
     for (int begin = threadIdx.x;;) {
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
@@ -375,7 +375,7 @@ __device__ __forceinline__ void repetition_row(
 // `lengths` is int64 or int32. A length outside [0, T] can't be reported without a synchronisation: the row becomes
 // NaN. kShared is a constant so that the compiler knows the address space of every access.
 template <class Token, int kThreads, bool kShared>
-__global__ void __launch_bounds__(kThreads, kThreads == kWarp ? 24 : 3) repetition_kernel(
+__global__ void __launch_bounds__(kThreads, kThreads == kWarp ? 32 : 3) repetition_kernel(
     const Token* tokens, int64_t row_stride, const void* lengths, bool wide_lengths, int64_t length_stride, int64_t R,
     int64_t T, RepetitionPlan plan, RowLayout layout, char* global_scratch, float* out) {
     using Scratch = RowScratch<Token, kShared>;
