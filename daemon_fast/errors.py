@@ -9,6 +9,7 @@ from typing import Any
 
 __all__ = [
     "ArtefactError",
+    "ConstantMetric",
     "DaemonFastError",
     "DataError",
     "DeviceUnavailable",
@@ -89,6 +90,10 @@ class FitError(DaemonFastError):
 
 class InfeasibleTargets(FitError, ValueError):
     """No weighting of the candidates reaches the target means: the fit has no solution (see `fit`)."""
+
+
+class ConstantMetric(InvalidInput, FitError):
+    """A metric that all candidates of a prefix have alike: no weighting of them can change its mean."""
 
 
 class FitDidNotConverge(FitError, RuntimeError):

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import make_believe
+import numpy as np
 import pytest
 
 SCRIPTS = sorted(p.stem for p in Path(__file__).parents[1].joinpath("benchmarks").glob("*.py"))
@@ -101,8 +102,10 @@ def test_a_stage_that_does_not_end_is_ended_with_what_it_started(results, tmp_pa
 def test_the_stages_rehearsed(tmp_path):
     """On the CPU and the make-believe device: what a GPU must not be the first to run."""
     script = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
-    stages = ["build", "parity", "sanitizers", "operators", "call"]
-    command = [sys.executable, script, "--rehearse", "--output", tmp_path]
+    stages = ["build", "parity", "sanitizers", "operators", "peers", "call"]
+    tokens = tmp_path / "tokens.npy"
+    np.save(tokens, np.random.default_rng(0).integers(0, 50, (9, 300)))
+    command = [sys.executable, script, "--rehearse", "--tokens", tokens, "--output", tmp_path]
     result = subprocess.run(
         [*command, *(x for stage in stages for x in ("--stage", stage))], capture_output=True, text=True, check=False
     )

@@ -198,6 +198,21 @@ def test_draws_that_are_not_defined(cuda_code, rule, M):
         assert undefined(out) == [False, True, True, False, False]
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("rule", ["sir_select", "race_select"])
+def test_the_largest_of_few_weights_is_found_to_its_last_bits(cuda_code, rule, sign):
+    """A warp looks for it in two halves; these log-weights differ in the lower one, and by far more than 1."""
+    generator = torch.Generator().manual_seed(0)
+    order = torch.stack([torch.randperm(25, generator=generator) for _ in range(6)])
+    base = sign * 1e300 * (1 + order.double() * 2**-45)
+    uniforms = torch.full((6, 25) if rule == "race_select" else (6,), 0.5, dtype=F64)
+    arguments = on(cuda_code, torch.zeros(6, 25, 1, dtype=F64), torch.zeros(1, dtype=F64), uniforms, base)
+    drawn = getattr(daemon_fast, rule)(*arguments)
+    largest = (sign * order).argmax(1)
+    assert torch.equal(drawn.index.cpu(), largest)
+    assert torch.equal(drawn.weights.cpu(), torch.nn.functional.one_hot(largest, 25).double())
+
+
 @pytest.mark.parametrize("normalization", ["per_prefix", "global"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("M", [25, 33])

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
 #include <cub/warp/warp_reduce.cuh>
@@ -63,6 +64,24 @@ __device__ __forceinline__ double reduce_warp(double value, Op op) {
     typename cub::WarpReduce<double>::TempStorage none;  // empty: full warps use shuffles
     value = cub::WarpReduce<double>(none).Reduce(value, op);
     return __shfl_sync(kAllLanes, value, 0);
+}
+
+// The maximum of the 32 lanes, or NaN if one has it, for every lane: as two integers, whose reduction is an
+// instruction.
+__device__ __forceinline__ double reduce_max(double value) {
+    // Reversed where negative, doubles are ordered as integers are, and the NaN of nan_double above all.
+    const auto as_ordered = [](uint64_t bits) {
+        return bits ^ static_cast<uint64_t>(static_cast<int64_t>(bits) >> 63) >> 1;
+    };
+    if (value != value) value = nan_double();
+    uint64_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    bits = as_ordered(bits);
+    const int32_t own = static_cast<int32_t>(bits >> 32), high = __reduce_max_sync(kAllLanes, own);
+    const uint32_t low = __reduce_max_sync(kAllLanes, own == high ? static_cast<uint32_t>(bits) : 0u);
+    bits = as_ordered(static_cast<uint64_t>(static_cast<uint32_t>(high)) << 32 | low);
+    memcpy(&value, &bits, sizeof bits);
+    return value;
 }
 
 __device__ __forceinline__ int lowest_bit(uint32_t bits) {

@@ -33,7 +33,7 @@ Tensor repetition(Tensor tokens, Tensor lengths, std::vector<int64_t> ngrams, st
     const auto run = [&](auto token) {
         using Token = decltype(token);
         const auto start = [&](auto threads, auto shared) {
-            const RowLayout layout = RowScratch<Token, shared.value>::layout(T);
+            const RowLayout layout = RowScratch<Token, shared.value>::layout(T, threads.value);
             const int64_t blocks = shared.value ? R : blocks_with_scratch(R, layout.bytes, device);
             std::optional<Tensor> scratch;
             if (!shared.value) scratch = empty_like_with(tokens, {blocks * layout.bytes}, ScalarType::Byte);
@@ -46,7 +46,7 @@ Tensor repetition(Tensor tokens, Tensor lengths, std::vector<int64_t> ngrams, st
         };
         using OneWarp = std::integral_constant<int, kOneWarp>;
         using ManyWarps = std::integral_constant<int, kManyWarps>;
-        const int64_t bytes = RowScratch<Token, true>::layout(T).bytes;
+        const int64_t bytes = RowScratch<Token, true>::layout(T, kManyWarps).bytes;
         if (T > kMaxSharedTokens || bytes > shared_bytes_for(bytes, repetition_kernel<Token, kManyWarps, true>, device))
             start(ManyWarps(), std::false_type());
         else if (T <= kOneWarpTokens && R >= kOneWarpRows * multiprocessors)

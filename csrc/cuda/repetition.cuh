@@ -3,15 +3,23 @@
 // Ids. The id of an n-gram is the position of one of its occurrences, the same for all. The (n+1)-gram at t is then the
 // pair (id at t, id at t + 1), so every level compares exact keys of two words, whatever n is.
 //
-// Finding ids. Every position writes itself into the slot of its key's hash, and the highest one stays. Behind a
+// Finding ids. Every position writes itself into the slot of its key's hash, and one of them stays, whichever. Behind a
 // barrier each looks who stayed: where it has the same key, it is the id. Otherwise another key took the slot, from all
-// occurrences alike, and they try again under another hash, until none is left. Each such round overwrites what earlier
-// ones wrote, its number standing above the positions: the table is cleared once a row.
+// occurrences alike, and they try again under another hash, until none is left.
+//
+// Why any order of the writes gives the same result. In a round all occurrences of a key that are left write to one
+// slot, and read it behind the barrier, when nobody writes: they all see the same position, and it is one that wrote
+// there in this round. If it has their key, it is one of them, and the id of all. If not, none of them gets it. So
+// positions get the same id exactly if they have the same key, and exactly one of them is its own id. Results count
+// positions that are not, and compare ids for equality: which one stayed is in neither. Each round ends with a key less
+// for each slot that was written. Nobody reads a slot that nobody wrote in the same round: the table is never cleared.
+// The writes are atomic exchanges, since plain ones at once to one place would be a race.
 //
 // An (n+1)-gram can repeat only where both of its n-grams do: each level looks up only the positions that the level
 // below left over, gathered into a list first, so that all lanes of a warp have one.
 //
-// Windows need the distance to the last occurrence of a token: one warp goes over the ids in order, 32 at a time.
+// Windows need the distance to the last occurrence of a token: one warp goes over the ids in order, 32 at a time. Which
+// of 32 are the same takes longest to find, and where there are more warps, all of them do so before.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -24,7 +32,7 @@ constexpr int64_t kMaxRepetitionTokens = int64_t{1} << 29;
 constexpr int64_t kMaxSharedTokens = int64_t{1} << 15;  // with 16-bit positions and slots
 
 // Threads of a block. One warp needs no barriers, and rows fill a GPU if they are many and short: a multiprocessor's
-// shared memory holds 15 of 512 tokens.
+// shared memory holds 32 of 256 tokens, its most of blocks, and 17 of 512.
 constexpr int kOneWarp = kWarp;
 constexpr int kManyWarps = 256;
 constexpr int64_t kOneWarpTokens = 512;
@@ -36,9 +44,10 @@ struct RepetitionPlan {
     int32_t longest_ngram;
 };
 
-// Of the table's slots. Short rows get more, of which fewer are taken, since a further round costs them most.
-inline int table_bits(int64_t T) {
-    const int64_t slots = T <= kOneWarpTokens ? 4 * T : 2 * T;
+// Of the table's slots. Short rows get more, of which fewer are taken, since a further round costs them most; but one
+// warp gets few, so that more rows fit into a multiprocessor.
+inline int table_bits(int64_t T, int threads) {
+    const int64_t slots = T <= kOneWarpTokens && threads > kOneWarp ? 4 * T : 2 * T;
     int bits = 5;
     while (int64_t{1} << bits < slots) ++bits;
     return bits;
@@ -52,7 +61,7 @@ struct RowLayout {
     int bits;  // of the table's slots
     int64_t tokens, ids, next_ids, list, lost, repeated, next_repeated, counter, bytes;
 
-    RowLayout(int64_t T, int64_t token_bytes, int64_t position_bytes) : bits(table_bits(T)) {
+    RowLayout(int64_t T, int threads, int64_t token_bytes, int64_t position_bytes) : bits(table_bits(T, threads)) {
         bytes = int64_t{4} << bits;
         const auto take = [&](int64_t size) {
             const int64_t here = bytes;
@@ -63,8 +72,8 @@ struct RowLayout {
         const int64_t whole = (T + kWarp - 1) / kWarp * kWarp;
         ids = take(whole * position_bytes);
         next_ids = take(whole * position_bytes);
-        list = take(T * position_bytes);
-        lost = take(T * position_bytes);
+        list = take(whole * position_bytes);
+        lost = take(whole * position_bytes);
         repeated = take((T / 32 + 2) * 4);
         next_repeated = take((T / 32 + 2) * 4);
         counter = take(16);
@@ -75,12 +84,12 @@ struct RowLayout {
 template <class Token, bool kShared>
 struct RowScratch {
     using Index = Position<kShared>;
-    static constexpr int kPositionBits = kShared ? 16 : 29;
 
-    uint32_t* table;                     // [2^bits] (round + 1) << kPositionBits | position, or 0
+    uint32_t* table;                     // [2^bits] a position whose key's hash is the slot
     Token* tokens;                       // [T]
     Index *ids, *next_ids;               // [T, up to a multiple of 32] before an id is known, its slot
-    Index *list, *lost;                  // [T] positions to look up; those to look up again
+    Index *list, *lost;                  // [T] positions to look up; those to look up again. Or instead of both:
+    uint32_t* same;                      // [T, up to a multiple of 32] which of its 32 positions have the same id
     uint32_t *repeated, *next_repeated;  // [T / 32 + 2] bit t: the n-gram at t occurs more than once
     uint32_t* counter;                   // [4]
     int bits;
@@ -93,12 +102,13 @@ struct RowScratch {
           next_ids(reinterpret_cast<Index*>(at + layout.next_ids)),
           list(reinterpret_cast<Index*>(at + layout.list)),
           lost(reinterpret_cast<Index*>(at + layout.lost)),
+          same(reinterpret_cast<uint32_t*>(at + layout.list)),
           repeated(reinterpret_cast<uint32_t*>(at + layout.repeated)),
           next_repeated(reinterpret_cast<uint32_t*>(at + layout.next_repeated)),
           counter(reinterpret_cast<uint32_t*>(at + layout.counter)),
           bits(layout.bits) {}
 
-    static RowLayout layout(int64_t T) { return RowLayout(T, sizeof(Token), sizeof(Index)); }
+    static RowLayout layout(int64_t T, int threads) { return RowLayout(T, threads, sizeof(Token), sizeof(Index)); }
 
     // Writes position t into the slot of its key's hash, and the slot into ids[t].
     __device__ __forceinline__ void enter(Index* to, uint32_t t, uint32_t key) {
@@ -106,10 +116,7 @@ struct RowScratch {
         key ^= key >> 15;
         const uint32_t slot = key * (0x85ebca6bu + round * 0x2c1b3c6eu) >> (32 - bits);
         to[t] = static_cast<Index>(slot);
-        atomicMax(&table[slot], (round + 1) << kPositionBits | t);
-    }
-    __device__ __forceinline__ uint32_t winner(uint32_t slot) const {
-        return table[slot] & ((1u << kPositionBits) - 1);
+        atomicExch(&table[slot], t);
     }
 };
 
@@ -158,17 +165,6 @@ struct PairKeys {
     }
 };
 
-// Another round. Its number must not run into that of an earlier one.
-template <int kThreads, class Scratch>
-__device__ __forceinline__ void next_round(Scratch& s) {
-    ++s.round;
-    if (s.round + 1 < 1u << (32 - Scratch::kPositionBits)) return;
-    s.round = 0;
-    synchronize<kThreads>();
-    fill<kThreads>(s.table, 1 << s.bits, 0);
-    synchronize<kThreads>();
-}
-
 // The keys at the `count` positions of s.list, for the round at hand.
 template <int kThreads, class Scratch, class Keys>
 __device__ __forceinline__ void enter_listed(
@@ -191,7 +187,7 @@ settle(Scratch& s, const Keys& keys, uint32_t count, typename Scratch::Index* id
             const auto position = [&](uint32_t i) -> uint32_t { return all.value ? i : s.list[i]; };
             uint32_t lost = 0, bit = 1;
             for (uint32_t i = begin; i < count && bit; i += kThreads, bit <<= 1) {
-                const uint32_t t = position(i), id = s.winner(ids[t]);
+                const uint32_t t = position(i), id = s.table[ids[t]];
                 if (!keys.same(id, t)) {
                     lost |= bit;
                     continue;
@@ -216,7 +212,7 @@ settle(Scratch& s, const Keys& keys, uint32_t count, typename Scratch::Index* id
     };
     look(std::integral_constant<bool, kAll>());
     while (count) {
-        next_round<kThreads>(s);
+        ++s.round;
         if (threadIdx.x == 0) s.counter[parity] = 0;
         enter_listed<kThreads>(s, keys, count, ids);
         look(std::false_type());
@@ -258,7 +254,7 @@ __device__ __forceinline__ uint32_t find_pairs(Scratch& s, uint32_t listed, int 
     using Index = typename Scratch::Index;
     const PairKeys<Index> keys{s.ids};
     clear<kThreads>(s.next_repeated, length / 32 + 2);
-    next_round<kThreads>(s);
+    ++s.round;
     enter_listed<kThreads>(s, keys, listed, s.next_ids);
     const uint32_t repeats = settle<kThreads, false>(s, keys, listed, s.next_ids, s.next_repeated);
     Index* const ids = s.ids;
@@ -280,15 +276,26 @@ __device__ __forceinline__ float fraction(uint32_t part, uint32_t whole) {
         kComplement ? 1.0 - static_cast<double>(whole - part) / of : static_cast<double>(part) / of);
 }
 
+// For count_windows: the ids up to a multiple of 32, and by all warps if there are several, which are the same.
+template <int kThreads, class Scratch>
+__device__ __forceinline__ void find_same(Scratch& s, int length) {
+    using Index = typename Scratch::Index;
+    const int whole = (length + kWarp - 1) / kWarp * kWarp;
+    for (int t = (kThreads == kWarp ? whole - kWarp : 0) + static_cast<int>(threadIdx.x); t < whole; t += kThreads) {
+        if (t >= length) s.ids[t] = static_cast<Index>(t);  // behind the row, each its own
+        if (kThreads > kWarp) s.same[t] = __match_any_sync(kAllLanes, static_cast<uint32_t>(s.ids[t]));
+    }
+    if (kThreads > kWarp) synchronize<kThreads>();
+}
+
 // By the first warp, from the ids of the tokens; overwrites next_ids, which holds the last position of each id so far.
-template <class Scratch>
+template <int kThreads, class Scratch>
 __device__ __forceinline__ void count_windows(Scratch& s, const RepetitionPlan& plan, int length, float* out) {
     using Index = typename Scratch::Index;
     constexpr uint32_t kNone = sizeof(Index) == 2 ? 0xffffffffu : 0x7fffffffu;  // farther away than any window is wide
     const int lane = threadIdx.x, whole = (length + kWarp - 1) / kWarp * kWarp;
     const uint32_t below = (1u << lane) - 1, above = ~below << 1;
     Index* const last = s.next_ids;
-    if (whole - kWarp + lane >= length) s.ids[whole - kWarp + lane] = static_cast<Index>(whole - kWarp + lane);
     for (int first = 0; first < plan.window_count; first += kWindows) {
         uint32_t windows[kWindows], hits[kWindows] = {};
 #pragma unroll
@@ -297,7 +304,9 @@ __device__ __forceinline__ void count_windows(Scratch& s, const RepetitionPlan& 
         fill<kWarp>(last, whole * static_cast<int>(sizeof(Index)) / 4, kNone);
         __syncwarp();
         for (int begin = 0; begin < whole; begin += kWarp) {
-            const uint32_t id = s.ids[begin + lane], same = __match_any_sync(kAllLanes, id), before = same & below;
+            const uint32_t id = s.ids[begin + lane];
+            const uint32_t same = kThreads == kWarp ? __match_any_sync(kAllLanes, id) : s.same[begin + lane];
+            const uint32_t before = same & below;
             const uint32_t earlier = last[id], previous = before ? begin + 31 - __clz(before) : earlier;
             const uint32_t distance = begin + lane - previous;
             __syncwarp();                                                          // all have read
@@ -327,12 +336,10 @@ __device__ __forceinline__ void repetition_row(
             if (i * kThreads < length - begin) tokens[i] = row[begin + i * kThreads];
     };
     load(threadIdx.x);
-    fill<kThreads>(s.table, 1 << s.bits, 0);
     clear<kThreads>(s.repeated, length / 32 + 2);
     if (threadIdx.x == 0) s.counter[0] = s.counter[3] = 0;
 #pragma unroll 1
     for (int i = threadIdx.x; i < plan.ngram_count; i += kThreads) out[i] = 0.0f;
-    synchronize<kThreads>();
     for (int begin = threadIdx.x;;) {
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
@@ -348,7 +355,8 @@ __device__ __forceinline__ void repetition_row(
     synchronize<kThreads>();
     const uint32_t own = settle<kThreads, true>(s, TokenKeys<Token>{s.tokens}, length, s.ids, s.repeated);
     uint32_t repeats = add_up<kThreads>(s, own);
-    if (threadIdx.x < kWarp) count_windows(s, plan, length, out + plan.ngram_count);
+    find_same<kThreads>(s, length);
+    if (threadIdx.x < kWarp) count_windows<kThreads>(s, plan, length, out + plan.ngram_count);
     for (int n = 1; n <= plan.longest_ngram && n <= length; ++n) {
         const int count = length - n + 1;
         if (n > 1) {
@@ -367,7 +375,7 @@ __device__ __forceinline__ void repetition_row(
 // `lengths` is int64 or int32. A length outside [0, T] can't be reported without a synchronisation: the row becomes
 // NaN. kShared is a constant so that the compiler knows the address space of every access.
 template <class Token, int kThreads, bool kShared>
-__global__ void __launch_bounds__(kThreads, kThreads == kWarp ? 24 : 3) repetition_kernel(
+__global__ void __launch_bounds__(kThreads, kThreads == kWarp ? 32 : 3) repetition_kernel(
     const Token* tokens, int64_t row_stride, const void* lengths, bool wide_lengths, int64_t length_stride, int64_t R,
     int64_t T, RepetitionPlan plan, RowLayout layout, char* global_scratch, float* out) {
     using Scratch = RowScratch<Token, kShared>;

@@ -98,7 +98,7 @@ struct Race {
     static __device__ __forceinline__ int draw_few(double w, bool candidate, double uniform) {
         if (__ballot_sync(kAllLanes, candidate && !(uniform >= 0 && uniform < 1))) return -1;
         const double arrival = w > 0 ? uniform / w : -minus_infinity();
-        return lowest_bit(__ballot_sync(kAllLanes, arrival == reduce_warp(arrival, Min())));
+        return lowest_bit(__ballot_sync(kAllLanes, arrival == -reduce_max(-arrival)));
     }
 };
 
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kFewThreads) select_few_kernel(
             for (int k = 0; k < K; ++k) energy += mu[k] * static_cast<double>(f[k]);
             log_w = (base ? static_cast<double>(base[j]) : 0.0) - energy;
         }
-        const double max = reduce_warp(log_w, MaxOrNan());
+        const double max = reduce_max(log_w);
         const bool valid = is_finite(max);
         const double w = exp(log_w - max);  // 0 where there is no candidate
         double sum = w, sum_of_squares = w * w;

@@ -77,7 +77,7 @@ __device__ void chunk_moments(
         }
         log_w = (input.base ? static_cast<double>(input.base[first + lane]) : 0.0) - energy;
     }
-    max = reduce_warp(log_w, MaxOrNan());
+    max = reduce_max(log_w);
     sum = 0;
     if (!is_finite(max)) return;
     const double w = exp(log_w - max);

@@ -110,6 +110,12 @@ def evaluate(
     if len(energies) < len(domains) or not domains:
         raise InvalidInput(f"domains must have different names, got {[domain.name for domain in domains]}")
     folder, sizes = Path(output), sizes or Sizes()
+    for name, energy in energies.items():
+        if "temperatures" in wanted and sizes.sweep_prefixes < len(energy.names):
+            raise InvalidInput(
+                f"sweep_prefixes = {sizes.sweep_prefixes} must be at least {len(energy.names)}, the number of metrics "
+                f"of {name}: they are fitted to as many prefixes at each temperature"
+            )
     options = Options(sizes, amateur, featurizer, encoder, prefix_tokens, batch_size, seed)
     data = [DomainData(domain, energies, folder / domain.name, model, tokenizer, options) for domain in domains]
     new_figure(1, 1)  # says that matplotlib is missing before hours of drawing

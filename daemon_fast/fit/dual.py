@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from daemon_fast import ops
-from daemon_fast.errors import InfeasibleTargets, InvalidInput
+from daemon_fast.errors import ConstantMetric, InfeasibleTargets, InvalidInput
 from daemon_fast.fit.samples import Block, Samples, centred, tilted_moments
 from daemon_fast.ops import Draw, Normalization
 
@@ -64,7 +64,7 @@ class Problem:
         for name, constant in zip(names, (low == high).tolist(), strict=True):
             if constant:
                 where = " within every prefix" if normalization == "per_prefix" else ""
-                raise InvalidInput(f"metric {name} is constant{where}: no weighting can change it; leave it out")
+                raise ConstantMetric(f"metric {name} is constant{where}: no weighting can change it; leave it out")
         middle = (low + high) / 2
         if (middle.abs() > FAR * (high - low)).any():
             problem = replace(problem, samples=centred(samples, middle), targets=targets - middle, centre=middle)

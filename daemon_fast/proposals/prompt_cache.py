@@ -418,7 +418,7 @@ class SharedPromptCache:
         """
         self._slot, self._window = slot, min(window, self._capacity)
         self._biases: dict[tuple[int, int | None, torch.dtype], Tensor | None] = {}
-        places = {layer.before: slot + layer.before for layer in self._layers}
+        places = {before: slot + before for before in {layer.before for layer in self._layers}}
         for layer in self._layers:
             layer.at, layer.end = places[layer.before], layer.before + self._window
         self.model.set_attention(ATTENTION)

@@ -42,7 +42,7 @@ def chapter():
     found = {
         "alignment": alignment.compute(held_out, MU, drawn, {"daemon": Mauve(0.8125, 0.0042)}),
         "perplexity": perplexity.compute(held_out, MU, [5, 10]),
-        "convergence": convergence.Convergence(4, curve, curve),
+        "convergence": convergence.Convergence(4, curve, curve, curve),
         "one_metric": one_metric.compute(to_fit, held_out, "sr_2"),
         "temperatures": temperatures.compute({1.0: (to_fit, held_out)}, MU),
         "ablation": ablation.compute(to_fit, held_out),

@@ -25,6 +25,7 @@ from daemon_fast.models import load_encoder
 pytest.importorskip("matplotlib")
 NAMES = ["sr_2", "sr_4", "tr_8", "ent"]
 SIZES = Sizes(held_out=12, pool_prefixes=2, pool_candidates=40, sweep_prefixes=16)
+FEW = replace(SIZES, sweep_prefixes=3)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -263,6 +264,11 @@ def test_a_fault_of_the_system_ends_the_run(setting, tmp_path, monkeypatch):
         ({"featurizer": "bert"}, InvalidInput, "featurizer = 'bert' must be"),
         ({"domains": []}, InvalidInput, "different names"),
         ({"prefix_tokens": 30}, DataError, "no usable prefixes"),
+        (
+            {"sizes": replace(SIZES, sweep_prefixes=3)},
+            InvalidInput,
+            "sweep_prefixes = 3 must be at least 4: .* of cool",
+        ),
     ],
 )
 def test_bad_input_is_named(setting, tmp_path, change, error, message):

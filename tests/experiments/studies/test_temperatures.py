@@ -87,3 +87,14 @@ def test_the_figure_of_diversity_against_coherence(found):
     assert drawn["plain sampling"] == ([100 * row.sampling.diversity for row in rows], [50, 50])
     assert drawn["refitted"] == ([100 * rows[1].refitted.diversity], [60])
     assert drawn["reused"][1] == [40, 40]
+
+
+def test_a_metric_that_does_not_vary_at_a_temperature_is_an_answer():
+    """Few short texts may have no repetition at all: the other temperatures are still told."""
+    to_fit, held_out = collected(n=20), collected(n=20, seed=5)
+    flat = replace(to_fit, features=to_fit.features.clone())
+    flat.features[..., 1] = 0.0
+    cold, own = temperatures.compute({0.5: (flat, held_out), 1.0: (to_fit, held_out)}, MU).rows
+    assert isinstance(cold.refitted, NotDone)
+    assert "tr_2 is constant within every prefix" in cold.refitted.reason
+    assert not isinstance(own.refitted, NotDone)
