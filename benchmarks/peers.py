@@ -3,10 +3,12 @@
 SmolLM2-135M, prompts of 32 tokens of Wikipedia, 48 new tokens (16 where there are 16 prompts), temperature 1, nothing
 truncated. Embedded (`TransformersProposal`), Transformers' `generate`, and two servers on loopback, asked by
 `ServerProposal`: vLLM's CPU build and llama.cpp (by `xllamacpp`; its weights are the GGUF file's of 4 bits, the others'
-are the same in float32). Engines in turn, one thread each. What is told is processor time, of client and server
-together: on one thread it is what a call takes on an idle machine, and on a busy one it is steadier.
-Run: OMP_NUM_THREADS=1 python benchmarks/peers.py [--vllm PYTHON] [--save]; PYTHON is that of an environment with vLLM,
-such as `make test-engines` makes. With --save, cells that the file holds already are not measured again.
+are the same in float32). Engines in turn, one thread each, three times; medians. Beside seconds it takes processor
+time, of client and server together, which a busy machine changes less.
+
+Run: OMP_NUM_THREADS=1 python benchmarks/peers.py [--vllm PYTHON] [--save], which takes 17 minutes; PYTHON is that of
+an environment with vLLM, such as `make test-engines` makes. With --save, cells that the file holds already are not
+measured again.
 """
 
 from __future__ import annotations
@@ -33,10 +35,11 @@ from daemon_fast.data.texts import read_texts
 from daemon_fast.models import DEFAULT_MODEL, dequantise, load_language_model, locate
 
 SIZES, NEW = (25, 8, 1), {1: 48, 16: 16}  # M; tokens by the number of prompts
-ROUNDS = 1
+ROUNDS = 3
 PREFIX = 32  # tokens of a prompt
 THREADS = torch.get_num_threads()
 ENGINES = ("embedded", "generate", "llama.cpp", "vLLM")
+KINDS = ("wall clock", "processor")
 
 
 def options() -> argparse.Namespace:
@@ -176,24 +179,25 @@ def main() -> None:
             }
             for name, server in servers.items():
                 engines[name] = ServerProposal(server.url, DEFAULT_MODEL, max_in_flight=16, **settings)
-            used: dict[str, list[float]] = {name: [] for name in engines}
+            used: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
             for i in range(ROUNDS):
                 for name, engine in engines.items():
-                    begin = cpu_seconds(servers.get(name))
+                    begin, before = time.perf_counter(), cpu_seconds(servers.get(name))
                     engine.propose([texts[(17 * i + k) % len(texts)] for k in range(n)], i)
-                    used[name].append(cpu_seconds(servers.get(name)) - begin)
-            seconds = {name: statistics.median(values) for name, values in used.items()}
-            print(n, m, seconds, flush=True)
-            cells.append({"prompts": n, "m": m, "new": NEW[n], "cpu_seconds": seconds, "all": used})
+                    used[name].append((time.perf_counter() - begin, cpu_seconds(servers.get(name)) - before))
+            cells.append({"prompts": n, "m": m, "new": NEW[n]})
+            for which, kind in enumerate(KINDS):
+                cells[-1][kind] = {name: statistics.median(pair[which] for pair in own) for name, own in used.items()}
+            print(cells[-1], flush=True)
             keep("peers", cells)
     rows = []
     for c in sorted(cells, key=lambda c: (c["prompts"], c["m"])):
-        s = c["cpu_seconds"]
-        rows.append(
-            [c["prompts"], c["m"], c["new"], *(s.get(name, "-") for name in ENGINES), min(s, key=s.__getitem__)]
-        )
-    text = table(["prompts", "M", "new tokens", *ENGINES, "least"], rows)
-    finish("peers", f"# The same candidates from each engine\n\nSeconds of processor time, one thread\n\n{text}", cells)
+        for kind in KINDS:
+            own = c[kind]
+            least = min(own, key=own.__getitem__)
+            rows.append([c["prompts"], c["m"], c["new"], kind, *(own.get(name, "-") for name in ENGINES), least])
+    text = table(["prompts", "M", "new tokens", "seconds", *ENGINES, "least"], rows)
+    finish("peers", f"# The same candidates from each engine\n\nOne thread\n\n{text}", cells)
 
 
 def cpu_seconds(server: Server | None) -> float:

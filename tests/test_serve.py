@@ -24,6 +24,7 @@ import openai  # noqa: E402
 import uvicorn  # noqa: E402
 
 from daemon_fast.serving import app as app_module  # noqa: E402
+from daemon_fast.serving import batcher as batcher_module  # noqa: E402
 from daemon_fast.serving.app import Limits, listen, make_app  # noqa: E402
 from daemon_fast.serving.batcher import Batcher, QueueFull  # noqa: E402
 
@@ -428,6 +429,21 @@ def test_requests_that_wait_together_are_drawn_together_and_get_what_they_get_al
         want = decoder([prompt], num_samples=n, seed=seed)
         assert [choice.text for choice in reply.choices] == want.texts[0]
         assert reply.daemon["prompts"][0]["index"] == want.index[0].tolist()
+
+
+def test_who_is_alone_waits_for_nobody_and_others_are_waited_for(decoder, gate, monkeypatch):
+    monkeypatch.setattr(batcher_module, "WINDOW", 60.0)
+    batcher = Batcher(gated(decoder, gate, 2), False, 5, lambda _: None)
+    first = batcher.submit(["w1"], 1, 1)
+    assert gate.entered.wait(20)
+    second = batcher.submit(["w2"], 1, 2)
+    gate.open.set()
+    first.result(20)
+    third = batcher.submit(["w3"], 1, 3)  # as a client sends its next request
+    assert second.result(20).texts == decoder(["w2"], seed=2).texts
+    third.result(20)
+    assert gate.drawn == [["w1"], ["w2", "w3"]]
+    batcher.close()
 
 
 def test_past_the_queue_it_says_when_to_come_back(decoder, gate):

@@ -20,8 +20,8 @@ from daemon_fast.stop import Stop, Stopped, stoppable
 
 __all__ = ["Batcher", "QueueFull"]
 
-# Seconds that the first of a batch waits for others, where the engine draws one batch at a time, and the last batch was
-# of several: who is alone doesn't wait.
+# Seconds that the first of a batch waits for others, where the engine draws one batch at a time, and others have been
+# there since the last one began: who is alone doesn't wait.
 WINDOW = 0.005
 
 
@@ -156,9 +156,10 @@ class Batcher:
     def _take(self) -> tuple[Stop, list[_Prompt]] | None:
         """The prompts of the next batch, and what stops it; None when all is done."""
         with self._changed:
+            several = self._size > 1 and (self._last > 1 or len(self._waiting) > 0)
             while True:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
-                if self._last > 1:
+                if several:
                     self._changed.wait_for(lambda: len(self._waiting) >= self._size or self._closed, WINDOW)
                 if self._waiting:
                     self._last = min(self._size, len(self._waiting))
