@@ -168,7 +168,7 @@ class Hangs:
             while data := connection.recv(65536):
                 if data.startswith(b"POST"):
                     self.asked.set()
-                else:
+                elif data.startswith(b"GET"):  # else the rest of a request
                     connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(models), models))
             if self.asked.is_set():
                 self.left.set()
