@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -383,6 +385,62 @@ def test_a_reply_that_takes_too_long_is_asked_for_again(serve, propose):
     with pytest.raises(EngineError, match="in 2 attempts"):
         propose(server, timeout=0.2, max_retries=1).propose([[5]], 0)
     assert len(server.bodies) == 2
+
+
+def test_a_connection_that_was_closed_while_idle_costs_no_attempt(tiny_server, folder):
+    """Servers keep a connection for some seconds, and close it without a word."""
+    asked = []
+
+    def answer(connection):
+        with connection, connection.makefile("rb") as file:
+            method, path, _ = file.readline().decode().split()
+            length = 0
+            while (line := file.readline().strip()) != b"":
+                name, _, value = line.partition(b": ")
+                length = int(value) if name.lower() == b"content-length" else length
+            asked.append(method)
+            body = json.loads(file.read(length)) if length else None
+            data = json.dumps(tiny_server(path, body)[1]).encode()
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(data), data))
+
+    def serve(listening):
+        with contextlib.suppress(OSError):
+            while True:
+                answer(listening.accept()[0])
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=serve, args=(listening,), daemon=True).start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        p = ServerProposal(url, folder, max_retries=0, **contract.SETTINGS)
+        with FaultProxy(tiny_server) as server:
+            calm = ServerProposal(server.url, folder, **contract.SETTINGS)
+            for seed in range(3):
+                assert same(p.propose([[5]], seed), calm.propose([[5]], seed))
+    assert asked == ["GET", "POST", "POST", "POST"]
+
+
+def test_a_proxy_that_the_environment_names(tiny_server, folder, monkeypatch):
+    paths = []
+
+    def through(path, body):
+        paths.append(path)
+        return tiny_server(path.removeprefix("http://served.example:81"), body)
+
+    with FaultProxy(through) as proxy, FaultProxy(tiny_server) as server:
+        monkeypatch.setenv("http_proxy", proxy.url.removesuffix("/v1"))
+        p = ServerProposal("http://served.example:81/v1", folder, **contract.SETTINGS)
+        calm = ServerProposal(server.url, folder, **contract.SETTINGS)  # no_proxy has its address
+        assert same(p.propose([[5]], 0), calm.propose([[5]], 0))
+        assert paths == [f"http://served.example:81/v1/{path}" for path in ("models", "completions")]
+        monkeypatch.setenv("http_proxy", "socks5://127.0.0.1:1")
+        with pytest.raises(InvalidInput, match="behind a proxy of the kind socks5: it must be http"):
+            ServerProposal("http://served.example:81/v1", folder, **contract.SETTINGS)
+
+
+@pytest.mark.parametrize("url", ["localhost:8000/v1", "http://", "ftp://localhost/v1", "http://localhost:port/v1"])
+def test_an_address_that_is_none(url, folder):
+    with pytest.raises(InvalidInput, match="base_url = "):
+        ServerProposal(url, folder)
 
 
 def test_the_key_is_nowhere(serve, propose, caplog, tmp_path):
