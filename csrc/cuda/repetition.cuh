@@ -224,7 +224,10 @@ settle(Scratch& s, const Keys& keys, uint32_t count, typename Scratch::Index* id
 template <int kThreads, class Scratch>
 __device__ __forceinline__ uint32_t add_up(Scratch& s, uint32_t value) {
     value = __reduce_add_sync(kAllLanes, value);
-    if (kThreads == kWarp) return value;
+    if (kThreads == kWarp) {
+        __syncwarp();  // all have read the counters, which are written next: adding up orders no memory
+        return value;
+    }
     if (threadIdx.x % kWarp == 0 && value) atomicAdd(&s.counter[3], value);
     synchronize<kThreads>();
     return s.counter[3];
