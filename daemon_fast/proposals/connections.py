@@ -40,9 +40,14 @@ class Connections:
 
     Parameters
     ----------
-    base_url : whose path begins those that are asked for
+    base_url : whose path begins those that are asked for; a name and a password in it go with each request, in place of
+        an Authorization header
     headers : of every request
     timeout : seconds without a byte of the reply
+
+    Attributes
+    ----------
+    address : base_url, without name and password: what may be told
 
     Raises
     ------
@@ -61,14 +66,16 @@ class Connections:
         self._secure, self._timeout = at.scheme == "https", timeout
         self._headers, self._of_proxy = dict(headers), dict[str, str]()
         self._prefix, self._proxy = at.path.rstrip("/"), None
+        self.address = at._replace(netloc=at.netloc.rpartition("@")[2]).geturl()
+        if at.username is not None:
+            self._headers["Authorization"] = _basic(at)
         proxies = {} if urllib.request.proxy_bypass(self._host) else urllib.request.getproxies()
         if named := proxies.get(at.scheme) or proxies.get("all"):
             self._proxy = urllib.parse.urlsplit(named if "://" in named else f"http://{named}")
             if self._proxy.scheme != "http" or not self._proxy.hostname:
                 raise InvalidInput(f"{base_url} is behind a proxy of the kind {self._proxy.scheme}: it must be http")
             if self._proxy.username is not None:
-                who = urllib.parse.unquote(f"{self._proxy.username}:{self._proxy.password or ''}")
-                self._of_proxy["Proxy-Authorization"] = f"Basic {base64.b64encode(who.encode()).decode()}"
+                self._of_proxy["Proxy-Authorization"] = _basic(self._proxy)
             if not self._secure:  # which is told the whole address
                 self._prefix = f"http://{at.netloc.rpartition('@')[2]}{self._prefix}"
                 self._headers |= self._of_proxy
@@ -127,6 +134,12 @@ class Connections:
     @cached_property
     def _trusted(self) -> ssl.SSLContext:
         return ssl.create_default_context()
+
+
+def _basic(at: urllib.parse.SplitResult) -> str:
+    """The header that tells an address's name and password."""
+    who = ":".join(urllib.parse.unquote(part or "") for part in (at.username, at.password))
+    return f"Basic {base64.b64encode(who.encode()).decode()}"
 
 
 def _shut(connection: http.client.HTTPConnection) -> None:

@@ -227,16 +227,17 @@ class ServerProposal:
         ):
             if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < float("inf"):
                 raise InvalidInput(f"{name} = {value!r} must be a number from {least} on")
-        self.base_url, self._log_probs = base_url, log_probs
+        self._key = os.environ.get("OPENAI_API_KEY") or "none"
+        headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
+        self._connections = Connections(base_url, headers, timeout)
+        self.base_url = base_url = self._connections.address
+        self._log_probs = log_probs
         self._max_in_flight, self._max_retries = max_in_flight, max_retries
         self.tokenizer = load_tokenizer(model_id)
         self.settings = ProposalSettings(model_id, vocabulary_fingerprint(self.tokenizer), **settings)
         self.eos_token_ids = eos_token_ids(None, self.tokenizer)
         self._vocabulary = 1 + max(self.tokenizer.get_vocab().values())
         self._reader = Reader(base_url, self.tokenizer, self.eos_token_ids, self._vocabulary, self.settings, log_probs)
-        self._key = os.environ.get("OPENAI_API_KEY") or "none"
-        headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
-        self._connections = Connections(base_url, headers, timeout)
         self._dialect, self._settling = _Dialect(), threading.Lock()
         self._warned: set[str] = set()
         self.served_model, self._context = self._served(served_model)

@@ -119,7 +119,7 @@ class FaultProxy:
         self.answer, self.rate, self.faults, self.always = answer, rate, faults, set(always)
         self.fewer, self.seed, self.delay = fewer, seed, delay
         self.in_flight = self.most_in_flight = 0
-        self.requests, self.met, self.bodies = Counter(), Counter(), []
+        self.requests, self.met, self.bodies, self.credentials = Counter(), Counter(), [], set()
         self._counting = threading.Lock()
 
     def __enter__(self):
@@ -129,9 +129,11 @@ class FaultProxy:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self):
+                proxy.credentials.add(self.headers["Authorization"])
                 self.reply(*proxy.answer(self.path, None))
 
             def do_POST(self):
+                proxy.credentials.add(self.headers["Authorization"])
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with proxy._counting:
                     proxy.in_flight += 1

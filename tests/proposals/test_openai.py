@@ -437,6 +437,14 @@ def test_a_proxy_that_the_environment_names(tiny_server, folder, monkeypatch):
             ServerProposal("http://served.example:81/v1", folder, **contract.SETTINGS)
 
 
+def test_a_name_and_a_password_in_the_address(tiny_server, folder):
+    with FaultProxy(tiny_server) as server:
+        p = ServerProposal(server.url.replace("//", "//me:pa%40ss@"), folder, **contract.SETTINGS)
+        p.propose([[5]], 0)
+        assert server.credentials == {"Basic bWU6cGFAc3M="}  # me:pa@ss
+        assert p.base_url == server.url  # which errors tell
+
+
 @pytest.mark.parametrize("url", ["localhost:8000/v1", "http://", "ftp://localhost/v1", "http://localhost:port/v1"])
 def test_an_address_that_is_none(url, folder):
     with pytest.raises(InvalidInput, match="base_url = "):
