@@ -31,7 +31,7 @@ from daemon_fast.seeds import generator
 LENGTHS = (32, 64, 128, 256, 512)
 METRICS = ["sr_2", "sr_3", "sr_4", "tr_16"]
 RULES: tuple[Draw, ...] = ("sir", "race")
-PREFIX_TOKENS, M, TEXTS = 32, 25, 200  # human texts of each half
+PREFIX_TOKENS, M, TEXTS = 32, 25, 100  # human texts of each half
 RESAMPLES = 2000
 
 
