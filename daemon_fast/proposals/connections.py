@@ -19,6 +19,7 @@ from daemon_fast.errors import InvalidInput
 
 __all__ = ["Connections", "HTTPReply"]
 
+MOST_REDIRECTS = 5
 CONNECT_TIMEOUT = 10.0  # seconds; a server that thinks for minutes still accepts connections at once
 # How a server closes a connection that it has kept for long enough.
 CLOSED = (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError, ssl.SSLEOFError)
@@ -66,7 +67,8 @@ class Connections:
         self._secure, self._timeout = at.scheme == "https", timeout
         self._headers, self._of_proxy = dict(headers), dict[str, str]()
         self._prefix, self._proxy = at.path.rstrip("/"), None
-        self.address = at._replace(netloc=at.netloc.rpartition("@")[2]).geturl()
+        netloc = at.netloc.rpartition("@")[2]
+        self.address, self._origin = at._replace(netloc=netloc).geturl(), f"{at.scheme}://{netloc}"
         if at.username is not None:
             self._headers["Authorization"] = _basic(at)
         proxies = {} if urllib.request.proxy_bypass(self._host) else urllib.request.getproxies()
@@ -77,7 +79,7 @@ class Connections:
             if self._proxy.username is not None:
                 self._of_proxy["Proxy-Authorization"] = _basic(self._proxy)
             if not self._secure:  # which is told the whole address
-                self._prefix = f"http://{at.netloc.rpartition('@')[2]}{self._prefix}"
+                self._prefix = f"{self._origin}{self._prefix}"
                 self._headers |= self._of_proxy
         self._idle: list[http.client.HTTPConnection] = []
 
@@ -86,7 +88,7 @@ class Connections:
             connection.close()
 
     def send(self, method: str, path: str, body: bytes | None = None) -> HTTPReply:
-        """What the server answers, of whatever status.
+        """What the server answers, of whatever status; from where it says on the same server, if it says so.
 
         Raises
         ------
@@ -95,6 +97,25 @@ class Connections:
         Stopped
             Nobody waits for it any more: the connection is closed, by which the server can tell.
         """
+        target = self._prefix + path
+        for _ in range(MOST_REDIRECTS):
+            reply = self._sent(method, target, body)
+            target = self._elsewhere(method, reply, target)
+            if not target:
+                break
+        return reply
+
+    def _elsewhere(self, method: str, reply: HTTPReply, target: str) -> str:
+        """Where to ask for the same again, on the same server; "" where a reply does not say so."""
+        if reply.status not in (307, 308) and (method != "GET" or reply.status not in (301, 302)):
+            return ""
+        own = target if "://" in target else f"{self._origin}{target}"
+        there = urllib.parse.urljoin(own, reply.headers.get("Location", own))
+        if not there.startswith(f"{self._origin}/"):
+            return ""
+        return there if "://" in target else there.removeprefix(self._origin)
+
+    def _sent(self, method: str, target: str, body: bytes | None) -> HTTPReply:
         wanted = stop.current()
         while True:
             try:
@@ -108,7 +129,7 @@ class Connections:
                         assert connection.sock is not None
                         connection.sock.settimeout(self._timeout)
                         wanted.check()  # set before there was a socket to shut
-                    connection.request(method, self._prefix + path, body, self._headers)
+                    connection.request(method, target, body, self._headers)
                     reply = connection.getresponse()
                     data = reply.read()
             except BaseException as error:

@@ -107,7 +107,7 @@ class FaultProxy:
 
     Parameters
     ----------
-    answer : from a path and a request to a status and a reply
+    answer : from a path and a request to a status and a reply; headers of it, if any
     rate : share of requests for completions that meet a fault which passes; which do is drawn from the request and how
         often it came, so that it doesn't depend on which thread comes first
     faults : those that pass, to draw from
@@ -130,7 +130,8 @@ class FaultProxy:
 
             def do_GET(self):
                 proxy.credentials.add(self.headers["Authorization"])
-                self.reply(*proxy.answer(self.path, None))
+                status, reply, *headers = proxy.answer(self.path, None)
+                self.reply(status, reply, **dict(*headers))
 
             def do_POST(self):
                 proxy.credentials.add(self.headers["Authorization"])
@@ -201,14 +202,14 @@ class FaultProxy:
             return handler.reply(200, {"choices": []}, Retry_After="0.01")
         if fault == "delay":
             time.sleep(self.delay)
-        status, reply = self.answer(handler.path, body)
+        status, reply, *headers = self.answer(handler.path, body)
         if status == 200 and (self.always or self.fewer or fault == "aborted"):
             for choice in reply["choices"]:
                 self.spoil(choice)
                 if fault == "aborted":
                     choice["finish_reason"] = "abort"
             reply["choices"] = reply["choices"][: self.fewer]
-        return handler.reply(status, reply, cut=-20 if fault == "truncated" else None)
+        return handler.reply(status, reply, cut=-20 if fault == "truncated" else None, **dict(*headers))
 
     def spoil(self, choice):
         given, ids = choice["logprobs"], choice.get("token_ids")

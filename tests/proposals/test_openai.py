@@ -437,6 +437,36 @@ def test_a_proxy_that_the_environment_names(tiny_server, folder, monkeypatch):
             ServerProposal("http://served.example:81/v1", folder, **contract.SETTINGS)
 
 
+@pytest.mark.parametrize("behind_proxy", [False, True])
+def test_a_server_that_moves_its_paths_is_followed(tiny_server, folder, monkeypatch, behind_proxy):
+    """Another path of the same server is asked; another server, which would be shown the key, is not."""
+    with FaultProxy(None) as server:
+        url = "http://served.example:81/v1" if behind_proxy else server.url
+        if behind_proxy:
+            monkeypatch.setenv("http_proxy", server.url.removesuffix("/v1"))
+
+        def moving(path, body):
+            told = path.removeprefix("http://served.example:81")
+            if not told.endswith("/"):
+                return (
+                    308,
+                    {},
+                    {"Location": f"{told}/" if told.endswith("models") else f"{url.removesuffix('/v1')}{told}/"},
+                )
+            return tiny_server(told.removesuffix("/"), body)
+
+        server.answer = moving
+        with FaultProxy(tiny_server) as calm:
+            want = ServerProposal(calm.url, folder, **contract.SETTINGS).propose([[5]], 0)
+        assert same(ServerProposal(url, folder, **contract.SETTINGS).propose([[5]], 0), want)
+        server.answer = lambda path, body: (308, {}, {"Location": "http://other.example/v1/models"})
+        with pytest.raises(EngineError, match="308: it has moved to http://other"):
+            ServerProposal(url, folder, **contract.SETTINGS)
+        server.answer = lambda path, body: (307, {}, {"Location": path})
+        with pytest.raises(EngineError, match="307: it has moved to"):
+            ServerProposal(url, folder, **contract.SETTINGS)
+
+
 def test_a_name_and_a_password_in_the_address(tiny_server, folder):
     with FaultProxy(tiny_server) as server:
         p = ServerProposal(server.url.replace("//", "//me:pa%40ss@"), folder, **contract.SETTINGS)
