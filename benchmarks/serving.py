@@ -144,7 +144,10 @@ def proxy(port: int, upstream: str) -> None:
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 
-    client = httpx2.AsyncClient(timeout=600, trust_env=False, limits=httpx2.Limits(max_connections=64))
+    limits = httpx2.Limits(
+        max_connections=64, keepalive_expiry=2
+    )  # the server behind closes what is idle for 5 seconds
+    client = httpx2.AsyncClient(timeout=600, trust_env=False, limits=limits)
 
     async def complete(http: Request) -> Response:
         body = {**json.loads(await http.body()), "n": M, "logprobs": 1, "return_token_ids": True}

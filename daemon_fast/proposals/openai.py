@@ -8,7 +8,6 @@ for in a simpler way, and that is remembered.
 from __future__ import annotations
 
 import contextvars
-import http.client
 import json
 import os
 import queue
@@ -20,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import isnan, nan
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -54,7 +53,9 @@ from daemon_fast.proposals.completions import (
     said,
     token_ids,
 )
-from daemon_fast.proposals.connections import Connections, HTTPReply
+
+if TYPE_CHECKING:
+    from urllib3 import BaseHTTPResponse
 
 __all__ = ["ServerProposal"]
 
@@ -227,7 +228,12 @@ class ServerProposal:
         ):
             if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < float("inf"):
                 raise InvalidInput(f"{name} = {value!r} must be a number from {least} on")
+        require("urllib3", "candidates from a server need", "'daemon-fast[server]'")
+        from daemon_fast.proposals.connections import Connections
+
         self._key = os.environ.get("OPENAI_API_KEY") or "none"
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise InvalidInput("OPENAI_API_KEY holds a line break, or a character that is not ASCII")
         headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
         self._connections = Connections(base_url, headers, timeout)
         self.base_url = base_url = self._connections.address
@@ -647,38 +653,44 @@ class ServerProposal:
             told = None
             try:
                 reply = self._connections.send(method, path, body)
-                if reply.status == 200:
-                    return read(self._parsed(reply))
-                problem, told = f"{reply.status}: {self._message(reply)}", _retry_after(reply)
-            except _NothingYet as error:
+            except OSError as error:
                 problem = str(error)
-            except (OSError, http.client.HTTPException) as error:
-                problem = " ".join(str(error).split()) or type(error).__name__
-            except ValueError:
-                problem = NO_JSON
-            else:
+                continue
+            if not 200 <= reply.status < 300:
+                problem, told = f"{reply.status}: {self._message(reply)}", _retry_after(reply)
                 if reply.status in NO_ROUTE:
                     raise _NoRoute(f"{self.base_url} answers {problem}")
                 if reply.status not in PASSING and reply.status < 500:
                     kind = Refused if reply.status in (400, 422) else EngineError
                     raise kind(f"{self.base_url} answers {problem}")
+                continue
+            try:
+                return read(self._parsed(reply))
+            except _NothingYet as error:
+                problem = str(error)
+            except ValueError:
+                problem = NO_JSON
         raise (_NoRoute if problem == NO_JSON else EngineError)(f"{none}: {problem}")
 
-    def _parsed(self, reply: HTTPReply) -> Any:
+    def _parsed(self, reply: BaseHTTPResponse) -> Any:
         """JSON of a reply. Log-probabilities of 25 candidates of 48 tokens take Python's own parser a millisecond."""
         try:
-            return self._from_json(reply.body)
+            return self._from_json(reply.data)
         except ValueError:
-            return json.loads(reply.body)  # which takes half a character for one
+            pass
+        try:
+            return json.loads(reply.data)  # which takes half a character for one
+        except RecursionError:
+            raise ValueError("too deep") from None
 
-    def _message(self, reply: HTTPReply) -> str:
+    def _message(self, reply: BaseHTTPResponse) -> str:
         """What the server says of a request that it did not answer, in one line and without the key."""
         if 300 <= reply.status < 400:
             return f"it has moved to {said(reply.headers.get('Location'))}"
         try:
             told = self._parsed(reply)
         except ValueError:
-            told = reply.body.decode(errors="replace")
+            told = reply.data.decode(errors="replace")
         if isinstance(told, dict) and told.get("error"):
             told = told["error"]
         return self._without_key(said(told or reply.reason))
@@ -724,13 +736,13 @@ class ServerProposal:
             warnings.warn(message, stacklevel=stacklevel)
 
 
-def _retry_after(reply: HTTPReply) -> float | None:
+def _retry_after(reply: BaseHTTPResponse) -> float | None:
     """Seconds after which the server wants to be asked again, if it says so and they are not too many."""
     try:
         seconds = float(reply.headers.get("Retry-After", ""))
     except ValueError:  # nothing, or a date
         return None
-    return seconds if 0 <= seconds <= MAX_RETRY_AFTER else None
+    return seconds if 0 < seconds <= MAX_RETRY_AFTER else None
 
 
 def _core(refused: Refused) -> str:

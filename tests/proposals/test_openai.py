@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gzip
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import threading
 import time
 import warnings
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import contract
 import fault_proxy
@@ -439,7 +441,6 @@ def test_a_proxy_that_the_environment_names(tiny_server, folder, monkeypatch):
 
 @pytest.mark.parametrize("behind_proxy", [False, True])
 def test_a_server_that_moves_its_paths_is_followed(tiny_server, folder, monkeypatch, behind_proxy):
-    """Another path of the same server is asked; another server, which would be shown the key, is not."""
     with FaultProxy(None) as server:
         url = "http://served.example:81/v1" if behind_proxy else server.url
         if behind_proxy:
@@ -459,12 +460,86 @@ def test_a_server_that_moves_its_paths_is_followed(tiny_server, folder, monkeypa
         with FaultProxy(tiny_server) as calm:
             want = ServerProposal(calm.url, folder, **contract.SETTINGS).propose([[5]], 0)
         assert same(ServerProposal(url, folder, **contract.SETTINGS).propose([[5]], 0), want)
-        server.answer = lambda path, body: (308, {}, {"Location": "http://other.example/v1/models"})
-        with pytest.raises(EngineError, match="308: it has moved to http://other"):
-            ServerProposal(url, folder, **contract.SETTINGS)
         server.answer = lambda path, body: (307, {}, {"Location": path})
         with pytest.raises(EngineError, match="307: it has moved to"):
             ServerProposal(url, folder, **contract.SETTINGS)
+
+
+def test_a_server_that_has_moved_elsewhere_is_followed_without_the_key(tiny_server, folder, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
+    with FaultProxy(tiny_server) as elsewhere, FaultProxy(None) as server:
+        there = elsewhere.url.removesuffix("/v1")
+        server.answer = lambda path, body: (307, {}, {"Location": f"{there}{path}"})
+        ServerProposal(server.url, folder, **contract.SETTINGS).propose([[5]], 0)
+        assert server.credentials == {"Bearer sk-1"}
+        assert elsewhere.credentials == {None}
+
+
+@pytest.mark.parametrize("key", ["sk-1\n", "sk-\u201c1"])
+def test_a_key_that_no_header_can_hold(tiny_server, folder, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with FaultProxy(tiny_server) as server, pytest.raises(InvalidInput, match="OPENAI_API_KEY holds a line break"):
+        ServerProposal(server.url, folder, **contract.SETTINGS)
+
+
+@pytest.mark.parametrize(("url", "said"), [
+    ("http://localhost:8000/v1?key=1", "must end with its path"), ("http://me:word#x@localhost/v1", "no address"),
+])  # fmt: skip
+def test_a_password_in_a_bad_address_is_not_told(folder, url, said):
+    with pytest.raises(InvalidInput, match=said) as told:
+        ServerProposal(url, folder, **contract.SETTINGS)
+    assert "word" not in str(told.value)
+
+
+def test_a_compressed_reply_and_another_status_of_success(tiny_server, folder):
+    with FaultProxy(tiny_server) as calm:
+        want = ServerProposal(calm.url, folder, **contract.SETTINGS).propose([[5]], 0)
+
+    class Compressing(BaseHTTPRequestHandler):
+        def answer(self, body):
+            data = gzip.compress(json.dumps(tiny_server(self.path, body)[1]).encode())
+            self.send_response(201 if body else 200)
+            for name, value in (("Content-Encoding", "gzip"), ("Content-Length", str(len(data)))):
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(data)
+
+        def do_GET(self):
+            self.answer(None)
+
+        def do_POST(self):
+            self.answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Compressing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        assert same(ServerProposal(url, folder, **contract.SETTINGS).propose([[5]], 0), want)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_has_connections_of_its_own(tiny_server, folder):
+    """On its parent's, each would read the other's replies."""
+    with FaultProxy(tiny_server) as server:
+        p = ServerProposal(server.url, folder, **contract.SETTINGS)
+        p.propose([[5]], 0)
+        before = p._connections._pools
+        reading, writing = os.pipe()
+        if (child := os.fork()) == 0:
+            try:
+                p._connections.send("GET", "/models")
+                os.write(writing, b"own" if p._connections._pools is not before else b"shared")
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        assert os.read(reading, 10) == b"own"
+        assert p._connections._pools is before
 
 
 def test_a_name_and_a_password_in_the_address(tiny_server, folder):
