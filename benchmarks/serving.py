@@ -144,9 +144,7 @@ def proxy(port: int, upstream: str) -> None:
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 
-    limits = httpx2.Limits(
-        max_connections=64, keepalive_expiry=2
-    )  # the server behind closes what is idle for 5 seconds
+    limits = httpx2.Limits(max_connections=64, keepalive_expiry=2)  # the server behind closes those idle for 5 s
     client = httpx2.AsyncClient(timeout=600, trust_env=False, limits=limits)
 
     async def complete(http: Request) -> Response:
