@@ -3,8 +3,8 @@
     python benchmarks/lengths.py --human reuters.jsonl --directory lengths [--temperature 0.9] [--save]    # resumes
 
 Candidates of 512 tokens are drawn once, for prefixes to fit to and for as many held out; shorter ones are their first
-tokens, and each length has fits of its own, by SIR and by the race. Half of the human texts, which `long_texts.py`
-makes, give the targets, and half are held out.
+tokens, and each length has fits of its own, by SIR and by the race. Of the human texts, which `long_texts.py` makes,
+100 give the targets, and 100 others are held out.
 """
 
 from __future__ import annotations

@@ -56,9 +56,8 @@ CLIENTS = (1, 8, 64)
 ROUNDS = 3
 METRICS = ["sr_2", "sr_3", "sr_4", "tr_8", "tr_16", "tr_32"]
 Prompt = str | list[int]
-Run = dict[
-    str, Any
-]  # of requests: the seconds and the text of each, those of all together, processor time of the engine
+# Of requests: the seconds and the text of each, the seconds of all together, and the processor time of the engine.
+Run = dict[str, Any]
 Asked = Callable[[list[Prompt], list[int], int, float], Run]  # prompts, their seeds, clients, seconds
 
 

@@ -40,6 +40,28 @@ def test_the_benchmark_of_the_fit_solves_its_problem(monkeypatch):
     assert steps["newton"] < steps["L-BFGS"] < 200
 
 
+def test_long_texts_read_as_they_were_written():
+    """Brown's words have tags, and Reuters' lines are cut; what is no running text, or known, is left out."""
+    long_texts = importlib.import_module("long_texts")
+    line = "The/at jury/nn said/vbd ,/, ``/`` no/at (/( such/jj )/) '/' deed/nn ''/'' ;/; ;/; ./."
+    assert long_texts.untagged(line) == 'The jury said, "no (such) \' deed".'
+    told = "\n    ".join(["Some cocoa was sold on Friday\nin Bahia, traders said."] * 20)
+    figures = "\n    ".join(["1.5 2.5 3.5 4.5"] * 60)
+    bodies = [f"{told}\n Reuter\n\x03", told, figures, "Short."]
+    file = "data/full/reuters-000.json", json.dumps([{"title": "COCOA", "body": body} for body in bodies])
+
+    def tokenizer(text):
+        return {"input_ids": list(range(max(len(text), long_texts.PART)))}
+
+    (story,) = long_texts.stories([file, ("README.md", "no story")], tokenizer)
+    assert story["title"] == "COCOA"
+    assert story["text"].split("\n") == ["Some cocoa was sold on Friday in Bahia, traders said."] * 20
+    words = " ".join(["word/nn"] * 10 + ["./."])
+    parts = list(long_texts.parts([("package/ca01", f"{words}\n" * 30)], lambda text: {"input_ids": text.split()}))
+    assert [part["sample"] for part in parts] == ["ca01"]  # the rest is too short
+    assert len(parts[0]["text"].split()) >= long_texts.PART
+
+
 # ---- gpu.py: what drives its stages, and all of them small ----------------------------------------------------------
 
 

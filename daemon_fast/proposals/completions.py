@@ -178,10 +178,8 @@ class Reader:
             raise EngineError(
                 f"{self.url} gives {len(tokens)} tokens, though max_tokens = {s.max_new_tokens} was asked for"
             )
-        drawn, n = (
-            len(tokens),
-            min((tokens.index(end) + 1 for end in self.eos_token_ids if end in tokens), default=None),
-        )
+        drawn = len(tokens)
+        n = min((tokens.index(end) + 1 for end in self.eos_token_ids if end in tokens), default=None)
         if n is not None and n < drawn:  # where a server draws on behind an end of text, that is another text
             log_p = log_p[:n] if log_p is not None and len(log_p) == drawn else log_p
             tokens, text = tokens[:n], None

@@ -1,5 +1,5 @@
-"""Connections to an HTTP server, which urllib3 keeps from request to request: it takes a fifth of the time of openai's
-client, a millisecond of a reply with 25 candidates, and a request whose reply nobody waits for any more can be let go.
+"""Connections to an HTTP server, which urllib3 keeps from request to request: it takes less than half of the time of
+openai's client (0.4 of 0.9 ms for 76 kB), and a request whose reply nobody waits for any more can be let go.
 """
 
 from __future__ import annotations
@@ -103,7 +103,9 @@ class Connections:
             return self._pools.request(method, f"{self.address.rstrip('/')}{path}", body=body)
         except (urllib3.exceptions.HTTPError, OSError) as error:
             stop.current().check()
-            why = getattr(error, "reason", None) or error
+            why: BaseException = error
+            while why.__cause__ is not None:  # what the system says, in place of what urllib3 makes of it
+                why = why.__cause__
             raise ConnectionError(" ".join(str(why).split()) or type(why).__name__) from error
 
 
