@@ -15,7 +15,7 @@ from daemon_fast.errors import InvalidInput
 from daemon_fast.experiments.collected import Collected
 
 __all__ = [
-    "BASELINES", "CHOICES", "ContrastiveDecoding", "Truncation", "choices", "contrastive_search", "decode",
+    "BASELINES", "CHOICES", "SEQUENCES", "ContrastiveDecoding", "Truncation", "choices", "contrastive_search", "decode",
     "p_less", "top_n_sigma",
 ]  # fmt: skip
 
@@ -33,6 +33,7 @@ BASELINES: dict[str, dict[str, Any]] = {
     "contrastive decoding": {"do_sample": False},
     "contrastive search": {},
 }
+SEQUENCES = {"beam 5": 5, "contrastive search": 5}  # that the model reads for one continuation, where not one
 AMATEUR_WINDOW = 8
 CHOICES = ("nearest candidate", "likeliest candidate")
 

@@ -35,7 +35,7 @@ from daemon_fast.proposals.twin import Twin, context_of, device_of, rope_switch,
 
 __all__ = ["TransformersProposal"]
 
-SCORE_TOKENS = {"cpu": 1024, "cuda": 16384}  # positions whose logits [positions, V] `score` holds at a time
+SCORE_LOGITS = {"cpu": 2**26, "cuda": 2**29}  # that `score` holds at a time, of all tokens of as many texts as it can
 # Steps between two looks at which candidates go on: on CUDA a look waits for the device.
 LOOK_EVERY = {"cpu": 1, "cuda": 16}
 DROP_ABOVE = 0.25  # share of rows that must have ended before the others are moved together
@@ -202,7 +202,8 @@ class TransformersProposal:
         ended, lengths = ends(continuations, self.eos_token_ids, self.settings.count_eos)
         shape = len(rows), max(map(len, continuations))
         tokens, log_p, log_q = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape), torch.zeros(shape)
-        batch_size = max(1, SCORE_TOKENS.get(model.device.type, SCORE_TOKENS["cpu"]) // max(map(len, rows)))
+        together = SCORE_LOGITS.get(model.device.type, SCORE_LOGITS["cpu"])
+        batch_size = max(1, together // (size * max(map(len, rows))))
         for begin in range(0, len(rows), batch_size):
             batch = rows[begin : begin + batch_size]
             # Padding on the right is invisible to a causal model.

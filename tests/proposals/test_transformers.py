@@ -11,6 +11,7 @@ from scipy import stats
 
 from daemon_fast import Candidates, TransformersProposal, metrics
 from daemon_fast.errors import InvalidInput
+from daemon_fast.proposals import transformers as transformers_proposal
 
 PREFIXES = [[5, 9, 30], [7], [3, 4, 5, 6, 7, 8, 9, 10, 11]]
 
@@ -170,6 +171,19 @@ def test_score_gives_what_drawing_gave():
             torch.testing.assert_close(scored.token_log_p[i, :n], c.token_log_p[r, :n], atol=1e-4, rtol=0)
             torch.testing.assert_close(scored.token_log_q[i, :n], c.token_log_q[r, :n], atol=1e-4, rtol=0)
         assert scored.shape == (len(rows), 1)
+
+
+def test_score_holds_as_many_logits_as_it_may(monkeypatch):
+    """A GPU beside a large model has no room for the logits of all texts, where a vocabulary has 256,000 tokens."""
+    p, seen = proposal(), []
+    p.model.get_input_embeddings().register_forward_pre_hook(lambda _, ids: seen.append(ids[0].numel()))
+    prefixes, continuations = [[5, 9, 30]] * 7, [[i + 1, 4, 5] for i in range(7)]
+    whole = p.score(prefixes, continuations)
+    assert seen[-1] == 42
+    monkeypatch.setitem(transformers_proposal.SCORE_LOGITS, "cpu", 20 * tiny.VOCABULARY)
+    parts = p.score(prefixes, continuations)
+    assert seen[-3:] == [18, 18, 6]
+    torch.testing.assert_close(parts.token_log_p, whole.token_log_p, atol=1e-5, rtol=0)
 
 
 def test_strings_and_their_token_ids_are_the_same_prefix():

@@ -27,7 +27,6 @@ from daemon_fast.seeds import batch_seed, generator, stream
 HEADING = "Alignment"
 DRAWS = 5  # of MAUVE's clustering, and of the methods that it is cheap to draw again
 ENOUGH_TEXTS = 1000  # of each side, for MAUVE; its authors recommend thousands
-BASELINE_BATCH = {"cpu": 100, "cuda": 500}  # prefixes that `generate` gets at once: both draw faster in large batches
 
 
 @dataclass(frozen=True)
@@ -247,7 +246,8 @@ def _baseline(data: DomainData, method: str) -> list[list[int]]:
     by_length: dict[int, list[int]] = {}
     for i, prefix in enumerate(prefixes):
         by_length.setdefault(len(prefix), []).append(i)
-    size = BASELINE_BATCH.get(data.model.device.type, BASELINE_BATCH["cpu"])
+    # As many sequences together as candidates are drawn together: one option says how much memory is there for both.
+    size = max(1, data.options.batch_size * settings.num_candidates // baselines.SEQUENCES.get(method, 1))
     batches = [some[a : a + size] for some in by_length.values() for a in range(0, len(some), size)]
     rows: dict[int, list[int]] = {}
     for b, some in enumerate(batches):
