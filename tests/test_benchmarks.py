@@ -124,7 +124,7 @@ def test_a_stage_that_does_not_end_is_ended_with_what_it_started(results, tmp_pa
 def test_the_stages_rehearsed(tmp_path):
     """On the CPU and the make-believe device: what a GPU must not be the first to run."""
     script = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
-    stages = ["build", "parity", "sanitizers", "operators", "peers", "call"]
+    stages = ["build", "parity", "sanitizers", "operators", "peers", "call", "sharing"]
     tokens = tmp_path / "tokens.npy"
     np.save(tokens, np.random.default_rng(0).integers(0, 50, (9, 300)))
     command = [sys.executable, script, "--rehearse", "--tokens", tokens, "--output", tmp_path]
@@ -145,6 +145,9 @@ def test_the_stages_rehearsed(tmp_path):
         assert figure["why not captured"] is None
         assert figure["floor, s"] > 0
         assert "sample_tokens" in figure["profile"]
+    assert [(prefix, own > 0, shared > 0) for _, prefix, own, shared, _ in document["stages"]["sharing"]["rows"]] == [
+        (3, True, True), (20, True, True)
+    ] * 2  # fmt: skip
     report = (tmp_path / "gpu-rehearsal.md").read_text()
     assert "no time here means anything" in report
     assert "GPT-2 XL's shape" in report
