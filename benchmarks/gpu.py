@@ -839,8 +839,8 @@ def whole_call(model: Any, prefix: int, bandwidth: float) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         first = seconds(lambda: proposal.propose([next(prompts)], 0), rounds=1)
-    batch = proposal._batch
-    if batch is None or batch.graphs is None:
+    batch = next(reversed(proposal._kept), None)
+    if batch is None:
         raise RuntimeError(
             f"drawn by the path {proposal.path!r}, which captures nothing: {[str(w.message) for w in told]}"
         )
@@ -931,7 +931,7 @@ def captured_step(model: Any, prefix: int, share: bool) -> float:
         proposal.propose(prompts_of(model, prefix)[:1], 0)
     finally:
         prompt_cache.SHARE_FROM = before
-    batch = proposal._batch
+    batch = proposal._kept[-1]
     if batch._cache.share != share or batch.graphs.why_not:
         raise RuntimeError(f"not drawn as asked: shares: {batch._cache.share}; {batch.graphs.why_not}")
     return step_seconds(batch, next(iter(batch.graphs.recorded.values())).replay)

@@ -24,7 +24,8 @@ SMALL = 2**24  # bytes that are there: to read how many there are would take lon
 def available(device: torch.device) -> int | None:
     """Bytes that can be allocated on a device, at most; None where the system does not say."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     if device.type != "cpu":
         return None
     limits = [_in_use_by_nobody(), _limit_of_container()]

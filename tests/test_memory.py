@@ -23,11 +23,19 @@ def test_the_limit_is_the_smallest_that_the_system_names(monkeypatch, tmp_path):
     assert free > memory.available(CPU) == 4096
 
 
+def test_on_a_gpu_what_tensors_hold_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 9000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 700)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 500)
+    assert memory.available(torch.device("cuda", 0)) == 1200
+
+
 def test_a_batch_that_cannot_fit_is_named_with_its_parts(monkeypatch):
     settings = {"num_candidates": 50, "max_new_tokens": 8, "min_new_tokens": 8}
     proposal = TransformersProposal(tiny.model(), tiny.tokenizer(), **settings)
     rows, layers, heads, size = 2 * 50, 2, 2, 8
-    needed = rows * 8 * 16 + 4 * rows * tiny.VOCABULARY + rows * 8 * layers * 2 * heads * size * 4
+    kept = rows * 8 + 2 * 2  # tokens: those of the candidates, and two prompts of two
+    needed = rows * 8 * 16 + 4 * rows * tiny.VOCABULARY + kept * layers * 2 * heads * size * 4
     monkeypatch.setattr(memory, "SMALL", 0)
     monkeypatch.setattr(memory, "available", lambda _: needed)
     assert proposal.propose(["w1 w2", "w3"], seed=0).shape == (2, 50)

@@ -32,13 +32,14 @@ from daemon_fast.proposals.twin import Twin
 
 __all__ = ["GrowingPromptCache", "Prompts", "SharedPromptCache", "cache_for", "process", "way_of"]
 
-# From how many prompt tokens on the M candidates read the prompt's keys and values in place rather than each its own
-# copy. On a CPU sharing halves a step at 512 tokens and costs 0 to 3% at 32. On CUDA it takes ten small kernels in
-# place of one, which about 512 tokens should repay: reckoned from bytes and launches, not measured.
-SHARE_FROM = {"cpu": 0, "cuda": 512}
-# On CUDA a step is captured in a graph, and so made for fixed sizes: prompts are padded to a multiple, and attention
-# looks at the next of a few windows. On a CPU both are exact.
-PROMPT_MULTIPLE = 64
+# From how many bytes on, that the copies of a prompt's keys and values in one layer take, candidates read them in place
+# rather than each its own copy. On a CPU sharing halves a step at 512 tokens and costs 0 to 3% at 32. On CUDA it takes
+# ten small kernels in place of one. On an H100, M = 25 and 512 tokens, that takes 45 us a layer at GPT-2 XL's shape,
+# where copies (84 MB) take 39; at OPT-6.7B's 53, where copies (210 MB) would take 88 by their bytes.
+SHARE_FROM = {"cpu": 0, "cuda": 100_000_000}
+# On CUDA a step is captured in a graph, and so made for fixed sizes: prompts are padded to one of a few widths, and
+# attention looks at the next of a few windows. On a CPU both are exact.
+SMALLEST_WIDTH = 64
 SMALLEST_WINDOW = 64
 BIAS_MULTIPLE = 16
 # A trial: two prompts of different lengths, M = 2 candidates of each, some steps.
@@ -242,10 +243,31 @@ def bytes_of(model: Twin, prompts: Prompts, num_candidates: int, max_new_tokens:
     rows = len(prompts.tokens) * num_candidates
     needed = {"logits": prompts.logits.element_size() * rows * prompts.logits.shape[1]}
     if way_of(model) == "shared":
-        kept = [x for layer in _layers_of(model, prompts.groups[0]) for x in (layer.keys, layer.values)]
-        per_token = sum(x.shape[1] * x.shape[3] * x.element_size() for x in kept)
-        needed["keys and values"] = rows * max_new_tokens * per_token
+        layers, width = _layers_of(model, prompts.groups[0]), _padded_width(prompts.width, model.device.type == "cpu")
+        copies = len(prompts.tokens) if _shares(model, layers, rows, width) else rows
+        own = rows * max_new_tokens * sum(map(_bytes_of_a_token, layers))
+        needed["keys and values"] = own + copies * sum(_bytes_of_a_prompt(layer, width) for layer in layers)
     return needed
+
+
+def _bytes_of_a_token(layer: Any) -> int:
+    """Its key and value in one layer of the model's cache."""
+    return sum(x.shape[1] * x.shape[3] * x.element_size() for x in (layer.keys, layer.values))
+
+
+def _bytes_of_a_prompt(layer: Any, width: int) -> int:
+    return _bytes_of_a_token(layer) * _slots_of_a_prompt(width, getattr(layer, "sliding_window", None))
+
+
+def _slots_of_a_prompt(width: int, window: int | None) -> int:
+    """A sliding window sees the last ones only."""
+    return width if window is None else min(width, max(window - 1, 1))
+
+
+def _shares(model: Twin, layers: list[Any], rows: int, width: int) -> bool:
+    """Whether candidates read their prompt's keys and values in place."""
+    copies = rows * max(_bytes_of_a_prompt(layer, width) for layer in layers)
+    return copies >= SHARE_FROM.get(model.device.type, 0) or _needs_sharing(model)
 
 
 # ---- the model's own cache, or none ---------------------------------------------------------------------------------
@@ -367,33 +389,35 @@ class SharedPromptCache:
         self._width = _padded_width(prompts.width, self._exact)
         caches = [_layers_of(model, group) for group in prompts.groups]
         self._windows = [getattr(layer, "sliding_window", None) for layer in caches[0]]
-        wanted = self._width >= SHARE_FROM.get(device.type, 0) if share is None else share
+        self._rows = self._num_prompts * num_candidates
+        wanted = _shares(model, caches[0], self._rows, self._width) if share is None else share
         # A captured step and its buffers serve one kind of attention only.
         self.share = wanted or _needs_sharing(model)
         longest = [max((c[i] for c in caches), key=lambda x: x.keys.shape[2]) for i in range(len(caches[0]))]
         self._layers = [
-            _Layer(layer, window, len(prompts.tokens), num_candidates, self._width, max_new_tokens, self.share)
+            _Layer(layer, window, self._num_prompts, num_candidates, self._width, max_new_tokens, self.share)
             for layer, window in zip(longest, self._windows, strict=True)
         ]
         self._cache = Cache(layers=self._layers)
-        self._start = torch.zeros(self._num_prompts * num_candidates, 1, dtype=torch.int64, device=device)
+        self._start = torch.zeros(self._rows, 1, dtype=torch.int64, device=device)
         self._lengths = torch.zeros(self._num_prompts, dtype=torch.int64, device=device)
-        self._rows = self._num_prompts * num_candidates
         self.model = model
 
     def suits(self, prompts: Prompts) -> bool:
-        """Whether `load` can take them."""
-        return len(prompts.tokens) == self._num_prompts and _padded_width(prompts.width, self._exact) == self._width
+        """Whether `load` can take them: at least half as many prompts, of the same length once it is padded."""
+        n = len(prompts.tokens)
+        return n <= self._num_prompts <= 2 * n and _padded_width(prompts.width, self._exact) == self._width
 
     def load(self, model: Twin, prompts: Prompts) -> None:
-        """Begin with these prompts, of a twin of the same model."""
+        """Begin with these prompts, of a twin of the same model. Rows behind theirs mean nothing."""
         self.model = model
         for group in prompts.groups:
             for layer, own in zip(_layers_of(model, group), self._layers, strict=True):
                 own.load(group.places, layer.keys, layer.values)
         # A captured step reads these by address: they are filled, and never replaced.
-        self._start.copy_(prompts.lengths.repeat_interleave(self._num_candidates)[:, None])
-        self._lengths.copy_(prompts.lengths)
+        n = len(prompts.tokens)
+        self._start[: n * self._num_candidates] = prompts.lengths.repeat_interleave(self._num_candidates)[:, None]
+        self._lengths[:n] = prompts.lengths
         self._padded = not self._exact or len(prompts.groups) > 1
 
     def window(self, slot: int) -> int:
@@ -528,7 +552,11 @@ def _needs_sharing(model: Twin) -> bool:
 
 
 def _padded_width(width: int, exact: bool) -> int:
-    return width if exact else -(-width // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+    """The next of 64, 96, 128, 192, 256, ...: calls of other lengths have mostly been captured then."""
+    if exact:
+        return width
+    double = max(SMALLEST_WIDTH, 1 << (width - 1).bit_length())
+    return 3 * double // 4 if width <= 3 * double // 4 >= SMALLEST_WIDTH else double
 
 
 def _by_prompt(x: Tensor, n: int) -> Tensor:
@@ -562,7 +590,7 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(self, source: Any, window: int | None, n: int, m: int, width: int, capacity: int, share: bool) -> None:
         super().__init__()
         self.is_initialized, self.window, self._num_candidates = True, window, m
-        self.width = width if window is None else min(width, max(window - 1, 1))
+        self.width = _slots_of_a_prompt(width, window)
         self.before = 0 if share else self.width
         self.at, self.end = torch.zeros(1, dtype=torch.int64), 0
         # Zeros, not garbage: a slot that the mask hides must not hold NaN.

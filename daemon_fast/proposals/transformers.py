@@ -18,7 +18,7 @@ from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from daemon_fast import ops, stop
 from daemon_fast.errors import InvalidInput
-from daemon_fast.memory import check_candidates
+from daemon_fast.memory import available, check_candidates
 from daemon_fast.models import DEFAULT_MODEL, load_language_model
 from daemon_fast.proposals import base
 from daemon_fast.proposals.base import (
@@ -38,6 +38,7 @@ __all__ = ["TransformersProposal"]
 SCORE_LOGITS = {"cpu": 2**26, "cuda": 2**29}  # that `score` holds at a time, of all tokens of as many texts as it can
 # Steps between two looks at which candidates go on: on CUDA a look waits for the device.
 LOOK_EVERY = {"cpu": 1, "cuda": 16}
+KEPT = 4  # batches that are kept on CUDA, with their buffers and captured steps, one of each shape
 DROP_ABOVE = 0.25  # share of rows that must have ended before the others are moved together
 
 
@@ -88,7 +89,7 @@ class TransformersProposal:
             self.settings, torch.tensor(eos, dtype=torch.int64, device=device_of(unwrapped(model)))
         )
         self.path: str | None = None
-        self._batch: _Batch | None = None
+        self._kept: list[_Batch] = []  # of earlier calls, none of which is drawing; the one used last is the last
 
     @classmethod
     def load(
@@ -133,7 +134,8 @@ class TransformersProposal:
         """M candidates of each prefix, all prefixes in one batch.
 
         Nothing is kept from call to call that the model's weights decide. On CUDA a step is captured in a graph, which
-        serves later calls of the same shape for as long as the model is the same one, in the same state.
+        serves later calls of about the same shape (as long prompts once they are padded, half as many or more) for as
+        long as the model is the same one, in the same state. The buffers of the last four shapes are kept with it.
 
         Parameters
         ----------
@@ -156,14 +158,39 @@ class TransformersProposal:
         self.path = way_of(model)
         prompts = process(model, tokens, cached=self.path != "recomputed")
         state = model.state() if model.device.type == "cuda" else None
-        batch = self._batch
-        if batch is None or batch.state != state or not batch.suits(prompts):
-            batch = self._batch = None  # its buffers are freed before others are made
+        batch = self._kept_for(prompts, state)
+        if batch is None:
+            self._make_room(model, prompts, state)
             batch = _Batch(self._sampler, model, prompts, state)
-        if model.device.type == "cuda":
-            self._batch = batch
-        drawn, ended = batch.run(model, prompts, seed)
+        try:
+            drawn, ended = batch.run(model, prompts, seed)
+        finally:
+            if batch.graphs is not None:
+                self._kept.append(batch)
         return Candidates(*drawn, prompts.tokens, self.detokenize, ended)
+
+    def _kept_for(self, prompts: Prompts, state: int | None) -> _Batch | None:
+        """A batch that was kept, and is this call's alone from here on."""
+        for batch in reversed([*self._kept]):
+            if batch.state == state and batch.suits(prompts) and self._take(batch):
+                return batch
+        return None
+
+    def _make_room(self, model: Twin, prompts: Prompts, state: int | None) -> None:
+        """Before a batch is made: drop those of a model that has changed, and those used longest ago if there are too
+        many or it would take more than half of the memory that is there.
+        """
+        needed = 2 * sum(bytes_of(model, prompts, self.settings.num_candidates, self.settings.max_new_tokens).values())
+        for batch in [*self._kept]:
+            if batch.state != state or len(self._kept) >= KEPT or needed > (available(model.device) or 0):
+                self._take(batch)
+
+    def _take(self, batch: _Batch) -> bool:
+        """Whether it was there still: another thread may have taken it."""
+        with contextlib.suppress(ValueError):
+            self._kept.remove(batch)
+            return True
+        return False
 
     @torch.inference_mode()
     def score(self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> Candidates:
@@ -268,9 +295,10 @@ class _Batch:
     def __init__(self, sampler: _Sampler, model: Twin, prompts: Prompts, state: int | None = None) -> None:
         s, device = sampler.settings, model.device
         self._sampler, self.state = sampler, state
-        check_candidates(s, len(prompts.tokens), device, **bytes_of(model, prompts, s.num_candidates, s.max_new_tokens))
+        self._num_prompts = len(prompts.tokens)
+        check_candidates(s, self._num_prompts, device, **bytes_of(model, prompts, s.num_candidates, s.max_new_tokens))
         self._cache = cache_for(model, prompts, s.num_candidates, s.max_new_tokens)
-        self._rows = torch.arange(len(prompts.tokens) * s.num_candidates, device=device)  # that still grow
+        self._rows = torch.arange(self._num_prompts * s.num_candidates, device=device)  # that still grow
         shape = s.max_new_tokens, len(self._rows)
         self._uniforms = torch.zeros(shape, dtype=torch.float64, device=device)
         self._tokens = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -290,19 +318,24 @@ class _Batch:
         """Tokens [R, T], lengths [R], log p and log q [R, T] of what it draws; and which [R] have ended."""
         s, device = self._sampler.settings, self._slot.device
         self._cache.load(model, prompts)
+        n = len(prompts.tokens)
+        rows = n * s.num_candidates  # others, of a batch made for more prompts, have ended before they begin
         # Drawn on the host, so that a seed means the same on every device.
         seeds = seed if isinstance(seed, Sequence) else [seed]
-        shape = s.max_new_tokens, len(prompts.tokens) * s.num_candidates // len(seeds)
+        shape = s.max_new_tokens, rows // len(seeds)
         generators = [torch.Generator().manual_seed(own) for own in seeds]
-        self._uniforms.copy_(torch.cat([torch.rand(shape, generator=g, dtype=torch.float64) for g in generators], 1))
+        uniforms = torch.cat([torch.rand(shape, generator=g, dtype=torch.float64) for g in generators], 1)
+        self._uniforms[:, :rows] = uniforms.to(device)
         for buffer in (self._tokens, self._log_p, self._log_q, self._lengths, self._slot):
             buffer.zero_()
-        self._running.fill_(True)
+        self._running.fill_(False)
+        self._running[:rows] = True
         wanted = stop.current()
-        self._draw(prompts.logits.repeat_interleave(s.num_candidates, dim=0), s.min_new_tokens > 0)
+        own_or_last = torch.arange(self._num_prompts, device=device).clamp_max_(n - 1)
+        self._draw(prompts.logits[own_or_last].repeat_interleave(s.num_candidates, dim=0), s.min_new_tokens > 0)
         for slot in range(s.max_new_tokens - 1):
             wanted.check()
-            if slot % LOOK_EVERY.get(device.type, 1) == 0 and not self._go_on(len(prompts.tokens)):
+            if slot % LOOK_EVERY.get(device.type, 1) == 0 and not self._go_on():
                 break
             window, below_minimum = self._cache.window(slot), slot + 1 < s.min_new_tokens
             if self.graphs is None:
@@ -310,21 +343,21 @@ class _Batch:
             else:
                 self.graphs.take(self._step, window, below_minimum)
         if device.type != "cpu":
-            self._check_drawn()
-        tokens, log_p, log_q = (x.T.contiguous() for x in (self._tokens, self._log_p, self._log_q))
-        return (tokens, self._lengths.clone(), log_p, log_q), ~self._running
+            self._check_drawn(rows)
+        tokens, log_p, log_q = (x[:, :rows].T.contiguous() for x in (self._tokens, self._log_p, self._log_q))
+        return (tokens, self._lengths[:rows].clone(), log_p, log_q), ~self._running[:rows]
 
-    def _check_drawn(self) -> None:
+    def _check_drawn(self, rows: int) -> None:
         """On the CPU `sample_tokens` itself raises; elsewhere it can only mark what it drew."""
-        if len(bad := self._log_p.isnan().any(0).nonzero()):
+        if len(bad := self._log_p[:, :rows].isnan().any(0).nonzero()):
             row, m = int(bad[0]), self._sampler.settings.num_candidates
             raise InvalidInput(
                 f"prefix {row // m}: the logits behind its candidate {row % m} are all -inf, or hold NaN or +inf"
             )
 
-    def _go_on(self, num_prompts: int) -> bool:
+    def _go_on(self) -> bool:
         """Whether any candidate still grows; on the CPU, those that don't cost time, and are dropped from the batch."""
-        grows = self._running[self._rows].view(num_prompts, -1)
+        grows = self._running[self._rows].view(self._num_prompts, -1)
         most = int(grows.sum(1).max())
         m = grows.shape[1]
         if self._slot.device.type == "cpu" and 0 < most <= (1 - DROP_ABOVE) * m:

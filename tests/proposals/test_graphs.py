@@ -96,9 +96,9 @@ def test_the_same_tokens_as_on_the_cpu_from_captured_steps(place, settings, shar
         with no_warnings():
             assert_same(there.propose(prefixes, seed), here.propose(prefixes, seed))
         if seed == 0:
-            batch, graphs = there._batch, dict(there._batch.graphs.recorded)
+            batch, graphs = there._kept[-1], dict(there._kept[-1].graphs.recorded)
             assert len(graphs) >= 2
-    assert there._batch is batch  # the same buffers served all
+    assert there._kept[-1] is batch  # the same buffers served all
     assert graphs.items() <= batch.graphs.recorded.items()
     if place.fake:
         assert place.fake.replayed > 20
@@ -112,7 +112,7 @@ def test_other_models(place, family):
     there = proposal(place.moved(here.model), min_new_tokens=9)
     with no_warnings():
         assert_same(there.propose(BATCHES[0], 1), here.propose(BATCHES[0], 1))
-    assert there._batch.graphs.recorded
+    assert there._kept[-1].graphs.recorded
 
 
 def wait(module, inputs, out):
@@ -136,11 +136,11 @@ def test_a_step_that_waits_runs_without_a_graph_and_says_why_once(place):
             want = proposal(here.model, max_new_tokens=again.settings.max_new_tokens)
             assert_same(again.propose(BATCHES[1], 3), want.propose(BATCHES[1], 3))
     assert place.fake is None or place.fake.began == began
-    assert not there._batch.graphs.recorded
+    assert not there._kept[-1].graphs.recorded
     other = proposal(place.moved(here.model))  # another model is captured as ever
     with no_warnings():
         assert_same(other.propose(BATCHES[0], 2), here.propose(BATCHES[0], 2))
-    assert other._batch.graphs.recorded
+    assert other._kept[-1].graphs.recorded
     hook.remove()
 
 
@@ -176,19 +176,92 @@ def test_an_interrupt_inside_a_capture_passes(place, monkeypatch):
         assert_same(there.propose(BATCHES[0], 2), proposal(tiny.model()).propose(BATCHES[0], 2))
 
 
-def test_what_is_dropped_is_freed_at_once(place):
+LENGTHS = [(3, 5), (9, 14), (2, 6), (13, 12), (4, 1)]  # of prompts of five calls: two widths
+
+
+def prompts_of(lengths):
+    return [[2 + (7 * i + 3 * j) % tiny.WORDS for j in range(length)] for i, length in enumerate(lengths)]
+
+
+def test_steps_serve_prompts_of_other_lengths_and_fewer_of_them(place, monkeypatch):
+    """What was captured once for a width serves all calls that are padded to it, also of half as many prompts."""
+    monkeypatch.setattr(prompt_cache, "SMALLEST_WIDTH", 8)
+    here = proposal(tiny.model())
+    there = proposal(place.moved(here.model))
+    for seed, lengths in enumerate(LENGTHS):
+        assert_same(there.propose(prompts_of(lengths), seed), here.propose(prompts_of(lengths), seed))
+        if seed == 1:
+            kept, recorded = set(there._kept), [dict(batch.graphs.recorded) for batch in there._kept]
+    one = prompts_of((5,))
+    assert_same(there.propose(one, 9), here.propose(one, 9))
+    assert_same(there.propose(prompts_of((4, 7)), [8, 9]), here.propose(prompts_of((4, 7)), [8, 9]))
+    assert set(there._kept) == kept
+    assert len(kept) == 2
+    now = [graph for batch in there._kept for graph in batch.graphs.recorded.values()]
+    assert {graph for own in recorded for graph in own.values()} <= set(now)
+    place.is_well()
+
+
+def test_what_is_left_in_rows_that_are_not_used_has_no_part(place):
+    """Such rows hold what another call left."""
+    here = proposal(tiny.model())
+    there = proposal(place.moved(here.model))
+    there.propose(prompts_of((3, 5)), 0)
+    for layer in there._kept[-1]._cache._layers:
+        layer.keys[4:].fill_(50.0)
+        layer.values[4:].fill_(50.0)
+    assert_same(there.propose(prompts_of((6,)), 1), here.propose(prompts_of((6,)), 1))
+    assert len(there._kept) == 1
+
+
+def test_a_call_within_a_call_has_buffers_of_its_own(place):
+    """As two threads of one proposal have."""
+    here = proposal(tiny.model())
+    model = place.moved(here.model)
+    there, inner = proposal(model), []
+
+    def draw_inside(*_):
+        if not inner and not torch.cuda.is_current_stream_capturing():
+            inner.append(None)
+            inner[0] = there.propose(BATCHES[1], 5)
+
+    there.propose(BATCHES[0], 2)
+    hook = model.model.layers[0].register_forward_pre_hook(draw_inside)
+    outer = there.propose(BATCHES[0], 4)
+    hook.remove()
+    assert_same(outer, here.propose(BATCHES[0], 4))
+    assert_same(inner[0], here.propose(BATCHES[1], 5))
+
+
+def test_few_batches_are_kept_and_none_where_memory_is_short(place, monkeypatch):
+    monkeypatch.setattr(prompt_cache, "SMALLEST_WIDTH", 1)
+    there = proposal(place.moved(tiny.model()), max_new_tokens=4)
+    for length in (1, 2, 3, 4, 6):
+        there.propose(prompts_of((length,)), 0)
+    widths = [batch._cache._width for batch in there._kept]
+    assert widths == [2, 3, 4, 6]
+    there.propose(prompts_of((3,)), 0)
+    assert [batch._cache._width for batch in there._kept] == [2, 4, 6, 3]
+    monkeypatch.setattr(drawing, "available", lambda device: 1000)
+    there.propose(prompts_of((8,)), 0)
+    assert [batch._cache._width for batch in there._kept] == [8]
+
+
+def test_what_is_dropped_is_freed_at_once(place, monkeypatch):
     """Graphs, their memory and the key-value cache: not when the garbage collector comes by."""
     there = proposal(place.moved(tiny.model()))
     there.propose(BATCHES[0], 2)
     gc.collect()
     gc.disable()
     try:
-        parts = [there._batch, there._batch.graphs, there._batch._cache, *there._batch.graphs.recorded.values()]
+        batch = there._kept[-1]
+        parts = [batch, batch.graphs, batch._cache, *batch.graphs.recorded.values()]
         watched = [weakref.ref(part) for part in parts]
-        del parts
+        del parts, batch
+        monkeypatch.setattr(drawing, "KEPT", 1)
         there.propose([*BATCHES[0], [9]], 2)  # of another shape
         assert [x() for x in watched] == [None] * len(watched)
-        watched = [weakref.ref(there), weakref.ref(there._batch), weakref.ref(there._batch._cache)]
+        watched = [weakref.ref(there), weakref.ref(there._kept[-1]), weakref.ref(there._kept[-1]._cache)]
         del there
         assert [x() for x in watched] == [None] * 3
     finally:
@@ -228,7 +301,7 @@ def test_logits_that_leave_nothing_to_draw_are_named_on_a_gpu(cuda):
     p = proposal(tiny.model().to(cuda))
     p.propose(BATCHES[0], 0)
     with torch.no_grad():
-        p.model.lm_head.weight.fill_(torch.nan)
+        p.model.lm_head.weight.fill_(50.0)
     with pytest.raises(InvalidInput, match="prefix 0: the logits behind its candidate 0 are all -inf, or hold NaN"):
         p.propose(BATCHES[0], 0)
     with torch.no_grad():
@@ -241,10 +314,10 @@ def test_what_an_operator_marked_is_named():
     with torch.inference_mode():
         model = Twin(p.model)
         batch = drawing._Batch(p._sampler, model, process(model, BATCHES[0]))
-        batch._check_drawn()
+        batch._check_drawn(8)
         batch._log_p[3, 6] = torch.nan
         with pytest.raises(InvalidInput, match="prefix 1: the logits behind its candidate 2 are all -inf, or hold NaN"):
-            batch._check_drawn()
+            batch._check_drawn(8)
 
 
 # ---- every family ---------------------------------------------------------------------------------------------------

@@ -117,6 +117,13 @@ def test_rows_can_be_dropped(share, cached):
             torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_prompts_are_padded_to_few_widths():
+    widths = [prompt_cache._padded_width(width, exact=False) for width in range(1, 2049)]
+    assert sorted(set(widths)) == [64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
+    assert all(width <= padded < max(65, 1.5 * width) for width, padded in enumerate(widths, 1))
+    assert prompt_cache._padded_width(5, exact=True) == 5
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("share", [False, True], ids=["copied", "shared"])
 @pytest.mark.parametrize("family", ["gpt2", "mistral, sliding window"])
@@ -125,7 +132,8 @@ def test_buffers_serve_other_prompts_of_the_same_rounded_size(family, share):
     first, second = process(model, [[5] * 20, [6] * 3]), process(model, [[9, 8], [7, 7, 1]])
     ours = SharedPromptCache(model, first, M, STEPS, share, exact=False)
     assert ours.suits(second)
-    assert not ours.suits(process(model, [[5]]))
+    assert ours.suits(process(model, [[5]]))
+    assert not ours.suits(process(model, [[5], [6], [7]]))
     logits_of(ours, model, first, some_ids(first))
     want = plain(model, second, some_ids(second))
     for got, wanted in zip(logits_of(ours, model, second, some_ids(second)), want, strict=True):
