@@ -196,7 +196,7 @@ field_options = _shared(
         "--response-field", metavar="NAME", help="Of each record: its response.  [default: response or completion]"
     ),
 )  # fmt: skip
-force_option = click.option("--force", is_flag=True, help="Overwrite what is there.")
+force_option = click.option("--force", is_flag=True, help="Overwrite an output that is there.")
 
 
 @click.group(
@@ -311,6 +311,8 @@ def fit(
     daemon-fast fit --data texts.jsonl --field text
     daemon-fast fit --data pairs.jsonl --prompt-field prompt --response-field response
     daemon-fast fit --data chats.jsonl --prompt-field messages
+
+    Candidates are kept and serve again, with --force, too: those of other weights, settings or texts are refused.
 
     The exit code is 1 if records of --data were left out, targets were not met, or candidates leave next to no choice:
     warnings say which. All that is wrong with the arguments is told at once, before anything is drawn.
@@ -503,6 +505,7 @@ def decode(
     output_format(output)
     if output != "-":
         check_writable(output, force)
+    from daemon_fast.data.collect import weights_of
     from daemon_fast.data.records import DecodeWork, process
 
     _quiet_transformers()
@@ -510,6 +513,7 @@ def decode(
     energy = json.loads(path.read_text(encoding="utf-8"))
     used = {"energy": energy, "num_samples": num_samples, "seed": seed, "batch_size": batch_size}
     used |= {name: options[name] for name in ("model", "dtype", "engine_name", "engine_args", "served_model")}
+    used |= weights_of(decoder.proposal)
     summary = process(
         source, output, DecodeWork(decoder, num_samples, seed), used, field, chunk_size=batch_size,
         description="decode", format=format_, force=force,

@@ -444,6 +444,38 @@ def test_candidates_of_another_run(model, texts, tmp_path):
     fails(again, "holds candidates of another run")
 
 
+def test_other_weights_in_the_same_folder_are_another_run(texts, tmp_path, monkeypatch):
+    model, output, prompts = tiny.saved(tmp_path / "model"), tmp_path / "e.json", tmp_path / "in.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": tiny.text(3, i)}) + "\n" for i in range(8)))
+    arguments = fit_arguments(model, texts, output, "--ridge", "0.01")
+    assert run(*arguments).exit_code == 0
+    interrupted = [*decode_arguments(output, prompts, tmp_path / "out.jsonl")]
+    with monkeypatch.context() as patch:
+        patch.setattr("daemon_fast.data.records.DecodeWork._decoded", _after_one_batch())
+        assert run(*interrupted).exit_code == 130
+    torch.manual_seed(7)
+    tiny.FAMILIES["llama"]().save_pretrained(model)
+    fails(run(*arguments, "--force"), "holds candidates of another run (weights is '")
+    fails(run(*interrupted), "holds parts of another run (weights is '")
+    tiny.saved(model)  # the first again
+    assert run(*arguments, "--force").exit_code == 0
+    assert run(*interrupted).exit_code == 0
+
+
+def _after_one_batch():
+    from daemon_fast.data.records import DecodeWork
+
+    decoded, calls = DecodeWork._decoded, []
+
+    def interrupted(self, prefixes, seed):
+        calls.append(seed)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return decoded(self, prefixes, seed)
+
+    return interrupted
+
+
 @pytest.mark.parametrize("ridge", ["-1", "nan", "inf", "much"])
 def test_a_bad_ridge_is_named_before_anything_is_drawn(model, texts, tmp_path, ridge):
     fails(run(*fit_arguments(model, texts, tmp_path / "e.json", f"--ridge={ridge}")), f"--ridge = {ridge!r} must be")

@@ -7,7 +7,6 @@ and a run that is killed goes on to the same bytes.
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import os
@@ -15,7 +14,6 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -38,7 +36,7 @@ from daemon_fast.data.formats import (
     write_parquet,
 )
 from daemon_fast.errors import DataError, InvalidInput, LowEffectiveSampleSize
-from daemon_fast.files import check_same_run, check_writable, file_digest, replacing, writing
+from daemon_fast.files import alone, check_same_run, check_writable, file_digest, replacing, writing
 from daemon_fast.progress import progress
 from daemon_fast.prompts import ASSISTANT, Messages, as_messages, is_chat
 from daemon_fast.seeds import batch_seed
@@ -282,21 +280,8 @@ def process(
     output, kept = f"output {target}", f"what is done is kept in {folder}"
     with writing(output, kept):
         folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    with alone(folder):
         return _process(sources, where, target, folder, work, settings, field, chunk_size, description, to_parquet)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Two runs that write the same parts would ruin each other's. The lock ends with the process that holds it."""
-    with writing(folder):
-        file = (folder / LOCK).open("w")
-    with file as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InvalidInput(f"{folder} is being written by another run") from error
-        yield
 
 
 def _process(
@@ -353,7 +338,7 @@ def _stream(sources: Sequence[Source], work: Work, field: str, chunk_size: int, 
     return Summary(total, errors)
 
 
-SPOOL, LOCK = "input", "lock"
+SPOOL = "input"
 
 
 def _spooled(source: Source, folder: Path, output: str) -> Source:
