@@ -498,15 +498,17 @@ def decode(
     bytes. From Parquet to Parquet, columns keep their types.
     """
     from daemon_fast.data.formats import find_sources, output_format
-    from daemon_fast.files import check_writable
+    from daemon_fast.files import check_folder, check_writable
 
     # Known before a model is loaded: `process` finds out again, with all that it takes to read them.
     find_sources(source, format_, output)
     output_format(output)
+    from daemon_fast.data.records import DecodeWork, parts_of, process
+
     if output != "-":
         check_writable(output, force)
+        check_folder(parts_of(output))
     from daemon_fast.data.collect import weights_of
-    from daemon_fast.data.records import DecodeWork, process
 
     _quiet_transformers()
     decoder = _decoder(path, batch_size, **options)

@@ -20,6 +20,7 @@ import numpy as np
 from daemon_fast.errors import DataError, InvalidInput
 
 __all__ = [
+    "LOCK",
     "MANIFEST",
     "alone",
     "check_folder",

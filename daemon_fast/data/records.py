@@ -14,6 +14,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -36,7 +37,17 @@ from daemon_fast.data.formats import (
     write_parquet,
 )
 from daemon_fast.errors import DataError, InvalidInput, LowEffectiveSampleSize
-from daemon_fast.files import alone, check_same_run, check_writable, file_digest, replacing, writing
+from daemon_fast.files import (
+    LOCK,
+    MANIFEST,
+    alone,
+    check_folder,
+    check_same_run,
+    check_writable,
+    file_digest,
+    replacing,
+    writing,
+)
 from daemon_fast.progress import progress
 from daemon_fast.prompts import ASSISTANT, Messages, as_messages, is_chat
 from daemon_fast.seeds import batch_seed
@@ -45,7 +56,18 @@ if TYPE_CHECKING:
     from daemon_fast.decode import SIRDecoder
     from daemon_fast.proposals.base import Prefix
 
-__all__ = ["DecodeWork", "Item", "Record", "Summary", "Work", "as_item", "lookup", "process", "read_records"]
+__all__ = [
+    "DecodeWork",
+    "Item",
+    "Record",
+    "Summary",
+    "Work",
+    "as_item",
+    "lookup",
+    "parts_of",
+    "process",
+    "read_records",
+]
 
 Record = dict[str, Any]
 RESULT = "daemon"  # the field that a record gets
@@ -276,12 +298,39 @@ def process(
     if target == "-":
         return _stream(sources, work, field, chunk_size, description)
     check_writable(target, force)
-    folder = Path(f"{target}.parts")
-    output, kept = f"output {target}", f"what is done is kept in {folder}"
-    with writing(output, kept):
-        folder.mkdir(parents=True, exist_ok=True)
+    folder = parts_of(target)
+    check_folder(folder)
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
     with alone(folder):
-        return _process(sources, where, target, folder, work, settings, field, chunk_size, description, to_parquet)
+        try:
+            return _process(sources, where, target, folder, work, settings, field, chunk_size, description, to_parquet)
+        finally:
+            if not _holds_results(folder):
+                _clear(folder)  # a run that found nothing binds no other
+
+
+def parts_of(destination: str | os.PathLike[str]) -> Path:
+    """The folder that holds what is done of an output until all is."""
+    return Path(f"{os.fspath(destination)}.parts")
+
+
+def _holds_results(folder: Path) -> bool:
+    try:
+        with (folder / RESULTS).open("rb") as log:
+            return log.readline().endswith(b"\n")
+    except FileNotFoundError:
+        return False
+
+
+def _clear(folder: Path) -> None:
+    """Remove what runs wrote, and the folder, unless it holds something else."""
+    with suppress(OSError):
+        for name in (RESULTS, MANIFEST, SPOOL, LOCK):
+            (folder / name).unlink(missing_ok=True)
+        for left in folder.glob("*.tmp"):
+            left.unlink()
+        folder.rmdir()
 
 
 def _process(
@@ -290,21 +339,24 @@ def _process(
 ) -> Summary:  # fmt: skip
     output, kept = f"output {target}", f"what is done is kept in {folder}"
     run = {**settings, "field": field, "chunk_size": chunk_size}
+    if not _holds_results(folder):  # of a run that was killed before it found anything
+        for name in (RESULTS, MANIFEST):
+            (folder / name).unlink(missing_ok=True)
     if any(source.path is None or not source.path.is_file() for source in sources):  # a pipe can't be read twice
         sources = [_spooled(sources[0], folder, output)]
         run["source"] = file_digest(folder / SPOOL)
     else:
         run["source"] = [_identity(source) for source in sources]
     check_same_run(folder, run, "parts")
-    schema = _parquet_schema(sources, work) if to_parquet else None
-    total = sum(1 for source in sources for _ in rows(source))  # also finds a file that is cut off before the work
-    if not total:
-        raise DataError(f"{os.fspath(where)} holds no record")
-    with writing(output, kept):
-        _work_off(sources, folder / RESULTS, work, field, chunk_size, total, description)
-    errors = [result["error"] for result in _results(folder / RESULTS) if "error" in result]
-    with writing(output, kept):
-        with replacing(target) as file:
+    with _unchanged(sources, folder) as check:
+        schema = _parquet_schema(sources, work) if to_parquet else None
+        total = sum(1 for source in sources for _ in rows(source))  # also finds a file that is cut off before the work
+        if not total:
+            raise DataError(f"{os.fspath(where)} holds no record")
+        with writing(output, kept):
+            _work_off(sources, folder / RESULTS, work, field, chunk_size, total, description, check)
+        errors = [result["error"] for result in _results(folder / RESULTS) if "error" in result]
+        with writing(output, kept), replacing(target) as file:
             if schema is not None:
                 _join_parquet(sources, folder / RESULTS, file, schema)
             elif to_parquet:
@@ -313,8 +365,45 @@ def _process(
                 with compressed(target, file) as lines:
                     for item, result in zip(_all(sources, field), _results(folder / RESULTS), strict=True):
                         lines.write(_line(item, result))
-        shutil.rmtree(folder)
+            check()
+    (folder / RESULTS).unlink()
     return Summary(total, errors)
+
+
+@contextmanager
+def _unchanged(sources: Sequence[Source], folder: Path) -> Iterator[Callable[[], None]]:
+    """Files are read three times: before the work, for it, and to be written with what it found.
+
+    Yields
+    ------
+    What raises a DataError if one of them is another than at the start. An error on the way may be because of that.
+    """
+
+    def stamps() -> list[tuple[int, ...] | None]:
+        return [_stamp(source) for source in sources]
+
+    def check() -> None:
+        for source, was, now in zip(sources, start, stamps(), strict=True):
+            if was != now:
+                what = f"{source.name} was {'changed' if now else 'removed'} while this run read it"
+                kept = f": what is done is kept in {folder}, of the file as it was; delete it to begin again"
+                raise DataError(what + (kept if _holds_results(folder) else ": begin again"))
+
+    start = stamps()
+    try:
+        yield check
+    except Exception:
+        check()
+        raise
+
+
+def _stamp(source: Source) -> tuple[int, ...] | None:
+    assert source.path is not None
+    try:
+        found = source.path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _all(sources: Sequence[Source], field: str) -> Iterator[Item]:
@@ -359,15 +448,18 @@ def _identity(source: Source) -> list[Any]:
 
 
 def _work_off(
-    sources: Sequence[Source], log: Path, work: Work, field: str, chunk_size: int, total: int, description: str
-) -> None:
-    """Append what is found of each record to the log, from where an earlier run stopped."""
+    sources: Sequence[Source], log: Path, work: Work, field: str, chunk_size: int, total: int, description: str,
+    check: Callable[[], None],
+) -> None:  # fmt: skip
+    """Append what is found of each record to the log, from where an earlier run stopped; `check`: before each chunk."""
     done = _cut_to_whole_chunks(log, chunk_size, total)
     found = islice(_all(sources, field), done, None)
     with log.open("ab") as file, progress(desc=description, unit="record", total=total, initial=done) as bar:
         for number in range(done // chunk_size, -(-total // chunk_size)):
             chunk = list(islice(found, chunk_size))
-            file.write(b"".join(f"{to_json(result)}\n".encode() for result in _worked(chunk, work, number)))
+            found_of_chunk = _worked(chunk, work, number)
+            check()
+            file.write(b"".join(f"{to_json(result)}\n".encode() for result in found_of_chunk))
             file.flush()
             os.fsync(file.fileno())
             bar.update(len(chunk))
