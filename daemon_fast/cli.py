@@ -619,9 +619,9 @@ def metrics(
     By default prints their means over the texts that are not empty, and distinct_n: of the n-grams of all texts taken
     together those that are distinct. That takes about 70 bytes a token; the rest any size of FILE.
 
-    --json writes an object for each record, in order: its "source"; its "line", "row" (of Parquet) or "element" (of an
-    array), from 1; its "id"; and its metrics. Of an empty text they are null, and "empty" is true. A record that can't
-    be used has an "error" in their place.
+    --json writes an object for each record, in order: its "source", the file, by its path in a folder or from a
+    pattern on; its "line", "row" (of Parquet) or "element" (of an array), from 1; its "id"; and its metrics. Of an
+    empty text they are null, and "empty" is true. A record that can't be used has an "error" in their place.
 
     --filter writes the records for which CONDITION holds, as they were read, one of JSON a line: such as
     "sr_4 <= 0.2 and (tr_8 < 0.5 or gopher_violations == 0)". Metrics that it names are measured. Empty texts never

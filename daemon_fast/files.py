@@ -23,6 +23,7 @@ __all__ = [
     "LOCK",
     "MANIFEST",
     "alone",
+    "as_text",
     "check_folder",
     "check_same_run",
     "check_writable",
@@ -38,6 +39,14 @@ __all__ = [
 
 MANIFEST, LOCK = "manifest.json", "lock"
 Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+def as_text(name: str) -> str:
+    """A name of a file, or what else came by the command line, in UTF-8 also where the locale knows ASCII alone."""
+    try:
+        return os.fsencode(name).decode()
+    except UnicodeError:
+        return name
 
 
 def check_writable(path: str | os.PathLike[str], force: bool = False) -> None:

@@ -34,6 +34,7 @@ from daemon_fast.data.formats import (
     parquet_file,
     rows,
     to_json,
+    valid_json,
     write_parquet,
 )
 from daemon_fast.errors import DataError, InvalidInput, LowEffectiveSampleSize
@@ -85,10 +86,10 @@ class Item:
     ----------
     text : what the asked field holds
     chat : in its place, where that is a chat: its messages up to the assistant's last, which is the response
-    source : name of the file
+    source : name of the file; in a folder or by a pattern, its path from there
     number : of the line, row or element, from 1
     unit : "line"; "row" of a Parquet file; "element" of a JSON array
-    line : the record as it was read, one line of JSON; None where it was none
+    line : the record as it was read, one line of JSON, NaN and infinity included; None where it was none
     """
 
     record: Record
@@ -145,9 +146,9 @@ def read_records(
 
     Parameters
     ----------
-    where : a file, a folder, a pattern, or "-" for standard input. Formats, by name in any case: .jsonl or .ndjson (a
-        value a line), .json (an array, or lines), .txt (a text a line), each also with .gz or .zst; .parquet (it and
-        .zst need pyarrow). Blank lines are left out
+    where : a file, a folder, a pattern, or "-" for standard input, see `formats.find_sources`. Formats, by name in any
+        case: .jsonl or .ndjson (a value a line), .json (an array, or lines), .txt (a text a line), each also with .gz
+        or .zst; .parquet (it and .zst need pyarrow). Blank lines are left out
     field : that must be a string, "meta.title" or "messages.0.content" for one within others; the name that texts
         without one get: lines of text, strings of an array. None: none is asked for, and there must be records
     format : "json", "text" or "parquet", of files whose names don't tell
@@ -201,14 +202,8 @@ def _parsed(row: Row, field: str | None) -> tuple[Record, str | None, str | None
     text = text.rstrip("\r\n")
     if not row.is_json:
         return ({}, None, NO_RECORD) if field is None else ({field: text}, None, None)
-    beyond_json: list[str] = []  # NaN and infinity, which Python reads
-
-    def constant(name: str) -> float:
-        beyond_json.append(name)
-        return float(name)
-
     try:
-        record = json.loads(text, parse_constant=constant)
+        record = json.loads(text)
     except ValueError as error:
         return {}, None, f"is not JSON: {error}"
     except RecursionError:
@@ -219,7 +214,7 @@ def _parsed(row: Row, field: str | None) -> tuple[Record, str | None, str | None
         return {}, None, f"is no JSON object but {type(record).__name__}"
     if text.count("[") + text.count("{") > DEEPEST and _is_deep(record):
         return {}, None, TOO_DEEP
-    return record, None if beyond_json else text.strip(), None
+    return record, text.strip(), None
 
 
 def _is_deep(record: Record) -> bool:
@@ -514,7 +509,7 @@ def _results(log: Path) -> Iterator[Record]:
 def _line(item: Item, result: Record) -> bytes:
     """A line of JSON: the record's own text, so that no number of it changes, and the result."""
     if item.line is not None and RESULT not in item.record:
-        own = item.line[:-1].rstrip()
+        own = valid_json(item.line)[:-1].rstrip()
         return f'{own}{", " if item.record else ""}"{RESULT}": {to_json(result)}}}\n'.encode()
     return f"{to_json({**item.record, RESULT: result})}\n".encode()
 
