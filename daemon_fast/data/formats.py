@@ -56,6 +56,7 @@ FORMATS: dict[str, Format] = {
 }  # fmt: skip
 KNOWN = ".jsonl, .ndjson, .json, .txt (these also with .gz or .zst), .parquet"
 OUTPUTS = ".jsonl, .ndjson (these also with .gz or .zst), .parquet, or - for standard output"
+LINES = OUTPUTS.replace(" .parquet,", "")
 COMPRESSED = (".gz", ".zst")
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"  # what such a file begins with
 ZSTANDARD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # or a frame to skip, as pzstd writes first
@@ -237,20 +238,28 @@ def _uncompressed(name: str) -> str:
     return next((lower.removesuffix(suffix) for suffix in COMPRESSED if lower.endswith(suffix)), lower)
 
 
-def output_format(path: str | Path) -> Format:
+def output_format(path: str | Path, lines: bool = False) -> Format:
     """What a destination is to hold: "json" or "parquet".
+
+    Parameters
+    ----------
+    lines : whether it must be lines of JSON
 
     Raises
     ------
     InvalidInput
         Neither.
+    MissingPackage
+        It can't be written without.
     """
-    name = str(path)
+    name = str(path).lower()
+    if name.endswith((".zst", ".parquet")):
+        arrow("lib")
     if name == "-" or _uncompressed(name).endswith((".jsonl", ".ndjson")):
         return "json"
-    if name.lower().endswith(".parquet"):
+    if name.endswith(".parquet") and not lines:
         return "parquet"
-    raise InvalidInput(f"output {path}: unknown format. Known by name: {OUTPUTS}")
+    raise InvalidInput(f"output {path}: unknown format. Known by name: {LINES if lines else OUTPUTS}")
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
