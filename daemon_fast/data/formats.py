@@ -303,7 +303,8 @@ def _decompressed(source: Source, file: Any) -> IO[bytes]:
     elif packed := next((name for magic, name in NOT_READ.items() if re.match(magic, start)), None):
         raise DataError(f"{source.name} is packed by {packed}, which is not read: unpack it, or pack it as .gz or .zst")
     if start.startswith(PARQUET):
-        raise DataError(f"{source.name} is a Parquet file: give --format parquet, or a name that ends in .parquet")
+        or_name = ", or a name that ends in .parquet" if source.format is not None else ""  # a pipe has none
+        raise DataError(f"{source.name} is a Parquet file: give --format parquet{or_name}")
     start = buffered.peek(4)[:4]
     if start.startswith(UTF8_MARK):
         buffered.read(len(UTF8_MARK))

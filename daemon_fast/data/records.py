@@ -71,6 +71,7 @@ __all__ = [
 ]
 
 Record = dict[str, Any]
+Check = Callable[..., None]
 RESULT = "daemon"  # the field that a record gets
 RESULTS = "results.jsonl"  # the log of a run
 TOO_DEEP = "is nested too deeply"
@@ -366,25 +367,24 @@ def _process(
 
 
 @contextmanager
-def _unchanged(sources: Sequence[Source], folder: Path) -> Iterator[Callable[[], None]]:
+def _unchanged(sources: Sequence[Source], folder: Path) -> Iterator[Check]:
     """Files are read three times: before the work, for it, and to be written with what it found.
 
     Yields
     ------
-    What raises a DataError if one of them is another than at the start. An error on the way may be because of that.
+    What raises a DataError if one of those that it is given, by their names, is another than at the start. An error on
+    the way may be because of that.
     """
+    start = {source.name: (source, _stamp(source)) for source in sources}
 
-    def stamps() -> list[tuple[int, ...] | None]:
-        return [_stamp(source) for source in sources]
-
-    def check() -> None:
-        for source, was, now in zip(sources, start, stamps(), strict=True):
-            if was != now:
-                what = f"{source.name} was {'changed' if now else 'removed'} while this run read it"
+    def check(names: Iterable[str] = start) -> None:
+        for name in names:
+            source, was = start[name]
+            if (now := _stamp(source)) != was:
+                what = f"{name} was {'changed' if now else 'removed'} while this run read it"
                 kept = f": what is done is kept in {folder}, of the file as it was; delete it to begin again"
                 raise DataError(what + (kept if _holds_results(folder) else ": begin again"))
 
-    start = stamps()
     try:
         yield check
     except Exception:
@@ -401,9 +401,11 @@ def _stamp(source: Source) -> tuple[int, ...] | None:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _all(sources: Sequence[Source], field: str) -> Iterator[Item]:
+def _all(sources: Sequence[Source], field: str, check: Check | None = None) -> Iterator[Item]:
     for source in sources:
         yield from _items(source, field, chats=True)
+        if check is not None:
+            check([source.name])
 
 
 def _stream(sources: Sequence[Source], work: Work, field: str, chunk_size: int, description: str) -> Summary:
@@ -444,16 +446,16 @@ def _identity(source: Source) -> list[Any]:
 
 def _work_off(
     sources: Sequence[Source], log: Path, work: Work, field: str, chunk_size: int, total: int, description: str,
-    check: Callable[[], None],
+    check: Check,
 ) -> None:  # fmt: skip
-    """Append what is found of each record to the log, from where an earlier run stopped; `check`: before each chunk."""
+    """Append what is found of each record to the log, from where an earlier run stopped; `check`: see `_unchanged`."""
     done = _cut_to_whole_chunks(log, chunk_size, total)
-    found = islice(_all(sources, field), done, None)
+    found = islice(_all(sources, field, check), done, None)
     with log.open("ab") as file, progress(desc=description, unit="record", total=total, initial=done) as bar:
         for number in range(done // chunk_size, -(-total // chunk_size)):
             chunk = list(islice(found, chunk_size))
             found_of_chunk = _worked(chunk, work, number)
-            check()
+            check({item.source for item in chunk})
             file.write(b"".join(f"{to_json(result)}\n".encode() for result in found_of_chunk))
             file.flush()
             os.fsync(file.fileno())

@@ -247,6 +247,23 @@ def test_a_source_that_changes_gives_no_record_the_results_of_another(tmp_path, 
     assert [record["daemon"]["loud"] for record in read(out)] == [f"T{i}" for i in range(10)]
 
 
+def test_a_file_of_a_folder_that_is_emptied_is_refused_before_its_results_are_kept(tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out.jsonl"
+    data.mkdir()
+    for i in range(3):
+        write(data / f"{i}.jsonl", LINES[:4])
+
+    @Work
+    def changing(items, number):
+        if number == 0:
+            write(data / "1.jsonl", [])
+        return shout(items, number)
+
+    with pytest.raises(DataError, match=r"^1.jsonl was changed while this run read it: what is done is kept"):
+        process(data, out, changing, {}, chunk_size=2)
+    assert len(read(tmp_path / "out.jsonl.parts" / records.RESULTS)) == 4
+
+
 def test_parquet_that_changes_is_refused_too(tmp_path):
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
