@@ -546,7 +546,8 @@ def decode(
 
     Each record keeps its fields, and gets one more, "daemon": texts, metrics, ess, log_z; or error, if it can't be
     used: then the exit code is 1. Records keep their order. Files of any size; interrupted, it resumes, to the same
-    bytes. From Parquet to Parquet, columns keep their types.
+    bytes, where both INPUT and OUTPUT are files. INPUT must stay as it is meanwhile. From Parquet to Parquet, columns
+    keep their types.
     """
     from daemon_fast.data.formats import find_sources, output_format
     from daemon_fast.files import check_folder, check_writable
