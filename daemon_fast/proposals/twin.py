@@ -46,7 +46,7 @@ def unwrapped(model: Any) -> Any:
 
 
 # Of PEFT's adapters: those that act in its wrapper's forward, not in the layers of the model inside.
-OUTSIDE_ADAPTERS = ("XLORA", "POLY")
+OUTSIDE_ADAPTERS = ("XLORA", "POLY", "SHADOW")
 
 
 def _check_adapters(model: Any) -> None:
@@ -57,12 +57,14 @@ def _check_adapters(model: Any) -> None:
         kind, method = type(config).__name__, getattr(config.peft_type, "value", config.peft_type)
         if config.is_prompt_learning:
             raise InvalidInput(f"model has learned prompt tokens ({kind}), which candidates can't be drawn with")
-        if method in OUTSIDE_ADAPTERS or getattr(config, "alora_invocation_tokens", None):
-            name = f"{method}, {kind}" if method in OUTSIDE_ADAPTERS else f"aLoRA, {kind} with alora_invocation_tokens"
-            raise InvalidInput(
-                f"model has an adapter ({name}) that acts in PEFT's wrapper and depends on the whole text: candidates "
-                "can't be drawn with it; merge it, or use one that acts in the layers, such as LoRA"
-            )
+        if getattr(config, "alora_invocation_tokens", None):
+            kind, method = f"{kind} with alora_invocation_tokens", "aLoRA"
+        elif method not in OUTSIDE_ADAPTERS:
+            continue
+        raise InvalidInput(
+            f"model has an adapter of kind {method} ({kind}), which acts in PEFT's wrapper: candidates can't be drawn "
+            "with it, as they can with one that acts in the layers of the model, such as LoRA"
+        )
 
 
 def _compiled(module: Any) -> bool:
