@@ -45,6 +45,8 @@ BIAS_MULTIPLE = 16
 # A trial: two prompts of different lengths, M = 2 candidates of each, some steps.
 TRIAL_LENGTHS = (20, 3)
 TRIAL_STEPS = 4
+# The first is longer if attention has a window, of up to this many tokens: what lies behind one is tried, too.
+LONGEST_WINDOW = 128
 LONGEST_TRIAL = 48  # tokens, of those that show whether logits depend on what follows
 # Of the spread of log-probabilities. What rounding does is seen in one text by itself and in a batch: two ways that
 # are right may differ by some times that (SmolLM2: 6e-5). In 16 bits random models of two layers were seen to differ
@@ -152,12 +154,17 @@ def way_of(model: Twin) -> str:
 @torch.inference_mode()
 def _sizes(model: Twin) -> Tensor:
     """Root mean squares of some elements of each matrix, and of each single number: a gate."""
-    found = [torch.zeros((), device=model.device)]
-    for p in model.model.parameters():
-        if p.is_floating_point() and not p.is_meta and (p.ndim > 1 or p.numel() == 1) and p.numel() > 0:
-            some = p.reshape(-1)[:: p.numel() // SAMPLE | 1].float()  # an odd step: not all of one column
-            found.append((some.norm() / len(some) ** 0.5).to(model.device, torch.float32))
-    return torch.stack(found).cpu()
+    some = [
+        p.reshape(-1)[:: p.numel() // SAMPLE | 1]  # an odd step: not all of one column
+        for p in model.model.parameters()
+        # Quantised or sharded ones, which aren't plain tensors, are not trained.
+        if type(p.data) is Tensor and p.is_floating_point() and not p.is_meta and (p.ndim > 1 or p.numel() == 1)
+    ]
+    lengths = torch.tensor([len(x) for x in some], dtype=torch.float32, device="cpu")
+    if not some:
+        return lengths
+    norms = torch.stack([norm.to(model.device, torch.float32) for norm in torch._foreach_norm(some)])
+    return norms.cpu() / lengths.sqrt()
 
 
 def _outgrown(tried: Tensor, now: Tensor) -> bool:
@@ -173,9 +180,11 @@ def _try(model: Twin) -> tuple[str, bool]:
 
 
 def _first_right(model: Twin, tolerance: float) -> str:
-    longest = min(model.context or LONGEST_TRIAL, model.rope_switch or LONGEST_TRIAL) - TRIAL_STEPS
+    first, second = TRIAL_LENGTHS
+    wanted = max([first, *(window + TRIAL_STEPS for window in _windows(model))])
+    longest = min(model.context or wanted, model.rope_switch or wanted) - TRIAL_STEPS
     generator = torch.Generator().manual_seed(1)
-    lengths = [max(1, min(length, longest)) for length in TRIAL_LENGTHS]
+    lengths = [max(1, min(length, longest)) for length in (wanted, second)]
     drawn = torch.randint(model.config.vocab_size, (2, max(lengths)), generator=generator).tolist()
     trial = [row[:length] for row, length in zip(drawn, lengths, strict=True)]
     rows = [prompt for prompt in trial for _ in range(2)]
@@ -204,6 +213,13 @@ def _first_right(model: Twin, tolerance: float) -> str:
         stacklevel=7,
     )
     return "recomputed"
+
+
+def _windows(model: Twin) -> list[int]:
+    """Sizes of windows and chunks, as configurations name them, that a trial can pass."""
+    words = "window", "chunk", "local_attention"
+    sizes = [size for name, size in vars(model.config).items() if any(word in name for word in words)]
+    return [size for size in sizes if type(size) is int and size <= LONGEST_WINDOW]
 
 
 def _check_causal(model: Twin) -> tuple[float, bool]:
@@ -244,8 +260,8 @@ def _check_causal(model: Twin) -> tuple[float, bool]:
                 "that follow it (is_decoder = False?)"
             )
     half = length // 2
-    others = torch.cat([(ids[:, :half] + 1) % model.config.vocab_size, ids[:, half:]], dim=1)
-    effect = _difference(_log_probs(model.plain(others))[:, half:], whole[:, half:])
+    other = torch.cat([(ids[:1, :half] + 1) % model.config.vocab_size, ids[:1, half:]], dim=1)
+    effect = _difference(_log_probs(model.plain(other))[:, half:], whole[:1, half:])
     return max(rounding, min(tolerance, effect / 4)), effect >= SIGHT[halved] * tolerance
 
 

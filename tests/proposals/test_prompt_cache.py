@@ -358,6 +358,16 @@ def test_a_model_whose_arguments_can_not_be_seen():
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("window", [16, 30])
+@pytest.mark.parametrize("family", ["moshi", "mistral", "gemma2", "gpt_oss", "recurrent_gemma"])
+def test_windows_longer_than_a_short_text_are_tried(family, window):
+    field = "attention_window_size" if family == "recurrent_gemma" else "sliding_window"
+    model = families.build(family, **{field: window})
+    prefixes = [[(7 * i * i + 3 * i) % 59 + 2 for i in range(n)] for n in (40, 45, 3)]
+    assert largest_error(proposal(model, **FULL).propose(prefixes, seed=0), prefixes, model) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("scale", [0.0, 0.002, 0.02, "constant"])
 @pytest.mark.parametrize("family", ["bert", "zamba2", "doge", "diffllama", "moshi"])
 def test_weights_that_are_loaded_after_the_trial(family, scale):
