@@ -182,9 +182,9 @@ def _try(model: Twin) -> tuple[str, bool]:
 def _first_right(model: Twin, tolerance: float) -> str:
     first, second = TRIAL_LENGTHS
     wanted = max([first, *(window + TRIAL_STEPS for window in _windows(model))])
-    longest = min(model.context or wanted, model.rope_switch or wanted) - TRIAL_STEPS
+    most = min(n - TRIAL_STEPS for n in (model.context, model.rope_switch, wanted + TRIAL_STEPS) if n)
     generator = torch.Generator().manual_seed(1)
-    lengths = [max(1, min(length, longest)) for length in (wanted, second)]
+    lengths = [max(1, min(length, most)) for length in (wanted, second)]
     drawn = torch.randint(model.config.vocab_size, (2, max(lengths)), generator=generator).tolist()
     trial = [row[:length] for row, length in zip(drawn, lengths, strict=True)]
     rows = [prompt for prompt in trial for _ in range(2)]
@@ -216,8 +216,8 @@ def _first_right(model: Twin, tolerance: float) -> str:
 
 
 def _windows(model: Twin) -> list[int]:
-    """Sizes of windows and chunks, as configurations name them, that a trial can pass."""
-    words = "window", "chunk", "local_attention"
+    """Those of attention, as configurations name them, that a trial can pass."""
+    words = "window", "local_attention", "attention_chunk"
     sizes = [size for name, size in vars(model.config).items() if any(word in name for word in words)]
     return [size for size in sizes if type(size) is int and size <= LONGEST_WINDOW]
 
