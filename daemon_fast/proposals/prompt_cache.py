@@ -45,11 +45,22 @@ BIAS_MULTIPLE = 16
 # A trial: two prompts of different lengths, M = 2 candidates of each, some steps.
 TRIAL_LENGTHS = (20, 3)
 TRIAL_STEPS = 4
+# The first is longer if attention has a window, of up to this many tokens: what lies behind one is tried, too.
+LONGEST_WINDOW = 128
 LONGEST_TRIAL = 48  # tokens, of those that show whether logits depend on what follows
-# Of the largest logit. What rounding does is seen in one text by itself and in a batch: two ways that are right may
-# differ by some times that (SmolLM2: 6e-5). In 16 bits random models of two layers were seen to differ by 0.06.
-LEAST_TOLERANCE, MOST_TOLERANCE, NOISE = 2e-5, 1e-3, 100
+# Of the spread of log-probabilities. What rounding does is seen in one text by itself and in a batch: two ways that
+# are right may differ by some times that (SmolLM2: 6e-5). In 16 bits random models of two layers were seen to differ
+# by 0.06.
+LEAST_TOLERANCE, MOST_TOLERANCE, NOISE = 4e-5, 1e-3, 100
 TOLERANCE_16_BITS = 0.15
+ROUNDING = 4  # times the resolution of the largest logit and log-probability, which no tolerance is below
+# A log-probability below which a token is masked: paddings of a vocabulary are, by -1e4, -1e9 or -inf.
+MASKED = -1e3
+# A trial shows what it is for if earlier tokens move log-probabilities by some times the tolerance.
+SIGHT = {False: 50, True: 2}  # in 32 bits, in 16
+# A trial says little of what weights near zero will do, an untrained model's or adapter's. Its outcome is kept until
+# one has grown by this factor, by a sample of its elements: training needs few trials, a checkpoint that is loaded one.
+GROWTH, SAMPLE = 4, 64
 
 
 @dataclass(frozen=True)
@@ -114,8 +125,8 @@ CACHES = ("past_key_values", "cache_params", "state")
 
 # ---- which way ------------------------------------------------------------------------------------------------------
 
-# Of each model: what it was when it was tried, and what came out. Weights have no part in it.
-_tried: WeakKeyDictionary[Any, tuple[Any, str]] = WeakKeyDictionary()
+# Of each model that was tried: what it was, what came out, and how large its weights were, see `_sizes`.
+_tried: WeakKeyDictionary[Any, tuple[Any, str, Tensor]] = WeakKeyDictionary()
 
 
 def way_of(model: Twin) -> str:
@@ -126,27 +137,62 @@ def way_of(model: Twin) -> str:
     InvalidInput
         The model is no causal language model: a token's logits depend on what follows it.
     """
-    structure = model.structure
-    found = _tried.get(model.model)
-    if found is None or found[0] != structure:
-        found = _tried[model.model] = structure, _try(model)
-    return found[1]
+    if model.way is None:
+        found = _tried.get(model.model)
+        sizes = _sizes(model)
+        if found is not None and found[0] == model.structure and not _outgrown(found[2], sizes):
+            model.way = found[1]
+        else:
+            model.way, sees = _try(model)
+            if sees:  # else what came out holds for the weights that the model has now
+                _tried[model.model] = model.structure, model.way, sizes
+            else:
+                _tried.pop(model.model, None)
+    return model.way
 
 
 @torch.inference_mode()
-def _try(model: Twin) -> str:
-    tolerance = _check_causal(model)
-    longest = min(model.context or LONGEST_TRIAL, model.rope_switch or LONGEST_TRIAL) - TRIAL_STEPS
+def _sizes(model: Twin) -> Tensor:
+    """Root mean squares of some elements of each matrix, and of each single number: a gate."""
+    some = [
+        p.reshape(-1)[:: p.numel() // SAMPLE | 1]  # an odd step: not all of one column
+        for p in model.model.parameters()
+        # Quantised or sharded ones, which aren't plain tensors, are not trained.
+        if type(p.data) is Tensor and p.is_floating_point() and not p.is_meta and (p.ndim > 1 or p.numel() == 1)
+    ]
+    lengths = torch.tensor([len(x) for x in some], dtype=torch.float32, device="cpu")
+    if not some:
+        return lengths
+    norms = torch.stack([norm.to(model.device, torch.float32) for norm in torch._foreach_norm(some)])
+    return norms.cpu() / lengths.sqrt()
+
+
+def _outgrown(tried: Tensor, now: Tensor) -> bool:
+    """Whether any part of the model may do now what it did too little of in the trial to be seen."""
+    return len(tried) != len(now) or bool((now > GROWTH * tried).any())
+
+
+@torch.inference_mode()
+def _try(model: Twin) -> tuple[str, bool]:
+    """The way, and whether the weights are such that another would have been told from it."""
+    tolerance, sees = _check_causal(model)
+    return _first_right(model, tolerance), sees
+
+
+def _first_right(model: Twin, tolerance: float) -> str:
+    first, second = TRIAL_LENGTHS
+    wanted = max([first, *(window + TRIAL_STEPS for window in _windows(model))])
+    most = min(n - TRIAL_STEPS for n in (model.context, model.rope_switch, wanted + TRIAL_STEPS) if n)
     generator = torch.Generator().manual_seed(1)
-    lengths = [max(1, min(length, longest)) for length in TRIAL_LENGTHS]
+    lengths = [max(1, min(length, most)) for length in (wanted, second)]
     drawn = torch.randint(model.config.vocab_size, (2, max(lengths)), generator=generator).tolist()
     trial = [row[:length] for row, length in zip(drawn, lengths, strict=True)]
     rows = [prompt for prompt in trial for _ in range(2)]
     added = torch.randint(model.config.vocab_size, (4, TRIAL_STEPS), generator=generator)
     plain = []
     for row, more in zip(rows, added.tolist(), strict=True):
-        logits = model.plain(torch.tensor([[*row, *more]], device=model.device))[0].float()
-        plain.append(logits[len(row) - 1 :])
+        logits = model.plain(torch.tensor([[*row, *more]], device=model.device))
+        plain.append(_log_probs(logits)[0, len(row) - 1 :])
     reasons: list[str] = []
     for way in ("shared", "growing"):
         try:
@@ -155,7 +201,7 @@ def _try(model: Twin) -> str:
                     warnings.warn(
                         f"{model.name} {reasons[0]}: its candidates are drawn with the model's own growing cache, "
                         "which gives the same results more slowly",
-                        stacklevel=5,
+                        stacklevel=7,
                     )
                 return way
             reasons.append("gives other logits with our attention than with its own")
@@ -164,13 +210,21 @@ def _try(model: Twin) -> str:
     warnings.warn(
         f"{model.name} has no cache that can be kept: each step of its candidates computes the whole text again, which "
         "gives the same results much more slowly",
-        stacklevel=5,
+        stacklevel=7,
     )
     return "recomputed"
 
 
-def _check_causal(model: Twin) -> float:
-    """The difference, of the largest logit, that rounding may make.
+def _windows(model: Twin) -> list[int]:
+    """Those of attention, as configurations name them, that a trial can pass."""
+    words = "window", "local_attention", "attention_chunk"
+    sizes = [size for name, size in vars(model.config).items() if any(word in name for word in words)]
+    return [size for size in sizes if type(size) is int and size <= LONGEST_WINDOW]
+
+
+def _check_causal(model: Twin) -> tuple[float, bool]:
+    """By how much log-probabilities of one way may differ from another's, and whether earlier tokens move them by far
+    more.
 
     Raises
     ------
@@ -181,25 +235,50 @@ def _check_causal(model: Twin) -> float:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (3, length), generator=generator).to(model.device)
     try:
-        whole = model.plain(ids).float()
+        logits = model.plain(ids)
     except Exception as error:  # whatever a model raises that reads something else
         said = " ".join(str(error).split())[:200]
         raise InvalidInput(
             f"{model.name} can't be run over texts of token ids [B, T]: {type(error).__name__}: {said}"
         ) from error
-    if model.dtype in (torch.float16, torch.bfloat16):
-        tolerance = TOLERANCE_16_BITS
+    whole = _log_probs(logits)
+    spread = _spread(whole.flatten(0, 1))
+    if halved := model.dtype in (torch.float16, torch.bfloat16):
+        tolerance = TOLERANCE_16_BITS * spread
     else:
-        alone = torch.cat([model.plain(row[None]).float() for row in ids])
-        noise = float((alone - whole).abs().max()) / max(1.0, float(whole.abs().max()))
-        tolerance = min(max(LEAST_TOLERANCE, NOISE * noise), MOST_TOLERANCE)
+        alone = torch.cat([_log_probs(model.plain(row[None])) for row in ids])
+        noise = _difference(alone, whole)
+        tolerance = min(max(LEAST_TOLERANCE * spread, NOISE * noise), MOST_TOLERANCE * spread)
+    largest = [float(x.masked_fill(whole <= MASKED, 0).abs().max()) for x in (logits, whole)]
+    eps = [torch.finfo(x.dtype).eps for x in (logits, whole)]
+    rounding = max(ROUNDING * e * x for e, x in zip(eps, largest, strict=True))
+    tolerance = max(tolerance, rounding)
     for cut in sorted({1 + i * (length - 1) // 6 for i in range(6)}):
-        if not _near(model.plain(ids[:, :cut]).float(), whole[:, :cut], tolerance):
+        if not _difference(_log_probs(model.plain(ids[:, :cut])), whole[:, :cut]) <= tolerance:
             raise InvalidInput(
                 f"{model.name} is no causal language model as it is configured: the logits of a token depend on those "
                 "that follow it (is_decoder = False?)"
             )
-    return tolerance
+    half = length // 2
+    other = torch.cat([(ids[:1, :half] + 1) % model.config.vocab_size, ids[:1, half:]], dim=1)
+    effect = _difference(_log_probs(model.plain(other))[:, half:], whole[:1, half:])
+    return max(rounding, min(tolerance, effect / 4)), effect >= SIGHT[halved] * tolerance
+
+
+def _log_probs(logits: Tensor) -> Tensor:
+    return logits.float().log_softmax(-1)
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """The largest of log-probabilities, without tokens that are masked in both; NaN if there is one."""
+    return float((a - b).abs().masked_fill((a <= MASKED) & (b <= MASKED), 0).max())
+
+
+def _spread(log_p: Tensor) -> float:
+    """How far a token's log-probability is at most from its mean over all rows of log_p [n, V], where not masked."""
+    masked = log_p <= MASKED
+    mean = log_p.masked_fill(masked, 0).sum(0) / (~masked).sum(0).clamp_min(1)
+    return float((log_p - mean).abs().masked_fill(masked, 0).max())
 
 
 def _agrees(
@@ -218,15 +297,11 @@ def _agrees(
         cache.load(model, prompts)
         slot = torch.zeros(1, dtype=torch.int64, device=model.device)
         for t in range(TRIAL_STEPS):
-            got = cache.step(added[:, t].to(model.device), slot, cache.window(t)).float()
-            if not all(_near(g, want[t + 1], tolerance) for g, want in zip(got, plain, strict=True)):
+            got = _log_probs(cache.step(added[:, t].to(model.device), slot, cache.window(t)))
+            if not _difference(got, torch.stack([want[t + 1] for want in plain])) <= tolerance:
                 return False
             slot += 1
     return True
-
-
-def _near(got: Tensor, want: Tensor, tolerance: float) -> bool:
-    return float((got - want).abs().max()) <= tolerance * max(1.0, float(want.abs().max()))
 
 
 def cache_for(

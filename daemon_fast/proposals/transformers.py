@@ -120,16 +120,12 @@ class TransformersProposal:
         rows = tokenize(prefixes, self.tokenizer, size, context, most)
         switch = rope_switch(self.model)
         for i, row in enumerate(rows):
-            if switch is not None and len(row) <= switch < len(row) + most:
-                raise InvalidInput(
-                    f"prefix {i} has {len(row)} tokens; with max_new_tokens = {most} it passes {switch}, from "
-                    "where on this model's rotary embeddings change, also for the tokens before: no text across that "
-                    "has one probability"
-                )
+            _check_switch(switch, i, len(row), most, f"max_new_tokens = {most}")
         return rows
 
     def propose(self, prefixes: Sequence[Prefix], seed: int | Sequence[int]) -> Candidates:
-        """M candidates of each prefix, all prefixes in one batch.
+        """M candidates of each prefix, all prefixes in one batch; in two if rotary embeddings change with the length
+        (LongRoPE) and prefixes lie on both sides. The model runs in the dtype of its weights: autocast is off for it.
 
         Nothing is kept from call to call that the model's weights decide. On CUDA a step is captured in a graph, which
         serves later calls of about the same shape (as long prompts once they are padded, half as many or more) for as
@@ -160,6 +156,22 @@ class TransformersProposal:
         """See `_Batch.run`."""
         model = Twin(self.model)
         self.path = way_of(model)
+        sides = _sides(model, tokens)
+        if len(sides) == 1:
+            return self._draw_together(model, tokens, seeds)
+        if len(seeds) == 1:
+            generator = torch.Generator().manual_seed(seeds[0])
+            seeds = torch.randint(2**63 - 1, (len(tokens),), generator=generator, device="cpu").tolist()
+        parts = [
+            # Copies: another draw may write where this one's results lie.
+            [x.clone() for x in self._draw_together(model, [tokens[i] for i in side], [seeds[i] for i in side])]
+            for side in sides
+        ]
+        order = torch.tensor([i for side in sides for i in side], device=model.device).argsort()
+        joined = [torch.cat(columns) for columns in zip(*parts, strict=True)]
+        return tuple(x.view(len(tokens), -1, *x.shape[1:])[order].flatten(0, 1) for x in joined)
+
+    def _draw_together(self, model: Twin, tokens: list[list[int]], seeds: list[int]) -> tuple[Tensor, ...]:
         prompts = process(model, tokens, cached=self.path != "recomputed")
         state = model.state() if model.device.type == "cuda" else None
         batch = self._kept_for(prompts, state)
@@ -211,7 +223,8 @@ class TransformersProposal:
         Raises
         ------
         InvalidInput
-            None, an empty one, a token outside the vocabulary; or a model that is no causal LM.
+            None, an empty one, a token outside the vocabulary, a text too long for the model's context; or a model that
+            is no causal LM.
         """
         model = Twin(self.model)
         way_of(model)  # refuses what is no causal language model
@@ -231,6 +244,14 @@ class TransformersProposal:
                 if bad := [token for token in row if not 0 <= token < size]:
                     raise InvalidInput(f"{name} {i} has token {bad[0]}, outside the vocabulary of {size}")
         rows = [p + c for p, c in zip(prefix_tokens, continuations, strict=True)]
+        for i, (prefix, row) in enumerate(zip(prefix_tokens, rows, strict=True)):
+            added = f"its continuation of {len(row) - len(prefix)}"
+            if model.context is not None and len(row) > model.context:
+                raise InvalidInput(
+                    f"prefix {i} has {len(prefix)} tokens; with {added} it exceeds the model's context of "
+                    f"{model.context}"
+                )
+            _check_switch(model.rope_switch, i, len(prefix), len(row) - len(prefix), added)
         ended, lengths = ends(continuations, self.eos_token_ids, self.settings.count_eos)
         shape = len(rows), max(map(len, continuations))
         tokens = torch.zeros(shape, dtype=torch.int64, device="cpu")
@@ -238,19 +259,36 @@ class TransformersProposal:
         sampler = self._sampler.on(model.device)
         together = SCORE_LOGITS.get(model.device.type, SCORE_LOGITS["cpu"])
         batch_size = max(1, together // (size * max(map(len, rows))))
-        for begin in range(0, len(rows), batch_size):
-            batch = rows[begin : begin + batch_size]
+        sides = _sides(model, rows)
+        for batch in (side[i : i + batch_size] for side in sides for i in range(0, len(side), batch_size)):
             # Padding on the right is invisible to a causal model.
-            padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(r, device="cpu") for r in batch], batch_first=True)
+            texts = [torch.tensor(rows[i], device="cpu") for i in batch]
+            padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
             with torch.inference_mode():
                 logits = model.plain(padded.to(model.device))
-                for i, row in enumerate(batch, begin):
+                for i, of_text in zip(batch, logits, strict=True):
                     n, start = len(continuations[i]), len(prefix_tokens[i])
-                    ids = torch.tensor(row[start:], device=model.device)
-                    own = logits[i - begin, start - 1 : start - 1 + n].float()
+                    ids = torch.tensor(rows[i][start:], device=model.device)
+                    own = of_text[start - 1 : start - 1 + n].float()
                     step_p, step_q = sampler.log_probs(own, min(n, self.settings.min_new_tokens), ids)
                     tokens[i, :n], log_p[i, :n], log_q[i, :n] = ids.cpu(), step_p.cpu(), step_q.cpu()
         return Candidates(tokens, lengths, log_p, log_q, prefix_tokens, self.detokenize, ended)
+
+
+def _check_switch(switch: int | None, i: int, length: int, added: int, named: str) -> None:
+    """Refuse a prefix of this length that rotary embeddings change behind: see `rope_switch`."""
+    if switch is not None and length <= switch < length + added:
+        raise InvalidInput(
+            f"prefix {i} has {length} tokens; with {named} it passes {switch}, from where on this model's rotary "
+            "embeddings change, also for the tokens before: no text across that has one probability"
+        )
+
+
+def _sides(model: Twin, rows: list[list[int]]) -> list[list[int]]:
+    """Places of what can be run in one batch, whose longest text decides on rotary embeddings: see `rope_switch`."""
+    long = [model.rope_switch is not None and len(row) > model.rope_switch for row in rows]
+    sides = ([i for i, own in enumerate(long) if own == side] for side in (False, True))
+    return [side for side in sides if side]
 
 
 class _Sampler:

@@ -29,7 +29,7 @@ def unwrapped(model: Any) -> Any:
     Raises
     ------
     InvalidInput
-        PEFT's prompt tuning or the like, which needs its wrapper.
+        An adapter of PEFT's that acts in its wrapper: prompt tuning, aLoRA, X-LoRA and the like.
     """
     while True:
         if _compiled(model):
@@ -37,14 +37,34 @@ def unwrapped(model: Any) -> Any:
         elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
         elif hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
-            if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-                kind = type(model.active_peft_config).__name__
-                raise InvalidInput(f"model has learned prompt tokens ({kind}), which candidates can't be drawn with")
+            _check_adapters(model)
             model = model.get_base_model()
         elif isinstance(getattr(model, "pretrained_model", None), nn.Module):
             model = model.pretrained_model
         else:
             return model
+
+
+# Of PEFT's adapters: those that act in its wrapper's forward, not in the layers of the model inside.
+OUTSIDE_ADAPTERS = ("XLORA", "POLY", "SHADOW")
+
+
+def _check_adapters(model: Any) -> None:
+    if getattr(model, "_adapters_disabled", False):
+        return
+    configs = [model.active_peft_config, *(model.peft_config[name] for name in model.active_adapters)]
+    for config in configs:
+        kind, method = type(config).__name__, getattr(config.peft_type, "value", config.peft_type)
+        if config.is_prompt_learning:
+            raise InvalidInput(f"model has learned prompt tokens ({kind}), which candidates can't be drawn with")
+        if getattr(config, "alora_invocation_tokens", None):
+            kind, method = f"{kind} with alora_invocation_tokens", "aLoRA"
+        elif method not in OUTSIDE_ADAPTERS:
+            continue
+        raise InvalidInput(
+            f"model has an adapter of kind {method} ({kind}), which acts in PEFT's wrapper: candidates can't be drawn "
+            "with it, as they can with one that acts in the layers of the model, such as LoRA"
+        )
 
 
 def _compiled(module: Any) -> bool:
@@ -64,8 +84,19 @@ def text_config(model: Any) -> Any:
 
 def context_of(model: Any) -> int | None:
     """Tokens that the model can hold; None where it doesn't say, or any number."""
-    size = getattr(text_config(model), "max_position_embeddings", None)
-    return size if isinstance(size, int) and size > 0 else None
+    config = text_config(model)
+    sizes = [getattr(config, name, None) for name in CONTEXTS]
+    size = next((n for n in sizes if isinstance(n, int) and n > 0), None)
+    if size is None:
+        return None
+    # RoBERTa and its kind number positions from the one behind the padding's.
+    tables = [getattr(module, "position_embeddings", None) for module in unwrapped(model).modules()]
+    unused = [t.padding_idx + 1 for t in tables if isinstance(t, nn.Embedding) and t.padding_idx is not None]
+    return size - max(unused, default=0)
+
+
+# What configurations call the context.
+CONTEXTS = ("max_position_embeddings", "max_seq_len", "max_target_positions")
 
 
 def rope_switch(model: Any) -> int | None:
@@ -99,7 +130,10 @@ class Twin:
     model : the user's, unwrapped
     module : the twin
     config : of its language model
+    way : how it is run, once that is known: see `daemon_fast.proposals.prompt_cache.way_of`
     """
+
+    way: str | None = None
 
     def __init__(self, model: Any) -> None:
         self.model = unwrapped(model)
@@ -118,11 +152,19 @@ class Twin:
     def dtype(self) -> torch.dtype:
         return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
 
-    @property
+    @functools.cached_property
     def structure(self) -> tuple[Any, ...]:
-        """What decides how the model can be run: its classes, a `forward` of a module's own, its configuration; not its
-        weights."""
-        kinds = [(type(module), id(vars(module).get("forward"))) for module in self.model.modules()]
+        """What decides how the model can be run: its classes, a `forward` of a module's own, hooks, switches (such as
+        `is_causal`), its configuration; not its weights."""
+        kinds = [
+            (
+                type(module),
+                id(vars(module).get("forward")),
+                (*module._forward_pre_hooks, *module._forward_hooks),  # numbers that torch gives out once
+                tuple((k, v) for k, v in vars(module).items() if type(v) is bool and k not in MODES and k[0] != "_"),
+            )
+            for module in self.model.modules()
+        ]
         return (*kinds, repr(self.config.to_dict()), self._attention)
 
     def state(self) -> int:
@@ -146,12 +188,14 @@ class Twin:
         self.config._attn_implementation = self._attention if implementation is None else implementation
 
     def __call__(self, ids: Tensor, positions: Tensor | None = None, **options: Any) -> Any:
-        """The model's output for ids [B, T]. `positions` and logits_to_keep are left out where it doesn't take them."""
+        """The model's output for ids [B, T], in the dtype of its weights, whatever autocast says. `positions` and
+        logits_to_keep are left out where it doesn't take them."""
         if positions is not None and "position_ids" in self._accepts:
             options["position_ids"] = positions
         if "logits_to_keep" not in self._accepts:
             options.pop("logits_to_keep", None)
-        return self.module(input_ids=ids, return_dict=True, **options)
+        with torch.autocast(self.device.type, enabled=False):
+            return self.module(input_ids=ids, return_dict=True, **options)
 
     def plain(self, ids: Tensor) -> Tensor:
         """[B, T, V] logits of ids [B, T] by one pass without a cache: what every other way is held against."""
@@ -227,5 +271,7 @@ def _plain(value: Any) -> Any:
     return tuple(map(_plain, value)) if isinstance(value, list | tuple) else id(value)
 
 
+# Switches that a twin has its own of.
+MODES = {"training", "gradient_checkpointing"}
 # Of torch's modules: dictionaries that hold no module.
 SHARED = {name for name in vars(nn.Module()) if name.startswith("_")}

@@ -338,7 +338,7 @@ def test_a_step_of_every_family_is_legal_in_a_capture(family, monkeypatch):
         warnings.simplefilter("ignore")
         model = make_believe.moved(families.build(family).to(torch.bfloat16))
         p, twin = TransformersProposal(model, None, eos_token_ids=conformance.EOS, **settings), Twin(model)
-        monkeypatch.setitem(prompt_cache._tried, twin.model, (twin.structure, "shared"))
+        monkeypatch.setitem(prompt_cache._tried, twin.model, (twin.structure, "shared", prompt_cache._sizes(twin)))
         prompts = process(twin, BATCHES[0])
         for share in (False, True):
             monkeypatch.setattr(prompt_cache, "SHARE_FROM", {"cuda": 0 if share else 10**9})

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import importlib.util
 import warnings
 
+import families
 import pytest
 import tiny
 import torch
@@ -18,6 +21,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 
 from daemon_fast import TransformersProposal
@@ -25,7 +30,7 @@ from daemon_fast.errors import InvalidInput
 from daemon_fast.proposals import prompt_cache
 from daemon_fast.proposals import transformers as drawing
 from daemon_fast.proposals.prompt_cache import GrowingPromptCache, SharedPromptCache, process, way_of
-from daemon_fast.proposals.twin import Twin
+from daemon_fast.proposals.twin import Twin, context_of
 
 M, STEPS = 3, 7
 PROMPTS = {"padded": [[5, 9, 30], [7], [3, 4, 5, 6, 7, 8, 9, 10, 11]], "equal lengths": [[5, 9, 30], [8, 8, 2]]}
@@ -210,6 +215,263 @@ def test_a_model_that_sees_what_follows_is_refused():
         proposal(model, max_new_tokens=6).propose([[5, 9, 30]], seed=0)
     with pytest.raises(InvalidInput, match="is no causal language model"):
         proposal(model, max_new_tokens=6).score([[5, 9]], [[30]])
+
+
+def largest_error(candidates, prefixes, model):
+    """Of log-probabilities, against one plain pass over each text."""
+    m, worst = len(candidates.tokens) // len(prefixes), 0.0
+    for r, row in enumerate(candidates.tokens.tolist()):
+        prefix, log_p = list(prefixes[r // m]), candidates.token_log_p[r]
+        row = row[: int((log_p != 0).sum())]
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([prefix + row]), use_cache=False).logits[0, len(prefix) - 1 : -1]
+        want = logits.double().log_softmax(-1)[range(len(row)), row]
+        worst = max(worst, float((log_p[: len(row)].double() - want).abs().max()))
+    return worst
+
+
+FULL = {"max_new_tokens": 8, "min_new_tokens": 8, "num_candidates": 4}
+
+
+# ---- texts of different lengths -------------------------------------------------------------------------------------
+
+SWITCH = 16
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": SWITCH,
+    "short_factor": [1.0] * (families.HEAD // 2), "long_factor": [2.0] * (families.HEAD // 2),
+}  # fmt: skip
+SIDES = [list(range(2, 32)), [5, 6], list(range(20, 40)), [7, 6, 8], [9, 3]]
+
+
+def longrope(family):
+    extra = {"original_max_position_embeddings": SWITCH} if family == "phi3" else {}
+    return families.build(family, rope_parameters=LONGROPE, **extra)
+
+
+@pytest.mark.parametrize("family", ["phi3", "llama"])
+def test_prefixes_on_both_sides_of_a_change_of_rotary_embeddings(family):
+    p = proposal(longrope(family), **FULL)
+    for prefixes in (SIDES, SIDES[::-1], SIDES[:2]):
+        c = p.propose(prefixes, seed=0)
+        assert largest_error(c, prefixes, p.model) < 1e-4
+        assert torch.equal(c.tokens, p.propose(prefixes, seed=0).tokens)
+        assert len({tuple(row) for row in c.tokens.tolist()}) == len(c.tokens)  # no random numbers twice
+    together = p.propose(SIDES, seed=[3, 4, 5, 6, 7])
+    for i, prefix in enumerate(SIDES):
+        assert_same(together.of_prefix(i), p.propose([prefix], seed=[3 + i]))
+
+
+@pytest.mark.parametrize("rope", [LONGROPE, {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}])
+def test_scores_of_texts_of_many_lengths(rope):
+    p = proposal(families.build("llama", rope_parameters=rope))
+    texts = [([5, 9], [30, 4]), (list(range(2, 20)), list(range(3, 40))), ([7] * 20, [8]), ([7], [9] * 15)]
+    prefixes, continuations = map(list, zip(*texts, strict=True))
+    scored = p.score(prefixes, continuations)
+    for i, row in enumerate(continuations):
+        assert scored.tokens[i, : len(row)].tolist() == row
+    assert largest_error(scored, prefixes, p.model) < 1e-4
+
+
+def test_scores_of_texts_that_no_one_probability_is_of():
+    with pytest.raises(InvalidInput, match=r"prefix 1 has 2 tokens; with its continuation of 20 it passes 16"):
+        proposal(longrope("llama")).score([[5], [5, 9]], [[4], [4] * 20])
+    with pytest.raises(InvalidInput, match=r"prefix 1 has 10 tokens; with its continuation of 55 it exceeds .* of 64"):
+        proposal(tiny.model("gpt2")).score([[5], [5] * 10], [[4], [4] * 55])
+    assert proposal(tiny.model("gpt2")).score([[5] * 10], [[4] * 54]).token_log_p.shape == (1, 54)
+
+
+LENGTHS = {
+    "gpt2": 64, "llama": 64, "bart": 64, "mpt": 64, "whisper": 64, "roberta, is_decoder": 63, "xmod, is_decoder": 63,
+    "camembert, is_decoder": 63, "xlm-roberta, is_decoder": 63, "data2vec-text, is_decoder": 63,
+}  # fmt: skip
+
+
+@torch.inference_mode()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", LENGTHS)
+def test_the_context_is_what_the_model_can_run_over(family):
+    model = families.build(family)
+    assert context_of(model) == LENGTHS[family]
+    twin = Twin(model)
+    assert twin.plain(torch.full((1, LENGTHS[family]), 5)).isfinite().all()
+    if family != "llama":  # whose positions have no table
+        with pytest.raises((IndexError, RuntimeError)):
+            twin.plain(torch.full((1, LENGTHS[family] + 1), 5))
+    c = proposal(model, **FULL).propose([[5] * (LENGTHS[family] - 8)], seed=0)
+    assert c.shape == (1, 4)
+    with pytest.raises(InvalidInput, match=f"context of {LENGTHS[family]}"):
+        proposal(model, **FULL).propose([[5] * (LENGTHS[family] - 7)], seed=0)
+
+
+# ---- what a trial sees ----------------------------------------------------------------------------------------------
+
+
+def bert():
+    shape = {"vocab_size": tiny.VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    return BertLMHeadModel(BertConfig(**shape, num_attention_heads=4, initializer_range=0.4)).eval()
+
+
+def without_causal_mask():
+    model = tiny.model("llama")
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    return model
+
+
+@pytest.mark.parametrize("value", [-100.0, -1e4, -1e9, torch.finfo(torch.float32).min, -torch.inf])
+def test_masked_logits_hide_nothing(value):
+    """The vocabulary's padding is masked in many ways."""
+
+    def masked(model):
+        model.get_output_embeddings().register_forward_hook(
+            lambda module, inputs, out: out.index_fill(-1, torch.tensor([1, 60, 61]), value)
+        )
+        return model
+
+    prefixes = PROMPTS["padded"]
+    for family in ("llama", "diffllama", "doge"):
+        model = masked(families.build(family))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert largest_error(proposal(model, **FULL).propose(prefixes, seed=0), prefixes, model) < 1e-4
+    for other in (bert(), without_causal_mask()):
+        with pytest.raises(InvalidInput, match="no causal language model"):
+            proposal(masked(other), **FULL).propose(prefixes, seed=0)
+
+
+class AnyArguments(LlamaForCausalLM):
+    """Which arguments it takes can't be seen; and logits that are masked."""
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits[..., 60:] = torch.finfo(out.logits.dtype).min
+        return out
+
+
+def test_a_model_whose_arguments_can_not_be_seen():
+    torch.manual_seed(0)
+    model = AnyArguments(LlamaConfig(**tiny._ROPE)).eval()
+    with pytest.warns(UserWarning, match="growing"):
+        c = proposal(model, **FULL).propose(PROMPTS["padded"], seed=0)
+    assert largest_error(c, PROMPTS["padded"], model) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("window", [16, 30])
+@pytest.mark.parametrize("family", ["moshi", "mistral", "gemma2", "gpt_oss", "recurrent_gemma"])
+def test_windows_longer_than_a_short_text_are_tried(family, window):
+    field = "attention_window_size" if family == "recurrent_gemma" else "sliding_window"
+    model = families.build(family, **{field: window})
+    prefixes = [[(7 * i * i + 3 * i) % 59 + 2 for i in range(n)] for n in (40, 45, 3)]
+    assert largest_error(proposal(model, **FULL).propose(prefixes, seed=0), prefixes, model) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("scale", [0.0, 0.002, 0.02, "constant"])
+@pytest.mark.parametrize("family", ["bert", "zamba2", "doge", "diffllama", "moshi"])
+def test_weights_that_are_loaded_after_the_trial(family, scale):
+    """At the first weights earlier tokens, or parts of the model, do next to nothing."""
+    model = families.build(family)
+    trained = {name: x.clone() for name, x in model.state_dict().items()}
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for x in model.parameters():
+            if scale == "constant":
+                x.fill_(0.05)
+            elif x.ndim > 1:
+                x.normal_(0, scale)
+    p = proposal(model, **FULL)
+    with contextlib.suppress(InvalidInput):
+        p.propose(PROMPTS["padded"], seed=0)
+    for name, x in model.state_dict().items():
+        x.copy_(trained[name])
+    try:
+        c = p.propose(PROMPTS["padded"], seed=0)
+    except InvalidInput:
+        assert family == "bert"
+    else:
+        assert largest_error(c, PROMPTS["padded"], model) < 2e-4
+        assert family != "bert"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_training_needs_no_other_trial(family, monkeypatch):
+    trials, again = [], prompt_cache._try
+    monkeypatch.setattr(prompt_cache, "_try", lambda model: trials.append(1) or again(model))
+    model = tiny.model(family)
+    p, optimiser = proposal(model, **FULL), torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(5):
+        c = p.propose(PROMPTS["padded"], seed=0)
+        assert largest_error(c, PROMPTS["padded"], model) < 1e-4
+        model(torch.tensor([[5, 9, 30, 8]]), labels=torch.tensor([[5, 9, 30, 8]])).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    assert len(trials) == 1
+
+
+def test_hooks_and_switches_of_after_the_first_call_are_tried():
+    p = proposal(**FULL)
+    first = p.propose([[5, 9, 30]], seed=0)
+    hook = p.model.model.layers[
+        0
+    ].register_forward_hook(  # of the last token alone, of whatever it is called with
+        lambda module, inputs, out: torch.cat([out[:, :-1], out[:, -1:] + 1.5 * out[:, -1:].flip(-1)], dim=1)
+    )
+    with pytest.raises(InvalidInput, match="no causal language model"):
+        p.propose([[5, 9, 30]], seed=0)
+    hook.remove()
+    assert_same(p.propose([[5, 9, 30]], seed=0), first)
+    for layer in p.model.model.layers:
+        layer.self_attn.is_causal = False
+    with pytest.raises(InvalidInput, match="no causal language model"):
+        p.propose([[5, 9, 30]], seed=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_autocast_changes_nothing(family):
+    model = tiny.model(family)
+    want = proposal(model, **FULL).propose(PROMPTS["padded"], seed=0)
+    p = proposal(tiny.model(family), **FULL)
+    for _ in range(2):  # with the trial, and without
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_same(p.propose(PROMPTS["padded"], seed=0), want)
+            scored = p.score(PROMPTS["padded"], [[5, 6], [7], [8, 9, 4]])
+            assert torch.is_autocast_enabled("cpu")
+    assert largest_error(scored, PROMPTS["padded"], model) < 1e-4
+
+
+# ---- adapters -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft")
+def test_adapters_that_act_in_their_wrapper_are_refused():
+    import peft
+
+    def adapted(config):
+        torch.manual_seed(1)
+        return peft.get_peft_model(tiny.model(), config).eval()
+
+    lora = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+    plain = adapted(peft.LoraConfig(**lora))
+    prefixes = PROMPTS["padded"]
+    assert largest_error(proposal(plain, **FULL).propose(prefixes, seed=0), prefixes, plain) < 1e-4
+    invoked = adapted(peft.LoraConfig(**lora, alora_invocation_tokens=[9]))
+    with pytest.raises(InvalidInput, match="aLoRA"):
+        proposal(invoked, **FULL)
+    with invoked.disable_adapter():
+        assert largest_error(proposal(invoked, **FULL).propose(prefixes, seed=0), prefixes, tiny.model()) < 1e-4
+    plain.add_adapter("second", peft.LoraConfig(**lora, alora_invocation_tokens=[9]))
+    p = proposal(plain, **FULL)  # the first is active
+    plain.set_adapter("second")
+    with pytest.raises(InvalidInput, match="aLoRA"):
+        p.propose(prefixes, seed=0)
+    shape = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+    for config in (peft.PromptTuningConfig(**shape), peft.PrefixTuningConfig(**shape)):
+        with pytest.raises(InvalidInput, match=f"learned prompt tokens .{type(config).__name__}"):
+            proposal(adapted(config), **FULL)
+    with pytest.raises(InvalidInput, match="POLY"):
+        proposal(adapted(peft.PolyConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], n_tasks=2)), **FULL)
 
 
 # ---- what a CUDA graph asks for, checked where there is no CUDA -----------------------------------------------------

@@ -139,10 +139,11 @@ def test_end_of_text_ends_a_candidate(count_eos):
 
 def test_each_prompt_runs_once_and_none_is_padded():
     p, shapes = proposal(num_candidates=50, min_new_tokens=12), []
-    p.propose([[1]], seed=0)  # the trial
     hook = p.model.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
+    p.propose([[1]], seed=0)  # the trial
+    shapes.clear()
     p.propose([*PREFIXES, [4]], seed=0)
     hook.remove()
     assert shapes == [(2, 1), (1, 3), (1, 9), *[(200, 1)] * 11]
