@@ -96,7 +96,7 @@ class Energy:
         return metrics_module.column_names(self.metrics)
 
     def features(self, candidates: Candidates) -> Tensor:
-        """[N, M, K] float32 metrics of the candidates."""
+        """[N, M, K] metrics of the candidates, float32 or float64: see `metrics.features`."""
         return metrics_module.features(self.metrics, candidates)
 
     def base_log_w(self, candidates: Candidates) -> Tensor | None:

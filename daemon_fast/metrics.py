@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import combinations_with_replacement
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,7 +91,7 @@ class Metric(ABC):
 
     @abstractmethod
     def evaluate(self, candidates: Candidates) -> Tensor:
-        """[R] or [R, k] float32 values of R candidates."""
+        """[R] or [R, k] values of R candidates, of any real dtype: float64 and integers keep all their digits."""
 
 
 class RepetitionMetric(Metric):
@@ -253,12 +256,21 @@ class FunctionMetric(Metric):
     ----------
     function : Candidates -> [R] or [R, k] tensor
     names : str or sequence of k str
-        Default: the function's own name, for a function that returns [R].
+        Default: the function's own name, or that of an object's class, for what returns [R].
+
+    Raises
+    ------
+    InvalidInput
+        What can't be called, a class, or names that are no strings.
     """
 
     def __init__(self, function: Function, names: str | Sequence[str] | None = None) -> None:
+        if not callable(function) or isinstance(function, type):
+            raise InvalidInput(f"metric {reprlib.repr(function)} must be a name, a Metric or a function of candidates")
         self._function = function
-        self._names = (names,) if isinstance(names, str) else tuple(names or (function.__name__,))
+        self._names = (names,) if isinstance(names, str) else tuple(names or (_name_of(function),))
+        if bad := [name for name in self._names if not isinstance(name, str)]:
+            raise InvalidInput(f"names has {reprlib.repr(bad[0])}: a metric's name is a string")
         self.name = self._names[0]
 
     @property
@@ -271,6 +283,13 @@ class FunctionMetric(Metric):
 
     def evaluate(self, candidates: Candidates) -> Tensor:
         return self._function(candidates)
+
+
+def _name_of(function: Any) -> str:
+    while isinstance(function, partial):
+        function = function.func
+    name: str = getattr(function, "__name__", type(function).__name__)
+    return name
 
 
 class Spread(Metric):
@@ -331,10 +350,12 @@ def parse(names: Iterable[str | Metric | Function], encoder: Encoder | str | Non
     UnknownMetric
         A name that is none of sr_<n>, tr_<w>, div, ent, coh, nats, length, ended.
     InvalidInput
-        No metrics, a metric twice, or `coh` without an encoder.
+        No metrics, a metric twice, what is none, or `coh` without an encoder.
     SeveralProblems
         More than one of these.
     """
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise InvalidInput(f"metrics = {reprlib.repr(names)} must be a list of names, Metrics and functions")
     problems, metrics = Problems(), list[Metric]()
     for name in names:
         with problems:
@@ -438,13 +459,14 @@ def features(metrics: Sequence[Metric], candidates: Candidates) -> Tensor:
 
     Returns
     -------
-    [N, M, K] float32
+    [N, M, K] float32, or float64 where a metric returned float64 or integers
         In the order of `metrics`; on the device of the candidates' tokens.
 
     Raises
     ------
     InvalidInput
-        A metric returned another shape than [R] or [R, k] for its k names, or a value that is not finite.
+        A metric returned another shape than [R] or [R, k] for its k names, what is no real number, or a value that is
+        not finite.
     """
     shared = [metric for metric in metrics if isinstance(metric, RepetitionMetric)]
     columns = dict(zip(map(id, shared), _repetition_columns(shared, candidates) if shared else [], strict=True))
@@ -455,7 +477,7 @@ def features(metrics: Sequence[Metric], candidates: Candidates) -> Tensor:
                 raise InvalidInput(f"metric spread is of {missing[0]!r}, which is not among the metrics")
             value = metric.combine(by_name)
         else:
-            value = columns[id(metric)] if id(metric) in columns else torch.as_tensor(metric.evaluate(candidates))
+            value = columns[id(metric)] if id(metric) in columns else _tensor(metric, metric.evaluate(candidates))
         by_name |= dict(zip(metric.names, _columns(metric, value, candidates), strict=True))
     values = torch.stack([by_name[name] for name in column_names(metrics)], dim=1)
     if not values.isfinite().all():
@@ -471,6 +493,20 @@ def _repetition_columns(metrics: Sequence[RepetitionMetric], candidates: Candida
     return [metric.combine(sr, tr) for metric in metrics]
 
 
+def _tensor(metric: Metric, value: Any) -> Tensor:
+    """What a metric returned; arrays and lists of numbers are taken, too."""
+    try:
+        tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+    except (TypeError, ValueError, RuntimeError):
+        raise InvalidInput(
+            f"metric {metric.name} returned {reprlib.repr(value)}: it must be a tensor of real numbers"
+        ) from None
+    if tensor.is_complex() or tensor.layout is not torch.strided or tensor.is_meta:
+        kind = f"{tensor.layout} {tensor.dtype} on {tensor.device}".replace("torch.", "")
+        raise InvalidInput(f"metric {metric.name} returned a tensor of {kind}: it must be a dense one of real numbers")
+    return tensor
+
+
 def _columns(metric: Metric, value: Tensor, candidates: Candidates) -> tuple[Tensor, ...]:
     """A metric's values, [R] for each of its names."""
     rows, k = candidates.tokens.shape[0], len(metric.names)
@@ -480,7 +516,9 @@ def _columns(metric: Metric, value: Tensor, candidates: Candidates) -> tuple[Ten
         raise InvalidInput(
             f"metric {metric.name} returned shape {list(value.shape)} for {rows} candidates and {k} column(s)"
         )
-    return value.to(candidates.tokens.device, torch.float32).unbind(1)
+    # Large numbers may vary by less than float32 tells apart; narrower floats hold nothing that it doesn't.
+    narrow = value.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return value.to(candidates.tokens.device, torch.float32 if narrow else torch.float64).unbind(1)
 
 
 def _refuse(metrics: Sequence[Metric], by_name: Mapping[str, Tensor]) -> None:

@@ -46,7 +46,8 @@ __all__ = ["Measured", "Plan", "check_ends", "fit_energy", "is_low", "measure", 
 # Texts; prompts with responses, in any form that `as_exchange` reads; token ids of both
 Human = Sequence[str] | Sequence[Any] | Pairs
 
-ROUNDING = 1e-6  # relative, of float32 metrics: what differs by less is the same
+# Relative, of metrics in float32 and in float64: what differs by less is the same.
+ROUNDING, ROUNDING_OF_DOUBLES = 1e-6, 1e-15
 REUSED = (
     "a fit with other metrics, ridge, normalization or base reuses them; another M, seed or number of prefixes needs "
     "another folder"
@@ -311,8 +312,8 @@ def _are_exchanges(human: Human | None) -> TypeGuard[Sequence[Any]]:
 class Measured(NamedTuple):
     """What a fit reads."""
 
-    features: Tensor  # [N, M, K] float32, of the candidates
-    human: Tensor  # [N', K] float32, of the human continuations
+    features: Tensor  # [N, M, K] float32 or float64, of the candidates
+    human: Tensor  # [N', K] float32 or float64, of the human continuations
     base_log_w: Tensor | None  # [N, M] float64
     seconds: float  # that drawing the candidates took, in whichever run
 
@@ -425,8 +426,9 @@ def _varying(
     names, targets = tuple(metrics_module.column_names(metrics)), measured.human.double().mean(0)
     samples = InMemory(Block(measured.features, measured.base_log_w))
     low, high = Problem(samples, targets, normalization, names, torch.ones_like(targets), 0.0).reachable()
-    constant = high - low <= ROUNDING * high.abs().maximum(low.abs())
-    met = (targets - low).abs() <= ROUNDING * targets.abs().maximum(low.abs())
+    rounding = _rounding(measured.features)
+    constant = high - low <= rounding * high.abs().maximum(low.abs())
+    met = (targets - low).abs() <= rounding * targets.abs().maximum(low.abs())
     varying, columns, start = list[Metric](), list[int](), 0
     missed, useless = dict[str, str](), list[str]()
     for metric in metrics:
@@ -445,6 +447,13 @@ def _varying(
             stacklevel=4,
         )
     return varying, columns, missed
+
+
+def _rounding(features: Tensor) -> Tensor:
+    """[K] relative error of metrics [N, M, K]: that of float32 for what float32 holds; but integers have none."""
+    columns = features.flatten(0, 1)
+    rounded = ((columns.float() == columns) & (columns.round() != columns).any(0)).all(0)
+    return torch.where(rounded, ROUNDING, ROUNDING_OF_DOUBLES).double().cpu()
 
 
 def _missed_by(result: FitResult, human: Tensor) -> str:

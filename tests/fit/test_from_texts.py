@@ -165,6 +165,29 @@ def above_three(candidates):
     return torch.full(candidates.lengths.shape, 4.0 if candidates.shape[1] == 1 else 3.0)
 
 
+@pytest.mark.parametrize("by", [3e7, -1e12, 1e39])
+def test_metrics_of_any_size_are_fitted_decoded_and_stored(by, tmp_path):
+    """To what the same metrics give near zero, by which nothing is rounded."""
+
+    def plain(c):
+        return c.tokens.double().mean(1)
+
+    def far(c):
+        return plain(c) * by if by > 1e38 else plain(c) + by
+
+    pairs, unit = pairs_of_the_toy(), by if by > 1e38 else 1.0
+    near, large = (fit_energy(toy.ToyProposal(12), pairs, [f, "sr_2"], num_prefixes=200, ridge=0) for f in (plain, far))
+    torch.testing.assert_close(large.mu * torch.tensor([unit, 1.0], dtype=torch.float64), near.mu, rtol=1e-3, atol=1e-3)
+    large.save(tmp_path / "energy.json")
+    again = Energy.load(tmp_path / "energy.json", [far])
+    assert torch.equal(again.mu, large.mu)
+    drawn, _ = collect(toy.ToyProposal(12), pairs.prefixes, None, seed=0, batch_size=4)
+    chosen = [SIRDecoder(energy, toy.ToyProposal(12)).choose(drawn) for energy in (near, again)]
+    torch.testing.assert_close(*(decoded.weights.double() for decoded in chosen), rtol=1e-2, atol=1e-3)
+    expected = (chosen[1].weights[..., None] * chosen[1].candidate_features.double()).sum(1).mean(0)
+    torch.testing.assert_close(expected[0] / unit, again.targets[0] / unit, atol=1e-3, rtol=1e-15)
+
+
 def test_a_metric_that_nothing_varies_is_left_out_with_a_warning():
     pairs, proposal = pairs_of_the_toy(), toy.ToyProposal(12)
     with pytest.warns(UserWarning, match=r"left out.* same for all candidates, and for human text: three \(3\)"):
