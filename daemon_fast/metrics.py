@@ -18,11 +18,11 @@ from functools import partial
 from itertools import combinations_with_replacement
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from daemon_fast import ops
+from daemon_fast.arguments import real_tensor
 from daemon_fast.errors import ArtefactError, InvalidInput, Problems, UnknownMetric
 from daemon_fast.models import Encoder, load_encoder
 from daemon_fast.proposals.candidates import Candidates
@@ -477,7 +477,11 @@ def features(metrics: Sequence[Metric], candidates: Candidates) -> Tensor:
                 raise InvalidInput(f"metric spread is of {missing[0]!r}, which is not among the metrics")
             value = metric.combine(by_name)
         else:
-            value = columns[id(metric)] if id(metric) in columns else _tensor(metric, metric.evaluate(candidates))
+            value = (
+                columns[id(metric)]
+                if id(metric) in columns
+                else real_tensor(f"metric {metric.name} returned", metric.evaluate(candidates))
+            )
         by_name |= dict(zip(metric.names, _columns(metric, value, candidates), strict=True))
     values = torch.stack([by_name[name] for name in column_names(metrics)], dim=1)
     if not values.isfinite().all():
@@ -493,20 +497,6 @@ def _repetition_columns(metrics: Sequence[RepetitionMetric], candidates: Candida
     return [metric.combine(sr, tr) for metric in metrics]
 
 
-def _tensor(metric: Metric, value: Any) -> Tensor:
-    """What a metric returned; arrays and lists of numbers are taken, too."""
-    try:
-        tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
-    except (TypeError, ValueError, RuntimeError):
-        raise InvalidInput(
-            f"metric {metric.name} returned {reprlib.repr(value)}: it must be a tensor of real numbers"
-        ) from None
-    if tensor.is_complex() or tensor.layout is not torch.strided or tensor.is_meta:
-        kind = f"{tensor.layout} {tensor.dtype} on {tensor.device}".replace("torch.", "")
-        raise InvalidInput(f"metric {metric.name} returned a tensor of {kind}: it must be a dense one of real numbers")
-    return tensor
-
-
 def _columns(metric: Metric, value: Tensor, candidates: Candidates) -> tuple[Tensor, ...]:
     """A metric's values, [R] for each of its names."""
     rows, k = candidates.tokens.shape[0], len(metric.names)
@@ -516,9 +506,7 @@ def _columns(metric: Metric, value: Tensor, candidates: Candidates) -> tuple[Ten
         raise InvalidInput(
             f"metric {metric.name} returned shape {list(value.shape)} for {rows} candidates and {k} column(s)"
         )
-    # Large numbers may vary by less than float32 tells apart; narrower floats hold nothing that it doesn't.
-    narrow = value.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return value.to(candidates.tokens.device, torch.float32 if narrow else torch.float64).unbind(1)
+    return value.to(candidates.tokens.device).unbind(1)
 
 
 def _refuse(metrics: Sequence[Metric], by_name: Mapping[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from daemon_fast import metrics as metrics_module
+from daemon_fast.arguments import integer
 from daemon_fast.data.collect import batches, human_folder, kept, scores
 from daemon_fast.data.exchanges import pair, read_exchanges
 from daemon_fast.data.texts import Pairs, read_texts, split
@@ -145,6 +146,7 @@ def fit_energy(
         seed=seed, batch_size=batch_size, directory=directory, check=proposal.tokenize,
     )  # fmt: skip
     check_ends(plan.human, tokenizer, proposal)
+    batch_size, bootstrap, seed = int(batch_size), int(bootstrap), int(seed)  # NumPy's, which JSON has no place for
     measured = measure(
         proposal, plan.pairs, plan.metrics, targets=plan.targets, base=base, seed=seed, batch_size=batch_size,
         directory=directory,
@@ -219,20 +221,23 @@ def prepare(
     SeveralProblems
         More than one thing is wrong; else the one error.
     """
+
+    def count(name: str, value: Any, least: int) -> int:
+        with problems:
+            return integer(name, value, f">= {least}", lambda n: n >= least)
+        return 0  # a problem says so
+
+    num_prefixes = count("num_prefixes", num_prefixes, 1)
+    num_targets = None if num_targets is None else count("num_targets", num_targets, 1)
+    prefix_tokens = count("prefix_tokens", prefix_tokens, 1)
+    count("batch_size", batch_size, 1)
+    count("bootstrap", bootstrap, 0)
     if isinstance(human, Pairs) and len(human) > 0:
         num_prefixes = min(num_prefixes, len(human))
         num_targets = len(human) if num_targets is None else min(num_targets, len(human))
-    limits = {
-        "num_prefixes": (num_prefixes, 1),
-        "num_targets": (1 if num_targets is None else num_targets, 1),
-        "prefix_tokens": (prefix_tokens, 1),
-        "batch_size": (batch_size, 1),
-        "bootstrap": (bootstrap, 0),
-    }
-    low = [f"{name} = {value} must be >= {least}" for name, (value, least) in limits.items() if value < least]
-    problems.found += map(InvalidInput, low)
     with problems:
         check_seed(seed)
+        seed = int(seed)
     with problems:
         check_ridge(ridge)
     for name, value, options in (("normalization", normalization, Normalization), ("base", base, Base)):
@@ -249,7 +254,7 @@ def prepare(
     for metric in parsed:
         with problems:
             metric.prepare()
-    names, texts = metrics_module.column_names(parsed), num_targets or num_prefixes
+    names, texts = metrics_module.column_names(parsed), num_prefixes if num_targets is None else num_targets
     for name in spread:
         if name not in names or list(spread).count(name) > 1:
             problems.found.append(InvalidInput(f"spread has {name!r}: it must be a metric of {', '.join(names)}, once"))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from daemon_fast.arguments import integer, number
 from daemon_fast.errors import InvalidInput, Problems
 from daemon_fast.prompts import (
     Message,
@@ -75,26 +76,23 @@ class ProposalSettings:
     count_eos: bool = False
 
     def __post_init__(self) -> None:
-        limits = {
-            "num_candidates": self.num_candidates >= 1,
-            "max_new_tokens": self.max_new_tokens >= 1,
-            "min_new_tokens": 0 <= self.min_new_tokens <= self.max_new_tokens,
-            "temperature": 0 < self.temperature < float("inf"),
-            "top_k": self.top_k >= 0,
-            "top_p": 0 < self.top_p <= 1,
-            "min_p": 0 <= self.min_p <= 1,
-        }
-        expected = {
-            "num_candidates": ">= 1",
-            "max_new_tokens": ">= 1",
-            "min_new_tokens": f"from 0 to max_new_tokens = {self.max_new_tokens}",
-            "temperature": "positive and finite",
-            "top_k": ">= 0",
-            "top_p": "in (0, 1]",
-            "min_p": "from 0 to 1",
-        }
-        bad = [name for name, valid in limits.items() if not valid]
-        Problems(InvalidInput(f"{name} = {getattr(self, name)} must be {expected[name]}") for name in bad).report()
+        problems = Problems()
+
+        def settle(check: Callable[..., float], name: str, limit: str, within: Callable[[Any], bool]) -> None:
+            with problems:
+                object.__setattr__(self, name, check(name, getattr(self, name), limit, within))
+
+        settle(integer, "num_candidates", ">= 1", lambda n: n >= 1)
+        settle(integer, "max_new_tokens", ">= 1", lambda n: n >= 1)
+        most = self.max_new_tokens if isinstance(self.max_new_tokens, int) else float("inf")
+        settle(integer, "min_new_tokens", f"from 0 to max_new_tokens = {self.max_new_tokens}", lambda n: 0 <= n <= most)
+        settle(number, "temperature", "positive and finite", lambda x: 0 < x < float("inf"))
+        settle(integer, "top_k", ">= 0", lambda n: n >= 0)
+        settle(number, "top_p", "in (0, 1]", lambda x: 0 < x <= 1)
+        settle(number, "min_p", "from 0 to 1", lambda x: 0 <= x <= 1)
+        if not isinstance(self.count_eos, bool):
+            problems.found.append(InvalidInput(f"count_eos = {reprlib.repr(self.count_eos)} must be True or False"))
+        problems.report()
 
     @property
     def truncates(self) -> bool:
@@ -267,13 +265,18 @@ def seed_of_each(seed: int | Sequence[int], num_prefixes: int) -> list[tuple[int
     Raises
     ------
     InvalidInput
-        Not as many seeds as prefixes.
+        What is no seed, or not as many as prefixes.
     """
-    if not isinstance(seed, Sequence):
-        return [(seed, i) for i in range(num_prefixes)]
+    seed = seed.tolist() if hasattr(seed, "tolist") else seed
+    if not isinstance(seed, Sequence) or isinstance(seed, str):
+        return [(_seed(seed), i) for i in range(num_prefixes)]
     if len(seed) != num_prefixes:
         raise InvalidInput(f"seed has {len(seed)} seeds for {num_prefixes} prefixes: give one, or one for each")
-    return [(own, 0) for own in seed]
+    return [(_seed(own), 0) for own in seed]
+
+
+def _seed(seed: Any) -> int:
+    return integer("seed", seed, "from -2^63 to 2^64 - 1", lambda n: -(2**63) <= n < 2**64)
 
 
 def _ids(prefix: str | list[int] | Messages, tokenizer: Any, name: str) -> list[int]:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from daemon_fast import stop
+from daemon_fast.arguments import integer, number
 from daemon_fast.errors import EngineError, InvalidInput, require
 from daemon_fast.memory import check_candidates
 from daemon_fast.models import load_tokenizer
@@ -221,13 +222,9 @@ class ServerProposal:
         **settings: Any,
     ) -> None:
         self._from_json = require("pydantic_core", "candidates from a server need", "'daemon-fast[server]'").from_json
-        for name, value, kind, least in (
-            ("max_in_flight", max_in_flight, int, 1),
-            ("timeout", timeout, int | float, 1e-3),
-            ("max_retries", max_retries, int, 0),
-        ):
-            if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < float("inf"):
-                raise InvalidInput(f"{name} = {value!r} must be a number from {least} on")
+        max_in_flight = integer("max_in_flight", max_in_flight, ">= 1", lambda n: n >= 1)
+        timeout = number("timeout", timeout, ">= 0.001 and finite", lambda x: 1e-3 <= x < float("inf"))
+        max_retries = integer("max_retries", max_retries, ">= 0", lambda n: n >= 0)
         require("urllib3", "candidates from a server need", "'daemon-fast[server]'")
         from daemon_fast.proposals.connections import Connections
 

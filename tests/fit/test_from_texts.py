@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -134,6 +135,22 @@ def test_bad_calls(proposal):
     untold = TransformersProposal(proposal.model, None, num_candidates=2, max_new_tokens=2)
     with pytest.raises(InvalidInput, match="need a proposal with a tokenizer"):
         fit_energy(untold, TEXTS, ["sr_1"])
+    counts = ("num_prefixes", "num_targets", "prefix_tokens", "batch_size", "bootstrap")
+    with pytest.raises(SeveralProblems) as told:
+        fit_energy(proposal, TEXTS, ["sr_1"], **dict.fromkeys(counts, 2.5))
+    for name in counts:
+        assert f"{name} = 2.5 must be an integer >= {0 if name == 'bootstrap' else 1}" in str(told.value)
+    with pytest.raises(InvalidInput, match="num_prefixes = None must be an integer >= 1"):
+        fit_energy(proposal, TEXTS, ["sr_1"], num_prefixes=None)
+
+
+def test_numpys_numbers_count(proposal, tmp_path):
+    counts = {"num_prefixes": 10, "num_targets": 10, "prefix_tokens": 4, "batch_size": 5, "bootstrap": 2, "seed": 3}
+    want = fit_energy(proposal, TEXTS, ["sr_1"], **counts, ridge=0.5)
+    given = {name: np.int64(value) for name, value in counts.items()}
+    got = fit_energy(proposal, TEXTS, ["sr_1"], **given, ridge=np.float64(0.5), directory=tmp_path / "kept")
+    got.save(tmp_path / "energy.json")
+    assert torch.equal(Energy.load(tmp_path / "energy.json").mu, want.mu)
 
 
 def test_all_problems_are_told_before_anything_is_drawn(tmp_path):

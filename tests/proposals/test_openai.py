@@ -613,7 +613,7 @@ def test_the_missing_package_is_named(monkeypatch, folder):
 
 @pytest.mark.parametrize("bad", [{"timeout": "60"}, {"timeout": 0}, {"max_in_flight": 1.5}, {"max_retries": True}])
 def test_arguments_of_another_type_are_refused(bad):
-    with pytest.raises(InvalidInput, match=r"= .* must be a number from"):
+    with pytest.raises(InvalidInput, match=r"= .* must be "):
         ServerProposal("http://localhost:1/v1", "no model is loaded before", **bad)
 
 
