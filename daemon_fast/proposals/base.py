@@ -34,6 +34,7 @@ __all__ = [
     "as_list",
     "ends",
     "eos_token_ids",
+    "given_rows",
     "ids_behind",
     "prompt_ids",
     "seed_of_each",
@@ -288,6 +289,32 @@ def _ids(prefix: str | list[int] | Messages, tokenizer: Any, name: str) -> list[
         check_text(prefix, name)
         return prompt_ids(prefix, tokenizer)
     return chat_ids(as_messages(prefix, name), tokenizer, name) if chat else token_ids(prefix, name)
+
+
+def given_rows(
+    prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], vocab_size: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of given texts, one continuation of each prefix.
+
+    Raises
+    ------
+    InvalidInput
+        None, not as many of both, an empty one, or a token outside the vocabulary.
+    """
+    if len(prefixes) == 0 or len(prefixes) != len(continuations):
+        raise InvalidInput(
+            f"there are {len(prefixes)} prefixes and {len(continuations)} continuations: give one for each"
+        )
+    both = []
+    for name, given in (("prefix", prefixes), ("continuation", continuations)):
+        rows = [token_ids(row, f"{name} {i}") for i, row in enumerate(given)]
+        for i, row in enumerate(rows):
+            if len(row) == 0:
+                raise InvalidInput(f"{name} {i} is empty: it has no log-probability")
+            if bad := [token for token in row if not 0 <= token < vocab_size]:
+                raise InvalidInput(f"{name} {i} has token {bad[0]}, outside the vocabulary of {vocab_size}")
+        both.append(rows)
+    return both[0], both[1]
 
 
 def eos_token_ids(configured: int | Sequence[int] | None, tokenizer: Any) -> list[int]:
