@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from daemon_fast.arguments import integer
 from daemon_fast.decode import Decoded, SIRDecoder
 from daemon_fast.energy import Energy
 from daemon_fast.errors import InvalidInput
@@ -137,7 +138,7 @@ def generate(
     given = caller.get("kwargs", {})
     _refuse_inputs(model, model_kwargs, given)
     # `generate` has repeated each prompt num_return_sequences times; they share their candidates.
-    samples = config.num_return_sequences
+    samples = integer("num_return_sequences", config.num_return_sequences, ">= 1", lambda n: n >= 1)
     prompts, mask = input_ids[::samples], model_kwargs.get("attention_mask")
     rows = prompts.tolist()
     if mask is not None:

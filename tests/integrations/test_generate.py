@@ -264,6 +264,8 @@ def test_an_option_is_followed_or_refused(model, name, do_sample):
         ({"synced_gpus": True}, "synced_gpus = True can't be followed"),
         ({"do_sample": False}, "do_sample = False asks for the likeliest tokens"),
         ({"temperature": 0.5}, "temperature = 0.5 needs do_sample=True"),
+        ({"num_return_sequences": 0}, "num_return_sequences = 0 must be >= 1"),
+        ({"num_candidates": 2.0}, "num_candidates = 2.0 must be an integer >= 1"),
         ({"num_candidates": 0}, "num_candidates = 0 must be >= 1"),
         ({"past_key_values": DynamicCache()}, "past_key_values is not offered"),
         ({"position_ids": torch.tensor([[3, 4, 5]])}, "position_ids is not offered"),

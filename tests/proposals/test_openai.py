@@ -697,7 +697,9 @@ def test_a_name_and_a_password_in_the_address(tiny_server, folder):
         assert p.base_url == server.url  # which errors tell
 
 
-@pytest.mark.parametrize("url", ["localhost:8000/v1", "http://", "ftp://localhost/v1", "http://localhost:port/v1"])
+@pytest.mark.parametrize(
+    "url", ["localhost:8000/v1", "http://", "ftp://localhost/v1", "http://localhost:port/v1", None, 5]
+)
 def test_an_address_that_is_none(url, folder):
     with pytest.raises(InvalidInput, match="base_url = "):
         ServerProposal(url, folder)
