@@ -65,7 +65,7 @@ def real_tensor(said: str, value: Any) -> Tensor:
     InvalidInput
     """
     try:
-        tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+        tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value, order="C"))
     except (TypeError, ValueError, RuntimeError):
         raise InvalidInput(f"{said} {reprlib.repr(value)}: it must be a tensor of real numbers") from None
     if tensor.is_complex() or tensor.layout is not torch.strided or tensor.is_meta:

@@ -252,7 +252,8 @@ def select(
     """
     n, m, _ = features.shape
     race = energy.draw == "race"
-    uniforms = torch.rand((n, num_samples, m) if race else (n, num_samples), generator=random, dtype=torch.float64)
+    shape = (n, num_samples, m) if race else (n, num_samples)
+    uniforms = torch.rand(shape, generator=random, dtype=torch.float64, device="cpu")
     operator = ops.race_select if race else ops.sir_select
     selection = operator(features, energy.mu.to(features.device), uniforms.to(features.device), base_log_w)
     bad = (selection.index < 0).any(1).nonzero()
@@ -275,11 +276,11 @@ def _systematic(draw: Draw, weights: Tensor, energies: Tensor, num_samples: int,
     order = energies.cpu().argsort(dim=1, stable=True)
     cumulated = chances.gather(1, order).cumsum(1)
     cumulated /= cumulated[:, -1:].clone()
-    start = torch.rand(len(weights), 1, generator=random, dtype=torch.float64)
-    points = (torch.arange(num_samples) + start) / num_samples
+    start = torch.rand(len(weights), 1, generator=random, dtype=torch.float64, device="cpu")
+    points = (torch.arange(num_samples, device="cpu") + start) / num_samples
     # A candidate without a chance ends where the one before it does, and no point lies between.
     drawn = order.gather(1, torch.searchsorted(cumulated, points, right=True).clamp_max(weights.shape[1] - 1))
-    shuffled = torch.rand(points.shape, generator=random, dtype=torch.float64).argsort(1)
+    shuffled = torch.rand(points.shape, generator=random, dtype=torch.float64, device="cpu").argsort(1)
     index: Tensor = drawn.gather(1, shuffled).to(weights.device)
     return index
 
@@ -296,7 +297,7 @@ def _without_replacement(draw: Draw, weights: Tensor, num_samples: int, random: 
             f"num_samples = {num_samples} without replacement: prefix {i} has {int((weights[i] > 0).sum())} candidates "
             "of positive weight"
         )
-    uniforms = torch.rand(weights.shape, generator=random, dtype=torch.float64).to(weights.device)
+    uniforms = torch.rand(weights.shape, generator=random, dtype=torch.float64, device="cpu").to(weights.device)
     times = uniforms if draw == "race" else -torch.log1p(-uniforms)
     arrivals = torch.where(weights > 0, times / weights.double(), torch.inf)
     return arrivals.topk(num_samples, dim=1, largest=False).indices

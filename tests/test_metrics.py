@@ -180,6 +180,7 @@ LARGE = {
     "float64": lambda c: 3e7 + c.tokens.double().mean(1),
     "int64": lambda c: 2**40 + c.lengths,
     "numpy": lambda c: 3e7 + c.tokens.double().mean(1).numpy(),
+    "numpy, backwards": lambda c: (3e7 + c.tokens.double().mean(1).numpy())[::-1],
     "list": lambda c: (1e39 * c.lengths.double()).tolist(),
 }
 

@@ -25,6 +25,7 @@ from daemon_fast.prompts import (
     prompt_ids,
 )
 from daemon_fast.proposals.candidates import Candidates
+from daemon_fast.seeds import check_seed
 
 __all__ = [
     "Prefix",
@@ -183,6 +184,11 @@ def _one(item: Any, name: str) -> str | list[int] | Messages:
     return as_messages(item, name) if is_chat(item) else token_ids(item, name)
 
 
+def some_token_ids(ids: Any, name: str) -> list[int]:
+    """One token id or several, as a list."""
+    return token_ids(ids if _holds_items(ids) else [ids], name)
+
+
 def token_ids(ids: Iterable[Any], name: str) -> list[int]:
     """Token ids of any integer type, of a list, array or tensor, as a list of int; `name` is that of errors.
 
@@ -266,18 +272,16 @@ def seed_of_each(seed: int | Sequence[int], num_prefixes: int) -> list[tuple[int
     Raises
     ------
     InvalidInput
-        What is no seed, or not as many as prefixes.
+        Not as many seeds as prefixes, or one that is no integer from 0 to 2^63 - 1.
     """
-    seed = seed.tolist() if hasattr(seed, "tolist") else seed
     if not isinstance(seed, Sequence) or isinstance(seed, str):
-        return [(_seed(seed), i) for i in range(num_prefixes)]
+        check_seed(seed)
+        return [(int(seed), i) for i in range(num_prefixes)]
     if len(seed) != num_prefixes:
         raise InvalidInput(f"seed has {len(seed)} seeds for {num_prefixes} prefixes: give one, or one for each")
-    return [(_seed(own), 0) for own in seed]
-
-
-def _seed(seed: Any) -> int:
-    return integer("seed", seed, "from -2^63 to 2^64 - 1", lambda n: -(2**63) <= n < 2**64)
+    for own in seed:
+        check_seed(own)
+    return [(int(own), 0) for own in seed]
 
 
 def _ids(prefix: str | list[int] | Messages, tokenizer: Any, name: str) -> list[int]:
@@ -321,15 +325,15 @@ def eos_token_ids(configured: int | Sequence[int] | None, tokenizer: Any) -> lis
     """The tokens that end a text: those of the model's generation config, else the tokenizer's; and the one by which
     the tokenizer's chat template ends an answer, which some configs lack."""
     ids = getattr(tokenizer, "eos_token_id", None) if configured is None else configured
-    known = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    known = [] if ids is None else some_token_ids(ids, "eos_token_id")
     end = None if tokenizer is None else end_of_answer(tokenizer)
     return known if end is None or end in known else [*known, end]
 
 
 def ends(rows: Sequence[Sequence[int]], eos: Sequence[int], count_eos: bool) -> tuple[Tensor, Tensor]:
     """[R] bool, which rows of what was drawn end with an end-of-text token; [R] int64, how many of its tokens count."""
-    ended = torch.tensor([len(row) > 0 and row[-1] in eos for row in rows], dtype=torch.bool)
-    lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+    ended = torch.tensor([len(row) > 0 and row[-1] in eos for row in rows], dtype=torch.bool, device="cpu")
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64, device="cpu")
     return ended, lengths if count_eos else lengths - ended.long()
 
 

@@ -317,8 +317,7 @@ class ServerProposal:
         check_candidates(self.settings, len(prefix_tokens))
         given = as_list(prefixes)
         prompts = [_Prompt(*one, self._text(*one)) for one in zip(given, prefix_tokens, strict=True)]
-        seeds = [(own % 2**64, i) for own, i in seed_of_each(seed, len(prompts))]
-        drawn = self._settle(prompts, seeds)
+        drawn = self._settle(prompts, seed_of_each(seed, len(prompts)))
         rows = [row for own in drawn for row in own]
         self._check_vocabulary(drawn[0])
         self._tell(prompts, rows)

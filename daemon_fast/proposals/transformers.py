@@ -7,6 +7,7 @@ gathered step by step, so that no [steps, M, V] logits exist.
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,12 +27,13 @@ from daemon_fast.proposals.base import (
     ProposalSettings,
     ends,
     seed_of_each,
+    token_ids,
     tokenize,
     vocabulary_fingerprint,
 )
 from daemon_fast.proposals.candidates import Candidates
 from daemon_fast.proposals.prompt_cache import Prompts, SharedPromptCache, bytes_of, cache_for, process, way_of
-from daemon_fast.proposals.twin import Twin, context_of, device_of, rope_switch, text_config, unwrapped
+from daemon_fast.proposals.twin import Twin, context_of, rope_switch, text_config, unwrapped
 
 __all__ = ["TransformersProposal"]
 
@@ -71,7 +73,7 @@ class TransformersProposal:
         tokenizer: Any = None,
         *,
         model_id: str | None = None,
-        eos_token_ids: Sequence[int] | None = None,
+        eos_token_ids: int | Sequence[int] | None = None,
         **settings: Any,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -81,13 +83,10 @@ class TransformersProposal:
         if eos_token_ids is None:
             configured = getattr(getattr(unwrapped(model), "generation_config", None), "eos_token_id", None)
             eos_token_ids = base.eos_token_ids(configured, tokenizer)
-        eos = list(eos_token_ids)
-        if bad := [i for i in eos if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < size]:
-            raise InvalidInput(f"eos_token_ids has {bad[0]!r}: it must be token ids from 0 to {size - 1}")
-        self.eos_token_ids = eos
-        self._sampler = _Sampler(
-            self.settings, torch.tensor(eos, dtype=torch.int64, device=device_of(unwrapped(model)))
-        )
+        self.eos_token_ids = base.some_token_ids(eos_token_ids, "eos_token_ids")
+        if bad := [i for i in self.eos_token_ids if not 0 <= i < size]:
+            raise InvalidInput(f"eos_token_ids has {bad[0]}: it must be token ids from 0 to {size - 1}")
+        self._sampler = _Sampler(self.settings, self.eos_token_ids)
         self.path: str | None = None
         self._kept: list[_Batch] = []  # of earlier calls, none of which is drawing; the one used last is the last
 
@@ -129,7 +128,6 @@ class TransformersProposal:
                 )
         return rows
 
-    @torch.inference_mode()
     def propose(self, prefixes: Sequence[Prefix], seed: int | Sequence[int]) -> Candidates:
         """M candidates of each prefix, all prefixes in one batch.
 
@@ -140,9 +138,9 @@ class TransformersProposal:
         Parameters
         ----------
         prefixes : N strings, lists of token ids or chats
-        seed : of all random numbers; the same seed gives the same ones again. Or N seeds, one of each prefix: it gets
-            the random numbers that it would get alone. Its candidates are those then, too, but where a logit that was
-            rounded otherwise in the larger batch turns a draw.
+        seed : of all random numbers, from 0 to 2^63 - 1; the same seed gives the same ones again. Or N seeds, one of
+            each prefix: it gets the random numbers that it would get alone. Its candidates are those then, too, but
+            where a logit that was rounded otherwise in the larger batch turns a draw.
 
         Raises
         ------
@@ -151,9 +149,15 @@ class TransformersProposal:
             logits leave nothing to draw; not as many seeds as prefixes.
         """
         tokens = self.tokenize(prefixes)
-        for own, _ in seed_of_each(seed, len(tokens)):
-            if not -(2**63) <= own < 2**64:
-                raise InvalidInput(f"seed = {own} must be from -2^63 to 2^64 - 1")
+        each = [own for own, _ in seed_of_each(seed, len(tokens))]
+        with torch.inference_mode():
+            drawn = self._draw(tokens, each if isinstance(seed, Sequence) else each[:1])
+        # Copies, which a gradient may be taken of.
+        ids, lengths, log_p, log_q, ended = (x.clone() for x in drawn)
+        return Candidates(ids, lengths, log_p, log_q, tokens, self.detokenize, ended)
+
+    def _draw(self, tokens: list[list[int]], seeds: list[int]) -> tuple[Tensor, ...]:
+        """See `_Batch.run`."""
         model = Twin(self.model)
         self.path = way_of(model)
         prompts = process(model, tokens, cached=self.path != "recomputed")
@@ -163,11 +167,10 @@ class TransformersProposal:
             self._make_room(model, prompts, state)
             batch = _Batch(self._sampler, model, prompts, state)
         try:
-            drawn, ended = batch.run(model, prompts, seed)
+            return batch.run(model, prompts, seeds)
         finally:
             if batch.graphs is not None:
                 self._kept.append(batch)
-        return Candidates(*drawn, prompts.tokens, self.detokenize, ended)
 
     def _kept_for(self, prompts: Prompts, state: int | None) -> _Batch | None:
         """A batch that was kept, and is this call's alone from here on."""
@@ -192,7 +195,6 @@ class TransformersProposal:
             return True
         return False
 
-    @torch.inference_mode()
     def score(self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> Candidates:
         """Given continuations, one of each prefix, with the log-probabilities that the model gives them (M = 1).
 
@@ -213,7 +215,10 @@ class TransformersProposal:
         """
         model = Twin(self.model)
         way_of(model)  # refuses what is no causal language model
-        prefix_tokens = [list(map(int, prefix)) for prefix in prefixes]
+        prefix_tokens, continuations = (
+            [token_ids(row, f"{name} {i}") for i, row in enumerate(rows)]
+            for name, rows in (("prefix", prefixes), ("continuation", continuations))
+        )
         size = model.config.vocab_size
         if len(prefix_tokens) == 0 or len(prefix_tokens) != len(continuations):
             raise InvalidInput(
@@ -225,36 +230,43 @@ class TransformersProposal:
                     raise InvalidInput(f"{name} {i} is empty: it has no log-probability")
                 if bad := [token for token in row if not 0 <= token < size]:
                     raise InvalidInput(f"{name} {i} has token {bad[0]}, outside the vocabulary of {size}")
-        rows = [p + list(map(int, c)) for p, c in zip(prefix_tokens, continuations, strict=True)]
+        rows = [p + c for p, c in zip(prefix_tokens, continuations, strict=True)]
         ended, lengths = ends(continuations, self.eos_token_ids, self.settings.count_eos)
         shape = len(rows), max(map(len, continuations))
-        tokens, log_p, log_q = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape), torch.zeros(shape)
+        tokens = torch.zeros(shape, dtype=torch.int64, device="cpu")
+        log_p, log_q = (torch.zeros(shape, dtype=torch.float32, device="cpu") for _ in range(2))
+        sampler = self._sampler.on(model.device)
         together = SCORE_LOGITS.get(model.device.type, SCORE_LOGITS["cpu"])
         batch_size = max(1, together // (size * max(map(len, rows))))
         for begin in range(0, len(rows), batch_size):
             batch = rows[begin : begin + batch_size]
             # Padding on the right is invisible to a causal model.
-            padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in batch], batch_first=True)
-            logits = model.plain(padded.to(model.device))
-            for i, row in enumerate(batch, begin):
-                n, start = len(continuations[i]), len(prefix_tokens[i])
-                ids = torch.tensor(row[start:], device=model.device)
-                own = logits[i - begin, start - 1 : start - 1 + n].float()
-                step_p, step_q = self._sampler.log_probs(own, min(n, self.settings.min_new_tokens), ids)
-                tokens[i, :n], log_p[i, :n], log_q[i, :n] = ids.cpu(), step_p.cpu(), step_q.cpu()
+            padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(r, device="cpu") for r in batch], batch_first=True)
+            with torch.inference_mode():
+                logits = model.plain(padded.to(model.device))
+                for i, row in enumerate(batch, begin):
+                    n, start = len(continuations[i]), len(prefix_tokens[i])
+                    ids = torch.tensor(row[start:], device=model.device)
+                    own = logits[i - begin, start - 1 : start - 1 + n].float()
+                    step_p, step_q = sampler.log_probs(own, min(n, self.settings.min_new_tokens), ids)
+                    tokens[i, :n], log_p[i, :n], log_q[i, :n] = ids.cpu(), step_p.cpu(), step_q.cpu()
         return Candidates(tokens, lengths, log_p, log_q, prefix_tokens, self.detokenize, ended)
 
 
 class _Sampler:
     """Draws tokens from a model's logits, as the settings say."""
 
-    def __init__(self, settings: ProposalSettings, eos: Tensor) -> None:
-        self.settings, self.eos = settings, eos
+    def __init__(self, settings: ProposalSettings, eos: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self.settings = settings
+        self.eos = torch.tensor(eos, dtype=torch.int64, device=device)
         self._truncate = [TopKLogitsWarper(settings.top_k)] if settings.top_k else []
         if settings.top_p < 1:
             self._truncate.append(TopPLogitsWarper(settings.top_p))
         if settings.min_p > 0:
             self._truncate.append(MinPLogitsWarper(settings.min_p))
+
+    def on(self, device: torch.device) -> _Sampler:
+        return _Sampler(self.settings, self.eos.tolist(), device)
 
     def _scores(self, logits: Tensor, without_eos: int) -> tuple[Tensor, float]:
         """[R, V] logits that the proposal draws from, and the temperature at which it does.
@@ -294,7 +306,7 @@ class _Batch:
 
     def __init__(self, sampler: _Sampler, model: Twin, prompts: Prompts, state: int | None = None) -> None:
         s, device = sampler.settings, model.device
-        self._sampler, self.state = sampler, state
+        self._sampler, self.state = sampler.on(device), state
         self._num_prompts = len(prompts.tokens)
         check_candidates(s, self._num_prompts, device, **bytes_of(model, prompts, s.num_candidates, s.max_new_tokens))
         self._cache = cache_for(model, prompts, s.num_candidates, s.max_new_tokens)
@@ -302,7 +314,7 @@ class _Batch:
         shape = s.max_new_tokens, len(self._rows)
         self._uniforms = torch.zeros(shape, dtype=torch.float64, device=device)
         self._tokens = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._log_p, self._log_q = (torch.zeros(shape, device=device) for _ in range(2))
+        self._log_p, self._log_q = (torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(2))
         self._lengths = torch.zeros(shape[1], dtype=torch.int64, device=device)
         self._running = torch.zeros(shape[1], dtype=torch.bool, device=device)
         self._slot = torch.zeros(1, dtype=torch.int64, device=device)  # of the tokens drawn last
@@ -312,20 +324,22 @@ class _Batch:
         """Whether it can draw candidates of these, too."""
         return isinstance(self._cache, SharedPromptCache) and self._cache.suits(prompts)
 
-    def run(
-        self, model: Twin, prompts: Prompts, seed: int | Sequence[int]
-    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """Tokens [R, T], lengths [R], log p and log q [R, T] of what it draws; and which [R] have ended."""
+    def run(self, model: Twin, prompts: Prompts, seeds: Sequence[int]) -> tuple[Tensor, ...]:
+        """Tokens [R, T], lengths [R], log p and log q [R, T] of what it draws; and which [R] have ended.
+
+        Parameters
+        ----------
+        seeds : one of all prompts, or one of each
+        """
         s, device = self._sampler.settings, self._slot.device
         self._cache.load(model, prompts)
         n = len(prompts.tokens)
         rows = n * s.num_candidates  # others, of a batch made for more prompts, have ended before they begin
         # Drawn on the host, so that a seed means the same on every device.
-        seeds = seed if isinstance(seed, Sequence) else [seed]
         shape = s.max_new_tokens, rows // len(seeds)
         generators = [torch.Generator().manual_seed(own) for own in seeds]
-        uniforms = torch.cat([torch.rand(shape, generator=g, dtype=torch.float64) for g in generators], 1)
-        self._uniforms[:, :rows] = uniforms.to(device)
+        each = [torch.rand(shape, generator=g, dtype=torch.float64, device="cpu") for g in generators]
+        self._uniforms[:, :rows] = torch.cat(each, 1).to(device)
         for buffer in (self._tokens, self._log_p, self._log_q, self._lengths, self._slot):
             buffer.zero_()
         self._running.fill_(False)
@@ -345,15 +359,19 @@ class _Batch:
         if device.type != "cpu":
             self._check_drawn(rows)
         tokens, log_p, log_q = (x[:, :rows].T.contiguous() for x in (self._tokens, self._log_p, self._log_q))
-        return (tokens, self._lengths[:rows].clone(), log_p, log_q), ~self._running[:rows]
+        return tokens, self._lengths[:rows], log_p, log_q, ~self._running[:rows]
 
     def _check_drawn(self, rows: int) -> None:
         """On the CPU `sample_tokens` itself raises; elsewhere it can only mark what it drew."""
         if len(bad := self._log_p[:, :rows].isnan().any(0).nonzero()):
-            row, m = int(bad[0]), self._sampler.settings.num_candidates
-            raise InvalidInput(
-                f"prefix {row // m}: the logits behind its candidate {row % m} are all -inf, or hold NaN or +inf"
-            )
+            raise self._nothing_to_draw(int(bad[0]))
+
+    def _nothing_to_draw(self, row: int) -> InvalidInput:
+        m, shortest = self._sampler.settings.num_candidates, self._sampler.settings.min_new_tokens
+        least = f" (min_new_tokens = {shortest} leaves out end-of-text tokens)" if shortest else ""
+        return InvalidInput(
+            f"prefix {row // m}: the logits behind its candidate {row % m} are all -inf, or hold NaN or +inf{least}"
+        )
 
     def _go_on(self) -> bool:
         """Whether any candidate still grows; on the CPU, those that don't cost time, and are dropped from the batch."""
@@ -363,7 +381,7 @@ class _Batch:
         if self._slot.device.type == "cpu" and 0 < most <= (1 - DROP_ABOVE) * m:
             # Of each prompt as many: those that grow come first, then some that have ended.
             order = (~grows).long().argsort(dim=1, stable=True)[:, :most]
-            kept = (torch.arange(len(grows))[:, None] * m + order).flatten()
+            kept = (torch.arange(len(grows), device="cpu")[:, None] * m + order).flatten()
             self._cache.keep(kept)
             self._rows = self._rows[kept]
         return most > 0
@@ -376,7 +394,12 @@ class _Batch:
     def _draw(self, logits: Tensor, below_minimum: bool) -> None:
         """Draw the token at position `slot` of each row."""
         uniforms = self._uniforms[self._slot, self._rows]
-        ids, log_p, log_q = self._sampler.draw(logits, len(logits) if below_minimum else 0, uniforms)
+        try:
+            ids, log_p, log_q = self._sampler.draw(logits, len(logits) if below_minimum else 0, uniforms)
+        except RuntimeError as error:
+            if (told := re.match(r"sample_tokens: logits\[(\d+)\] are all -inf", str(error))) is None:
+                raise
+            raise self._nothing_to_draw(int(self._rows[int(told[1])])) from error
         ops.append_tokens(
             self._tokens, self._log_p, self._log_q, self._lengths, self._running, ids=ids, ids_log_p=log_p,
             ids_log_q=log_q, slot=self._slot, rows=self._rows, eos=self._sampler.eos,

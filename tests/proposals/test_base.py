@@ -90,8 +90,8 @@ def test_settings_take_numpys_numbers():
 
 def test_seeds_are_integers():
     assert seed_of_each(np.int64(2**62), 2) == [(2**62, 0), (2**62, 1)]
-    assert seed_of_each(np.array([3, 4]), 2) == seed_of_each([3, np.int32(4)], 2) == [(3, 0), (4, 0)]
-    for bad in (1.0, None, True, "1", 2**64, [1, 2.0]):
+    assert seed_of_each([3, np.int32(4)], 2) == [(3, 0), (4, 0)]
+    for bad in (1.0, None, True, "1", 2**64, [1, 2.0], np.array([3, 4])):
         with pytest.raises(InvalidInput, match=r"seed = .* must be"):
             seed_of_each(bad, 2)
 

@@ -9,7 +9,7 @@ import tiny
 import torch
 from scipy import stats
 
-from daemon_fast import Candidates, TransformersProposal, metrics
+from daemon_fast import Candidates, Energy, SIRDecoder, TransformersProposal, metrics
 from daemon_fast.errors import InvalidInput
 from daemon_fast.proposals import transformers as transformers_proposal
 
@@ -186,6 +186,99 @@ def test_score_holds_as_many_logits_as_it_may(monkeypatch):
     torch.testing.assert_close(parts.token_log_p, whole.token_log_p, atol=1e-5, rtol=0)
 
 
+@pytest.fixture
+def defaults():
+    """Torch's default dtype and device, restored after the test."""
+    dtype = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(None)
+
+
+@pytest.mark.usefixtures("defaults")
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_torchs_defaults_have_no_part(default):
+    """Scripts set them for what they make themselves; the model's weights are where and what they are."""
+    p = proposal()
+    energy = Energy(metrics.parse(["sr_2", "nats"]), torch.ones(2, dtype=torch.float64), torch.zeros(2), p.settings)
+    decoder = SIRDecoder(energy, p)
+
+    def everything():
+        c = p.propose(PREFIXES, seed=2)
+        scored = p.score(PREFIXES, [[5, 6], [7], [8]])
+        return c, scored, decoder(PREFIXES, num_samples=2, seed=3)
+
+    want = everything()
+    if isinstance(default, torch.device):
+        torch.set_default_device(default)
+    else:
+        torch.set_default_dtype(default)
+    got = everything()
+    for a, b in zip(got[:2], want[:2], strict=True):
+        for name in ("tokens", "lengths", "token_log_p", "token_log_q", "ended"):
+            assert getattr(a, name).dtype == getattr(b, name).dtype
+            assert torch.equal(getattr(a, name), getattr(b, name))
+    assert torch.equal(got[2].index, want[2].index)
+
+
+def test_a_gradient_may_be_taken_behind_candidates():
+    """They are drawn in inference mode, whose tensors could not be saved for a backward pass."""
+    p = proposal()
+    drawn = p.propose(PREFIXES, 0)
+    x = torch.ones((), requires_grad=True)
+    for c in (drawn, p.score(PREFIXES, [[5, 6], [7], [8]])):
+        (gradient,) = torch.autograd.grad((x * c.token_log_p).sum(), x)
+        torch.testing.assert_close(gradient, c.token_log_p.sum())
+        loss = p.model(c.tokens, labels=c.tokens).loss
+        loss.backward()
+        c.lengths.add_(0)
+    assert p.model.lm_head.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("seed", [np.int64(7), np.uint8(7), [np.int64(7)] * 3], ids=repr)
+def test_seeds_of_numpy(seed):
+    p = proposal()
+    want = p.propose(PREFIXES, [7] * 3 if isinstance(seed, list) else 7)
+    assert torch.equal(p.propose(PREFIXES, seed).tokens, want.tokens)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, True, 1.0, None, "1", torch.tensor(1), [1, 2, -3], [1, 2, None]], ids=repr)
+def test_what_is_no_seed_is_refused(seed):
+    with pytest.raises(InvalidInput, match=r"seed = .* must be an integer from 0 to 2\^63 - 1"):
+        proposal().propose(PREFIXES, seed)
+
+
+def test_nothing_to_draw_is_named():
+    p = TransformersProposal(
+        tiny.model(), eos_token_ids=list(range(tiny.VOCABULARY)), num_candidates=2, max_new_tokens=3
+    )
+    with pytest.raises(InvalidInput, match=r"prefix 0: .* its candidate 0 are all -inf.*min_new_tokens = 1 leaves out"):
+        p.propose([[5]], 0)
+    p = proposal(num_candidates=2)
+    p.propose(PREFIXES, 0)
+
+    def spoil(module, inputs, out):
+        if len(out) == 6:
+            out = out.clone()
+            out[3] = torch.nan
+        return out
+
+    p.model.lm_head.register_forward_hook(spoil)
+    with pytest.raises(InvalidInput, match="prefix 1: the logits behind its candidate 1 are all -inf, or hold NaN"):
+        p.propose(PREFIXES, 0)
+
+
+@pytest.mark.parametrize("eos", [3, np.int64(3), torch.tensor(3), torch.tensor([3]), (3,)], ids=repr)
+def test_end_of_text_tokens_of_any_kind(eos):
+    assert TransformersProposal(tiny.model(), eos_token_ids=eos).eos_token_ids == [3]
+
+
+@pytest.mark.parametrize("eos", [62, -1, 3.0, True, "3", [None]], ids=repr)
+def test_what_is_no_end_of_text_token_is_refused(eos):
+    with pytest.raises(InvalidInput, match="eos_token_ids"):
+        TransformersProposal(tiny.model(), eos_token_ids=eos)
+
+
 def test_strings_and_their_token_ids_are_the_same_prefix():
     p = proposal()
     by_text, by_ids = p.propose(["w3 w7 w28"], 0), p.propose([[5, 9, 30]], 0)
@@ -225,6 +318,9 @@ def test_without_a_tokenizer_prefixes_are_ids():
         ([[]], [[5]], "prefix 0 is empty"),
         ([[5], [6]], [[7], [999]], "continuation 1 has token 999, outside the vocabulary of 62"),
         ([[-1]], [[7]], "prefix 0 has token -1, outside"),
+        (["w1"], [[7]], "prefix 0 = 'w1' must be a list of token ids"),
+        ([5], [[7]], "prefix 0 = 5 must be a list of token ids"),
+        ([[5]], [[7, 5.7]], "continuation 0 has 5.7 at position 1: a token id is an integer"),
     ],
 )
 def test_what_can_not_be_scored_is_named(prefixes, continuations, message):
@@ -233,7 +329,7 @@ def test_what_can_not_be_scored_is_named(prefixes, continuations, message):
 
 
 def test_a_seed_out_of_range_and_a_module_that_is_no_model_are_named():
-    with pytest.raises(InvalidInput, match=r"seed = 1180591620717411303424 must be from -2\^63 to 2\^64 - 1"):
+    with pytest.raises(InvalidInput, match=r"seed = 1180591620717411303424 must be an integer from 0 to 2\^63 - 1"):
         proposal().propose(PREFIXES, seed=2**70)
     with pytest.raises(InvalidInput, match="model is a Linear without a configuration"):
         TransformersProposal(torch.nn.Linear(2, 2))
