@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Real
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from daemon_fast.errors import InvalidInput
 
-__all__ = ["integer", "number", "real_tensor"]
+__all__ = ["integer", "number", "real_tensor", "strings"]
 
 
 def integer(name: str, value: Any, limit: str, within: Callable[[int], bool]) -> int:
@@ -47,6 +47,14 @@ def number(name: str, value: Any, limit: str, within: Callable[[float], bool]) -
     if not within(float(value)):
         raise InvalidInput(f"{name} = {value} must be {limit}")
     return float(value)
+
+
+def strings(name: str, value: Any) -> tuple[str, ...]:
+    """A list of strings, one at least."""
+    listed = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else ()
+    if not listed or not all(isinstance(item, str) for item in listed):
+        raise InvalidInput(f"{name} = {reprlib.repr(value)} must be a list of strings")
+    return listed
 
 
 def real_tensor(said: str, value: Any) -> Tensor:

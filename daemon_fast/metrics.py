@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from daemon_fast import ops
-from daemon_fast.arguments import real_tensor
+from daemon_fast.arguments import integer, real_tensor, strings
 from daemon_fast.errors import ArtefactError, InvalidInput, Problems, UnknownMetric
 from daemon_fast.models import Encoder, load_encoder
 from daemon_fast.proposals.candidates import Candidates
@@ -113,8 +113,7 @@ class SequenceRepetition(RepetitionMetric):
     """sr_n: the share of n-grams that repeat an earlier one."""
 
     def __init__(self, n: int) -> None:
-        if n < 1:
-            raise InvalidInput(f"sr_n needs n >= 1, got n = {n}")
+        n = integer("n of sr_n", n, ">= 1", lambda n: n >= 1)
         self.name, self.ngrams = f"sr_{n}", (n,)
 
     def combine(self, sr: Mapping[int, Tensor], tr: Mapping[int, Tensor]) -> Tensor:
@@ -125,8 +124,7 @@ class TokenRepetition(RepetitionMetric):
     """tr_w: the share of tokens that occur among the w tokens before them."""
 
     def __init__(self, w: int) -> None:
-        if w < 1:
-            raise InvalidInput(f"tr_w needs w >= 1, got w = {w}")
+        w = integer("w of tr_w", w, ">= 1", lambda w: w >= 1)
         self.name, self.windows = f"tr_{w}", (w,)
 
     def combine(self, sr: Mapping[int, Tensor], tr: Mapping[int, Tensor]) -> Tensor:
@@ -267,10 +265,10 @@ class FunctionMetric(Metric):
     def __init__(self, function: Function, names: str | Sequence[str] | None = None) -> None:
         if not callable(function) or isinstance(function, type):
             raise InvalidInput(f"metric {reprlib.repr(function)} must be a name, a Metric or a function of candidates")
+        if names is None:
+            names = _name_of(function)
         self._function = function
-        self._names = (names,) if isinstance(names, str) else tuple(names or (_name_of(function),))
-        if bad := [name for name in self._names if not isinstance(name, str)]:
-            raise InvalidInput(f"names has {reprlib.repr(bad[0])}: a metric's name is a string")
+        self._names = (names,) if isinstance(names, str) else strings("names", names)
         self.name = self._names[0]
 
     @property

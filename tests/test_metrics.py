@@ -117,7 +117,7 @@ def test_unknown_names(name):
 
 
 def test_bad_lists_of_metrics():
-    with pytest.raises(InvalidInput, match="n >= 1, got n = 0"):
+    with pytest.raises(InvalidInput, match="n of sr_n = 0 must be >= 1"):
         metrics.parse(["sr_0"])
     with pytest.raises(InvalidInput, match="no metrics given"):
         metrics.parse([])
@@ -221,6 +221,13 @@ def test_what_is_no_metric_is_named(bad):
         metrics.parse(["sr_2", bad])
     with pytest.raises(InvalidInput, match="must be a name, a Metric or a function of candidates"):
         metrics.from_specs([], [bad])
+    for names in (5, [3], [None]):
+        with pytest.raises(InvalidInput, match=r"names = .* must be a list of strings"):
+            metrics.FunctionMetric(len, names=names)
+    for size in (2.0, True, None, "2", 0):
+        for kind, said in ((metrics.SequenceRepetition, "n of sr_n"), (metrics.TokenRepetition, "w of tr_w")):
+            with pytest.raises(InvalidInput, match=f"{said} = {size!r} must be"):
+                kind(size)
     for whole in (None, 5, "sr_2"):
         with pytest.raises(InvalidInput, match=f"metrics = {whole!r} must be a list"):
             metrics.parse(whole)

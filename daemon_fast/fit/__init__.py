@@ -18,7 +18,7 @@ from torch import Tensor
 
 from daemon_fast import metrics as metrics_module
 from daemon_fast import ops
-from daemon_fast.arguments import integer, number, real_tensor
+from daemon_fast.arguments import integer, number, real_tensor, strings
 from daemon_fast.energy import Base, Diagnostics, Energy, weightless
 from daemon_fast.errors import FitError, InvalidInput, UnboundedTilt
 from daemon_fast.fit import newton, resample
@@ -266,7 +266,7 @@ def _checked(
         base_log_w = None if base_log_w is None else real_tensor("base_log_w is", base_log_w)
         samples = InMemory(Block(real_tensor("features is", features), base_log_w))
     n, m, k = samples.shape
-    names = tuple(names) if names is not None else tuple(f"metric {i}" for i in range(k))
+    names = strings("names", names) if names is not None else tuple(f"metric {i}" for i in range(k))
     if len(names) != k:
         raise InvalidInput(f"names has {len(names)} entries, features has K = {k} metrics")
     if normalization not in ("per_prefix", "global"):

@@ -339,6 +339,8 @@ def test_neither_solved_nor_proved_is_an_error(monkeypatch):
         ({"targets": torch.zeros(0, 4)}, r"got \[0, 4\]"),
         ({"targets": torch.full((4,), math.nan)}, "targets of metric 0 hold NaN"),
         ({"base_log_w": torch.zeros(60, 3)}, r"base_log_w must have shape \[N, M\] = \[60, 25\], got \[60, 3\]"),
+        ({"names": 5}, "names = 5 must be a list of strings"),
+        ({"names": "abcd"}, "names = 'abcd' must be a list of strings"),
         ({"names": ["a"]}, "names has 1 entries, features has K = 4"),
         ({"normalization": "both"}, "normalization = 'both'"),
         ({"method": "sgd"}, "method = 'sgd'"),
