@@ -204,8 +204,8 @@ class Energy:
         diagnostics = document["diagnostics"]
         return cls(
             metrics=metrics,
-            mu=torch.tensor([float(value) for value in document["mu"]], dtype=torch.float64),
-            targets=torch.tensor([float(value) for value in document["targets"]], dtype=torch.float64),
+            mu=torch.tensor([float(value) for value in document["mu"]], dtype=torch.float64, device="cpu"),
+            targets=torch.tensor([float(value) for value in document["targets"]], dtype=torch.float64, device="cpu"),
             proposal_settings=settings,
             normalization=document["normalization"],
             draw=document["draw"],

@@ -107,7 +107,7 @@ def gopher_repetition(texts: Sequence[str], words: Sequence[Sequence[str]] | Non
 
 def gopher_violations(fractions: Tensor) -> Tensor:
     """[N, 13] bool: which of `gopher_repetition`'s fractions exceed their threshold. None do of an empty text."""
-    return fractions > torch.tensor(list(GOPHER_THRESHOLDS.values()), dtype=torch.float64)
+    return fractions > torch.tensor(list(GOPHER_THRESHOLDS.values()), dtype=torch.float64, device=fractions.device)
 
 
 @torch.library.register_fake("daemon_fast::gopher_repetition")  # type: ignore[untyped-decorator]

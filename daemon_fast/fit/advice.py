@@ -88,7 +88,7 @@ def candidates_needed(problem: Problem, direction: Tensor) -> int | None:
     means = along.mean(1, keepdim=True)
     gap, reached = float(direction @ problem.targets - means.mean()), float((along.amax(1) - means[:, 0]).mean())
     deviations = (along - means).flatten().sort().values
-    ranks = torch.arange(n * m + 1, dtype=torch.float64) / (n * m)
+    ranks = torch.arange(n * m + 1, dtype=torch.float64, device="cpu") / (n * m)
 
     def largest(of: int) -> float:
         return float(deviations @ ranks.pow(of).diff())
@@ -113,7 +113,7 @@ def _texts_needed(problem: Problem, human: Tensor, direction: Tensor) -> int | N
 def _beyond_reach(problem: Problem) -> list[Tensor]:
     """Directions [K] in which targets lie beyond what weights reach: of each metric that is alone, else of all."""
     low, high = problem.reachable()
-    units = torch.eye(len(low), dtype=torch.float64)
+    units = torch.eye(len(low), dtype=torch.float64, device="cpu")
     directions = [*units[problem.targets >= high], *-units[problem.targets <= low]]
     if not directions:
         nu, _ = newton(replace(problem, ridge=SMALL_RIDGE))

@@ -91,7 +91,7 @@ class Problem:
         value = float(log_z + (nu / self.scale) @ self.targets + 0.5 * self.ridge * nu @ nu)
         gradient = (self.targets - mean) / self.scale + self.ridge * nu
         hessian = covariance / self.scale.outer(self.scale)
-        return value, gradient, hessian + self.ridge * torch.eye(len(nu), dtype=torch.float64)
+        return value, gradient, hessian + self.ridge * torch.eye(len(nu), dtype=torch.float64, device="cpu")
 
     def reachable(self) -> tuple[Tensor, Tensor]:
         """[K] lowest and highest expectation of each metric over all weightings."""

@@ -34,7 +34,7 @@ def cross_validated_ridge(problem: Problem, human: Tensor | None) -> float:
         raise InvalidInput("ridge = 'cv' needs samples in one tensor: blocks can't be split")
     if min(problem.samples.shape[0], len(human)) < FOLDS:
         raise InvalidInput(cv_needs(problem.samples.shape[0], len(human)))
-    of_prefix, of_text = (torch.arange(count) % FOLDS for count in (problem.samples.shape[0], len(human)))
+    of_prefix, of_text = (torch.arange(count, device="cpu") % FOLDS for count in (problem.samples.shape[0], len(human)))
     loss, weighted = dict.fromkeys(RIDGES, 0.0), _weighted(problem)
     try:
         newton(problem)
@@ -72,11 +72,11 @@ def bootstrap(
     fitted: list[Tensor] = []
     weighted = _weighted(problem)
     for _ in tqdm(range(replicates), desc="bootstrap", disable=not progress):
-        drawn = torch.randint(n, (n,), generator=random)
+        drawn = torch.randint(n, (n,), generator=random, device="cpu")
         # Human values of the same prefixes are drawn with them; of other texts, by themselves.
         of_human = drawn
         if human is not None and len(human) != n:
-            of_human = torch.randint(len(human), (len(human),), generator=random)
+            of_human = torch.randint(len(human), (len(human),), generator=random, device="cpu")
         some = drawn[weighted[drawn]]
         if not len(some):
             continue
@@ -85,7 +85,7 @@ def bootstrap(
             fitted.append(newton(replicate, start=nu)[0] / problem.scale)
         except FitError:
             continue
-    quantiles = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    quantiles = torch.tensor([0.025, 0.975], dtype=torch.float64, device="cpu")
     interval = torch.stack(fitted).quantile(quantiles, dim=0) if fitted else None
     return interval, replicates - len(fitted)
 
@@ -94,7 +94,7 @@ def _weighted(problem: Problem) -> Tensor:
     """[N] bool: prefixes that have candidates of positive weight. By global weights others may have none."""
     assert isinstance(problem.samples, InMemory)
     excluded, n = problem.samples.block.excluded, problem.samples.shape[0]
-    return torch.ones(n, dtype=torch.bool) if excluded is None else ~excluded[..., 0].all(1).cpu()
+    return torch.ones(n, dtype=torch.bool, device="cpu") if excluded is None else ~excluded[..., 0].all(1).cpu()
 
 
 def _part(problem: Problem, prefixes: Tensor, human: Tensor | None) -> Problem:

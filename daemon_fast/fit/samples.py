@@ -120,7 +120,7 @@ def tilted_moments(
         first: ops.Moments = parts[0]
         return first
     log_z, mean, covariance = (torch.stack(column) for column in zip(*parts, strict=True))
-    share = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
+    share = torch.tensor(sizes, dtype=torch.float64, device="cpu") / sum(sizes)
     if normalization == "per_prefix":
         return ops.Moments(share @ log_z, share @ mean, torch.tensordot(share, covariance, 1))
     of_all = torch.logsumexp(log_z + share.log(), 0)

@@ -150,7 +150,7 @@ def generate(
     )
     decoder = SIRDecoder(energy, proposal, 1)
     if seed is None:
-        seed = int(torch.randint(2**62, ()))
+        seed = int(torch.randint(2**62, (), device="cpu"))
     streamer = streamer or caller.get("streamer")
     decoded = decoder(rows, num_samples=samples, seed=seed)
     sequences, lengths = _sequences(input_ids, decoded, _padding(config), energy.proposal_settings.count_eos)

@@ -46,7 +46,7 @@ class RepetitionReward:
                 raise InvalidInput(
                     f"metric {metric.name} needs more than token ids: rewards are of sr_<n>, tr_<w>, div"
                 )
-        self._weights = torch.tensor(list(weights.values()), dtype=torch.float64)
+        self._weights = torch.tensor(list(weights.values()), dtype=torch.float64, device="cpu")
         if not self._weights.isfinite().all():
             raise InvalidInput(f"weights = {dict(weights)} must be finite")
         self.__name__ = name
@@ -72,14 +72,14 @@ class RepetitionReward:
         if isinstance(completion_ids, str) or not isinstance(completion_ids, Iterable):
             raise InvalidInput(f"completion_ids = {completion_ids!r} must be a list of lists of token ids")
         rows = [
-            torch.tensor(token_ids(row, f"completion_ids[{i}]"), dtype=torch.int64)
+            torch.tensor(token_ids(row, f"completion_ids[{i}]"), dtype=torch.int64, device="cpu")
             for i, row in enumerate(completion_ids)
         ]
         if not rows:
             return []
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        zeros = torch.zeros(tokens.shape)
-        lengths = torch.tensor([len(row) for row in rows])
+        zeros = torch.zeros(tokens.shape, dtype=torch.float32, device="cpu")
+        lengths = torch.tensor([len(row) for row in rows], device="cpu")
         candidates = Candidates(tokens, lengths, zeros, zeros, [[]] * len(rows), _no_text)
         values = metrics_module.features(self._metrics, candidates)[:, 0].double()
         return (values @ self._weights).tolist()

@@ -144,17 +144,17 @@ class Candidates:
 
         def log_probs(lists: Sequence[Sequence[float]] | None) -> Tensor:
             if lists is None:
-                return torch.full((len(rows), width), torch.nan)
+                return torch.full((len(rows), width), torch.nan, dtype=torch.float32, device="cpu")
             return padded([row or [torch.nan] for row in lists], np.float32)
 
         return Candidates(
             tokens=padded(rows, np.int64),
-            lengths=torch.tensor(lengths, dtype=torch.int64),
+            lengths=torch.tensor(lengths, dtype=torch.int64, device="cpu"),
             token_log_p=log_probs(log_p),
             token_log_q=log_probs(log_q),
             prefix_tokens=prefix_tokens,
             detokenize=detokenize,
-            ended=None if ended is None else torch.tensor(ended, dtype=torch.bool),
+            ended=None if ended is None else torch.tensor(ended, dtype=torch.bool, device="cpu"),
         )
 
     @staticmethod

@@ -99,7 +99,7 @@ class Prompts:
 def process(model: Twin, tokens: Sequence[Sequence[int]], cached: bool = True) -> Prompts:
     """Run the model over each prompt once, those of one length in one batch."""
     lengths = [len(row) for row in tokens]
-    groups, logits = [], [torch.empty(0)] * len(tokens)
+    groups, logits = [], [torch.empty(0, device="cpu")] * len(tokens)
     model.set_attention(None)
     for length in sorted(set(lengths)):
         places = [i for i, n in enumerate(lengths) if n == length]
@@ -185,10 +185,10 @@ def _first_right(model: Twin, tolerance: float) -> str:
     most = min(n - TRIAL_STEPS for n in (model.context, model.rope_switch, wanted + TRIAL_STEPS) if n)
     generator = torch.Generator().manual_seed(1)
     lengths = [max(1, min(length, most)) for length in (wanted, second)]
-    drawn = torch.randint(model.config.vocab_size, (2, max(lengths)), generator=generator).tolist()
+    drawn = torch.randint(model.config.vocab_size, (2, max(lengths)), generator=generator, device="cpu").tolist()
     trial = [row[:length] for row, length in zip(drawn, lengths, strict=True)]
     rows = [prompt for prompt in trial for _ in range(2)]
-    added = torch.randint(model.config.vocab_size, (4, TRIAL_STEPS), generator=generator)
+    added = torch.randint(model.config.vocab_size, (4, TRIAL_STEPS), generator=generator, device="cpu")
     plain = []
     for row, more in zip(rows, added.tolist(), strict=True):
         logits = model.plain(torch.tensor([[*row, *more]], device=model.device))
@@ -233,7 +233,7 @@ def _check_causal(model: Twin) -> tuple[float, bool]:
     """
     length = min(LONGEST_TRIAL, model.context or LONGEST_TRIAL, model.rope_switch or LONGEST_TRIAL)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (3, length), generator=generator).to(model.device)
+    ids = torch.randint(model.config.vocab_size, (3, length), generator=generator, device="cpu").to(model.device)
     try:
         logits = model.plain(ids)
     except Exception as error:  # whatever a model raises that reads something else
@@ -406,7 +406,7 @@ class _Part:
 
 def _repeated(cache: Any, n: int, m: int) -> Any:
     """A copy of a cache of n rows, each repeated m times."""
-    index = torch.arange(n).repeat_interleave(m)
+    index = torch.arange(n, device="cpu").repeat_interleave(m)
     return _selected(copy.deepcopy(cache), index, n)
 
 
@@ -667,7 +667,7 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         self.is_initialized, self.window, self._num_candidates = True, window, m
         self.width = _slots_of_a_prompt(width, window)
         self.before = 0 if share else self.width
-        self.at, self.end = torch.zeros(1, dtype=torch.int64), 0
+        self.at, self.end = torch.zeros(1, dtype=torch.int64, device="cpu"), 0
         # Zeros, not garbage: a slot that the mask hides must not hold NaN.
         self.keys, self.values = (
             x.new_zeros(n * m, x.shape[1], self.before + capacity, x.shape[3]) for x in (source.keys, source.values)

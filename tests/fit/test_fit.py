@@ -48,6 +48,19 @@ def test_recovers_the_mu_that_made_the_targets():
     torch.testing.assert_close(fit(features, targets).mu, mu, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("draw", ["sir", "race"])
+def test_torchs_default_device_has_no_part(draw):
+    """Scripts set it for what they make themselves."""
+    features, _, mu = problem()
+    human = ops.tilted_moments(features, mu).mean + torch.linspace(-0.2, 0.2, 30, dtype=F64)[:, None]
+    options = {"ridge": "cv", "bootstrap": 3, "draw": draw}
+    want = fit(features, human, **options)
+    with torch.device("meta"):
+        got = fit(features, human, **options)
+    assert torch.equal(got.mu, want.mu)
+    assert torch.equal(got.confidence_interval, want.confidence_interval)
+
+
 def test_base_log_weights_tilt_what_they_should():
     features, _, mu = problem()
     base = torch.randn(features.shape[:2], dtype=F64)

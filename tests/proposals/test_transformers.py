@@ -197,7 +197,7 @@ def defaults():
 
 
 @pytest.mark.usefixtures("defaults")
-@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.device("meta")], ids=str)
 def test_torchs_defaults_have_no_part(default):
     """Scripts set them for what they make themselves; the model's weights are where and what they are."""
     p = proposal()
