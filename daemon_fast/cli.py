@@ -22,7 +22,7 @@ import click
 from click.core import ParameterSource
 from click.shell_completion import get_completion_class
 
-from daemon_fast.embedded import EXCHANGES, check_model
+from daemon_fast.embedded import EXCHANGES, MODELS, check_model
 from daemon_fast.errors import DaemonFastError, DataError, InvalidInput, ModelUnavailable, Problems, SeveralProblems
 
 if TYPE_CHECKING:
@@ -37,6 +37,9 @@ STUDIES = (
     "alignment", "perplexity", "convergence", "one_metric", "temperatures", "ablation", "forward_kl", "tail",
     "transfer",
 )  # fmt: skip
+
+
+RESUMES = "daemon_fast.resumes"  # whether the command that runs goes on, started again, from where it stopped
 
 
 class _Command(click.Command):
@@ -97,7 +100,8 @@ class _Commands(click.Group):
                 raise
             _fail(ctx, f"there is not enough memory: {str(error).splitlines()[0]}")
         except KeyboardInterrupt:
-            click.echo("interrupted; run the same command again to go on from here", err=True)
+            goes_on = "; run the same command again to go on from here" if RESUMES in ctx.meta else ""
+            click.echo(f"interrupted{goes_on}", err=True)
             sys.exit(130)
 
 
@@ -120,6 +124,10 @@ def _fail(context: click.Context, *problems: object) -> NoReturn:
     for problem in problems:
         click.echo(f"Error: {' '.join(str(problem).split())}", err=True)
     sys.exit(2)
+
+
+def _resumes() -> None:
+    click.get_current_context().meta[RESUMES] = True
 
 
 def _drop_stdout() -> None:
@@ -153,6 +161,18 @@ class _OptionOrDefault(click.Option):
             return super().handle_parse_result(ctx, {}, args)
 
 
+class _Text(click.types.StringParamType):
+    """In UTF-8, whatever the locale is."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from daemon_fast.files import as_text
+
+        return as_text(super().convert(value, param, ctx))
+
+
+TEXT = _Text()
+
+
 def _shared(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda command: functools.reduce(lambda f, option: option(f), reversed(options), command)
 
@@ -183,20 +203,23 @@ format_option = click.option(
     "--format", "format_", type=click.Choice(["json", "text", "parquet"]), help="Of files whose names don't tell."
 )
 data_option = _shared(
-    click.option("--field", default="text", help="Of each record: its text; meta.title for one within others."),
+    click.option(
+        "--field", type=TEXT, default="text", help="Of each record: its text; meta.title for one within others."
+    ),
     format_option,
 )
 field_options = _shared(
     click.option(
-        "--prompt-field", metavar="NAME",
+        "--prompt-field", type=TEXT, metavar="NAME",
         help="Read prompts and responses, not texts. Of each record: its prompt, a text or a chat; or a chat whose "
         "last message is the response.",
     ),
     click.option(
-        "--response-field", metavar="NAME", help="Of each record: its response.  [default: response or completion]"
+        "--response-field", type=TEXT, metavar="NAME",
+        help="Of each record: its response.  [default: response or completion]",
     ),
 )  # fmt: skip
-force_option = click.option("--force", is_flag=True, help="Overwrite what is there.")
+force_option = click.option("--force", is_flag=True, help="Overwrite an output that is there.")
 
 
 @click.group(
@@ -312,17 +335,24 @@ def fit(
     daemon-fast fit --data pairs.jsonl --prompt-field prompt --response-field response
     daemon-fast fit --data chats.jsonl --prompt-field messages
 
+    Candidates are kept and serve again, with --force, too: those of other weights, settings or texts are refused.
+
     The exit code is 1 if records of --data were left out, targets were not met, or candidates leave next to no choice:
     warnings say which. All that is wrong with the arguments is told at once, before anything is drawn.
     """
     from daemon_fast.data.exchanges import Exchanges, read_exchanges
     from daemon_fast.data.texts import Texts, read_texts
-    from daemon_fast.files import check_writable
+    from daemon_fast.files import check_folder, check_writable
 
+    if data != "-":
+        _resumes()
     texts: Texts | Exchanges = Texts()
     tokenizer, engine, responses = None, None, prompt_field is not None or data in EXCHANGES
     with problems:
         check_writable(output, force)
+    with problems:
+        if work_dir is None and os.path.lexists(_candidates_of(output)):
+            check_folder(_candidates_of(output))
     with problems:
         if responses:
             texts = read_exchanges(data, prompt_field, response_field, format_)
@@ -330,6 +360,7 @@ def fit(
             raise InvalidInput(f"--response-field = {response_field!r} needs --prompt-field")
         else:
             texts = read_texts(data, field, format_)
+    model, encoder = _for_everywhere(model), _for_everywhere(encoder)  # the artefact names them
     with problems:
         check_model(model)
     no_model = any(isinstance(problem, ModelUnavailable) for problem in problems.found)
@@ -399,6 +430,12 @@ def _ridge(text: str) -> float | str:
     raise InvalidInput(f"--ridge = {text!r} must be a number >= 0, or cv")
 
 
+def _for_everywhere(name: str) -> str:
+    """A file's or folder's name that holds in other folders, too; an id or an embedded name as it is."""
+    path = Path(name).expanduser()
+    return os.path.abspath(path) if name not in MODELS and path.exists() else name
+
+
 def _candidates_of(artefact: Path) -> Path:
     return Path(f"{artefact}.candidates")
 
@@ -408,10 +445,11 @@ def _candidates_of(artefact: Path) -> Path:
 @click.option(
     "--prompt",
     "prompts",
+    type=TEXT,
     multiple=True,
     help="Text to continue; of an artefact that was fitted to chats, a user's message. May be repeated.",
 )
-@click.option("--message", "messages", multiple=True, help="A user's message, to answer. May be repeated.")
+@click.option("--message", "messages", type=TEXT, multiple=True, help="A user's message, to answer. May be repeated.")
 @click.option("--model", help="Instead of the one in the artefact.")
 @click.option("--num-samples", type=click.IntRange(1), default=1, help="Per prompt.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per prompt, with weights and metrics.")
@@ -457,8 +495,22 @@ def _decoder(
 
     energy = Energy.load(path)
     fitted = energy.proposal_settings
-    engine = _engine(engine_name, engine_args, served_model, model or fitted.model_id, device, dtype, of_servers)
-    return SIRDecoder(energy, engine.proposal(**fitted.sampling()), batch_size)
+    name = fitted.model_id if model is None else _for_everywhere(model)
+    with _model_of(path, model):
+        engine = _engine(engine_name, engine_args, served_model, name, device, dtype, of_servers)
+        proposal = engine.proposal(**fitted.sampling())
+    return SIRDecoder(energy, proposal, batch_size)
+
+
+@contextmanager
+def _model_of(artefact: Path, given: str | None) -> Iterator[None]:
+    """Adds to an error where the name of the model comes from, if `--model` has not given it."""
+    try:
+        yield
+    except ModelUnavailable as error:
+        if given is not None:
+            raise
+        raise ModelUnavailable(f"{error}. The artefact {artefact} names it: --model says where it is now") from error
 
 
 @main.command()
@@ -469,6 +521,7 @@ def _decoder(
     "--field",
     "--prompt-field",
     "field",
+    type=TEXT,
     default="text",
     help="Of each record: its text; meta.title for one within others; or a chat, of which a last message of the "
     "assistant's is left out.",
@@ -493,23 +546,30 @@ def decode(
 
     Each record keeps its fields, and gets one more, "daemon": texts, metrics, ess, log_z; or error, if it can't be
     used: then the exit code is 1. Records keep their order. Files of any size; interrupted, it resumes, to the same
-    bytes. From Parquet to Parquet, columns keep their types.
+    bytes, where both INPUT and OUTPUT are files. INPUT must stay as it is meanwhile. From Parquet to Parquet, columns
+    keep their types.
     """
     from daemon_fast.data.formats import find_sources, output_format
-    from daemon_fast.files import check_writable
+    from daemon_fast.files import check_folder, check_writable
 
     # Known before a model is loaded: `process` finds out again, with all that it takes to read them.
-    find_sources(source, format_, output)
+    sources = find_sources(source, format_, output)
     output_format(output)
+    from daemon_fast.data.records import DecodeWork, parts_of, process
+
     if output != "-":
         check_writable(output, force)
-    from daemon_fast.data.records import DecodeWork, process
+        check_folder(parts_of(output))
+        if all(one.path is not None and one.path.is_file() for one in sources):  # what came by a pipe has gone
+            _resumes()
+    from daemon_fast.data.collect import weights_of
 
     _quiet_transformers()
     decoder = _decoder(path, batch_size, **options)
     energy = json.loads(path.read_text(encoding="utf-8"))
     used = {"energy": energy, "num_samples": num_samples, "seed": seed, "batch_size": batch_size}
     used |= {name: options[name] for name in ("model", "dtype", "engine_name", "engine_args", "served_model")}
+    used |= weights_of(decoder.proposal)
     summary = process(
         source, output, DecodeWork(decoder, num_samples, seed), used, field, chunk_size=batch_size,
         description="decode", format=format_, force=force,
@@ -580,7 +640,9 @@ def serve(
 @main.command()
 @click.argument("file")
 @data_option
-@click.option("--id-field", metavar="NAME", help="Field of a record that --json repeats as its id.  [default: id]")
+@click.option(
+    "--id-field", type=TEXT, metavar="NAME", help="Field of a record that --json repeats as its id.  [default: id]"
+)
 @click.option(
     "--unit",
     type=click.Choice(["word", "character"]),
@@ -593,7 +655,7 @@ def serve(
 @click.option("--gopher", is_flag=True, help="Also the fractions of Gopher's repetition rules.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a record instead of the means.")
 @click.option("--filter", "condition", metavar="CONDITION", help="Write the records that meet it instead of the means.")
-@click.option("--output", type=click.Path(path_type=Path), help="For --json or --filter.  [default: standard output]")
+@click.option("--output", type=click.Path(path_type=Path), help="For --json or --filter.  [default: -]")
 @force_option
 def metrics(
     file: str, field: str, format_: Format | None, id_field: str | None, unit: str, tokenizer: str | None, ngrams: str,
@@ -613,9 +675,9 @@ def metrics(
     By default prints their means over the texts that are not empty, and distinct_n: of the n-grams of all texts taken
     together those that are distinct. That takes about 70 bytes a token; the rest any size of FILE.
 
-    --json writes an object for each record, in order: its "source"; its "line", "row" (of Parquet) or "element" (of an
-    array), from 1; its "id"; and its metrics. Of an empty text they are null, and "empty" is true. A record that can't
-    be used has an "error" in their place.
+    --json writes an object for each record, in order: its "source", the file, by its path in a folder or from a
+    pattern on; its "line", "row" (of Parquet) or "element" (of an array), from 1; its "id"; and its metrics. Of an
+    empty text they are null, and "empty" is true. A record that can't be used has an "error" in their place.
 
     --filter writes the records for which CONDITION holds, as they were read, one of JSON a line: such as
     "sr_4 <= 0.2 and (tr_8 < 0.5 or gopher_violations == 0)". Metrics that it names are measured. Empty texts never
@@ -623,6 +685,8 @@ def metrics(
 
     The exit code is 1 if a record can't be used.
     """
+    from daemon_fast.data.formats import output_format
+    from daemon_fast.files import check_writable
     from daemon_fast.filters import parse_filter
     from daemon_fast.progress import progress
     from daemon_fast.text_metrics import DistinctNGrams, Summary, TextMetrics, measure_records
@@ -633,6 +697,12 @@ def metrics(
             raise InvalidInput("--json and --filter both say what is written: give one of them")
         if output is not None and not as_json and condition is None:
             raise InvalidInput(f"--output = {str(output)!r} needs --json or --filter: the means go to standard output")
+    if output is not None and str(output) == "-":
+        output = None
+    with problems:
+        if output is not None:
+            output_format(output, lines=True)
+            check_writable(output, force)
     with problems:
         if tokenizer is not None and unit == "character":
             raise InvalidInput("--tokenizer and --unit character both say what is counted: give one of them")
@@ -659,7 +729,7 @@ def metrics(
     summary, written = Summary(), 0
     rows_on_screen = (as_json or wanted is not None) and output is None and sys.stdout.isatty()
     bar = progress(desc="metrics", unit="record", delay=2.0, disable=rows_on_screen)
-    with _binary(output, force) as sink, bar:
+    with _binary(output) as sink, bar:
         for batch in measure_records(_items(file, field, format_, output), measure):
             bar.update(len(batch.items))
             summary.add(batch)
@@ -708,16 +778,16 @@ def _items(file: str, field: str, format_: Format | None, output: Path | None) -
 
 
 @contextmanager
-def _binary(path: Path | None, force: bool) -> Iterator[IO[bytes]]:
-    """Standard output, or a file that appears when it is whole."""
-    from daemon_fast.files import check_writable, replacing, writing
+def _binary(path: Path | None) -> Iterator[IO[bytes]]:
+    """Standard output, or a file that appears when it is whole, packed as its name says."""
+    from daemon_fast.data.formats import compressed
+    from daemon_fast.files import replacing, writing
 
     if path is None:
         yield sys.stdout.buffer
         return
-    check_writable(path, force)
-    with writing(f"output {path}"), replacing(path) as file:
-        yield file
+    with writing(f"output {path}"), replacing(path) as file, compressed(path, file) as packed:
+        yield packed
 
 
 def _sizes(text: str, option: str) -> list[int]:
@@ -775,6 +845,7 @@ def evaluate(
     named and left out; the exit code is then 1.
     """
     _check_new(output, "report.json", force)
+    _resumes()
     for name in (model, amateur):
         if name is not None:
             check_model(name)
@@ -789,7 +860,8 @@ def evaluate(
         raise InvalidInput(f"--data is given {len(data)} times for {len(energies)} --energy: give one for each")
     loaded = [Energy.load(path) for path in energies]
     model_id = model or loaded[0].proposal_settings.model_id
-    language_model, tokenizer = load_language_model(model_id, device, getattr(torch, dtype))
+    with _model_of(energies[0], model):
+        language_model, tokenizer = load_language_model(model_id, device, getattr(torch, dtype))
     domains = [
         evaluation.Domain(
             path.stem,
@@ -851,6 +923,7 @@ def doctor() -> None:
 def demo(quick: bool, output: Path, force: bool, device: str | None, seed: int) -> None:
     """Align SmolLM2-135M with Wikipedia: fit, decode held-out prefixes, compare. Interrupted, it resumes."""
     _check_new(output, "results.json", force)
+    _resumes()
     from daemon_fast.experiments.demo import run
 
     _quiet_transformers()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from daemon_fast import ops
+from daemon_fast.arguments import integer
 from daemon_fast.energy import Energy
 from daemon_fast.errors import ArtefactError, InvalidInput, LowEffectiveSampleSize
 from daemon_fast.memory import check_fits
@@ -105,8 +106,7 @@ class SIRDecoder:
     """
 
     def __init__(self, energy: Energy, proposal: Proposal, batch_size: int = 4) -> None:
-        if batch_size < 1:
-            raise InvalidInput(f"batch_size = {batch_size} must be >= 1")
+        batch_size = _at_least_one("batch_size", batch_size)
         check_compatible(energy.proposal_settings, proposal.settings)
         self._check_template(energy, proposal)
         self.energy, self.proposal, self.batch_size = energy, proposal, batch_size
@@ -142,6 +142,7 @@ class SIRDecoder:
         -----
         LowEffectiveSampleSize
         """
+        num_samples = _at_least_one("num_samples", num_samples)
         batch = self.prompts(prefixes)
         starts = range(0, len(batch), self.batch_size)
         if not batch:
@@ -191,8 +192,7 @@ class SIRDecoder:
         self, candidates: Candidates, *, num_samples: int = 1, seed: int = 0, replacement: bool = True
     ) -> Decoded:
         """Choose from candidates that are there already. The same seed chooses the same on CPU and CUDA."""
-        if num_samples < 1:
-            raise InvalidInput(f"num_samples = {num_samples} must be >= 1")
+        num_samples = _at_least_one("num_samples", num_samples)
         n, device = candidates.shape[0], candidates.tokens.device
         check_fits(
             f"num_samples = {num_samples} of {n} prefixes",
@@ -227,6 +227,10 @@ class SIRDecoder:
                 LowEffectiveSampleSize,
                 stacklevel=3,
             )
+
+
+def _at_least_one(name: str, value: int) -> int:
+    return integer(name, value, ">= 1", lambda n: n >= 1)
 
 
 def _seconds(device: torch.device) -> float:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from daemon_fast import metrics as metrics_module
+from daemon_fast.arguments import real_tensor
 from daemon_fast.errors import ArtefactError, InvalidInput
 from daemon_fast.files import write_text, writing
 from daemon_fast.metrics import Function, Metric
@@ -84,9 +85,13 @@ class Energy:
     diagnostics: Diagnostics | None = None
 
     def __post_init__(self) -> None:
+        for name, options in (("normalization", Normalization), ("draw", Draw), ("base", Base)):
+            if getattr(self, name) not in get_args(options):
+                raise InvalidInput(f"{name} = {getattr(self, name)!r} must be one of {', '.join(get_args(options))}")
         k = len(self.names)
         for name in ("mu", "targets"):
-            value: Tensor = getattr(self, name)
+            value = real_tensor(f"{name} is", getattr(self, name)).double()
+            object.__setattr__(self, name, value)
             if value.shape != (k,) or not value.isfinite().all():
                 raise InvalidInput(f"{name} must be {k} finite numbers, one per metric, got {value.tolist()}")
 
@@ -96,7 +101,7 @@ class Energy:
         return metrics_module.column_names(self.metrics)
 
     def features(self, candidates: Candidates) -> Tensor:
-        """[N, M, K] float32 metrics of the candidates."""
+        """[N, M, K] metrics of the candidates, float32 or float64: see `metrics.features`."""
         return metrics_module.features(self.metrics, candidates)
 
     def base_log_w(self, candidates: Candidates) -> Tensor | None:

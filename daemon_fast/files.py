@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +20,10 @@ import numpy as np
 from daemon_fast.errors import DataError, InvalidInput
 
 __all__ = [
+    "LOCK",
     "MANIFEST",
+    "alone",
+    "as_text",
     "check_folder",
     "check_same_run",
     "check_writable",
@@ -33,8 +37,16 @@ __all__ = [
     "writing",
 ]
 
-MANIFEST = "manifest.json"
+MANIFEST, LOCK = "manifest.json", "lock"
 Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+def as_text(name: str) -> str:
+    """A name of a file, or what else came by the command line, in UTF-8 also where the locale knows ASCII alone."""
+    try:
+        return os.fsencode(name).decode()
+    except UnicodeError:
+        return name
 
 
 def check_writable(path: str | os.PathLike[str], force: bool = False) -> None:
@@ -91,6 +103,29 @@ def writing(path: str | os.PathLike[str], kept: str = "") -> Iterator[None]:
         full = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
         after = f"; {kept}, and the same command goes on from there" if kept else ""
         raise DataError(f"{os.fspath(path)} can't be written: {full}{after}") from error
+
+
+@contextmanager
+def alone(folder: Path, threads: bool = True) -> Iterator[None]:
+    """Two runs that write one folder would ruin each other's files. The lock ends with the process that holds it.
+
+    Parameters
+    ----------
+    threads : whether runs of one process, too, are kept apart
+
+    Raises
+    ------
+    InvalidInput
+        Another run is writing it.
+    """
+    with writing(folder):
+        file = (folder / LOCK).open("w")
+    with file:
+        try:
+            (fcntl.flock if threads else fcntl.lockf)(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InvalidInput(f"{folder} is being written by another run") from error
+        yield
 
 
 @contextmanager

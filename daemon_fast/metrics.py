@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import combinations_with_replacement
 from typing import Any
 
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from daemon_fast import ops
+from daemon_fast.arguments import integer, real_tensor, strings
 from daemon_fast.errors import ArtefactError, InvalidInput, Problems, UnknownMetric
 from daemon_fast.models import Encoder, load_encoder
 from daemon_fast.proposals.candidates import Candidates
@@ -88,7 +91,7 @@ class Metric(ABC):
 
     @abstractmethod
     def evaluate(self, candidates: Candidates) -> Tensor:
-        """[R] or [R, k] float32 values of R candidates."""
+        """[R] or [R, k] values of R candidates, of any real dtype: float64 and integers keep all their digits."""
 
 
 class RepetitionMetric(Metric):
@@ -110,8 +113,7 @@ class SequenceRepetition(RepetitionMetric):
     """sr_n: the share of n-grams that repeat an earlier one."""
 
     def __init__(self, n: int) -> None:
-        if n < 1:
-            raise InvalidInput(f"sr_n needs n >= 1, got n = {n}")
+        n = integer("n of sr_n", n, ">= 1", lambda n: n >= 1)
         self.name, self.ngrams = f"sr_{n}", (n,)
 
     def combine(self, sr: Mapping[int, Tensor], tr: Mapping[int, Tensor]) -> Tensor:
@@ -122,8 +124,7 @@ class TokenRepetition(RepetitionMetric):
     """tr_w: the share of tokens that occur among the w tokens before them."""
 
     def __init__(self, w: int) -> None:
-        if w < 1:
-            raise InvalidInput(f"tr_w needs w >= 1, got w = {w}")
+        w = integer("w of tr_w", w, ">= 1", lambda w: w >= 1)
         self.name, self.windows = f"tr_{w}", (w,)
 
     def combine(self, sr: Mapping[int, Tensor], tr: Mapping[int, Tensor]) -> Tensor:
@@ -253,12 +254,21 @@ class FunctionMetric(Metric):
     ----------
     function : Candidates -> [R] or [R, k] tensor
     names : str or sequence of k str
-        Default: the function's own name, for a function that returns [R].
+        Default: the function's own name, or that of an object's class, for what returns [R].
+
+    Raises
+    ------
+    InvalidInput
+        What can't be called, a class, or names that are no strings.
     """
 
     def __init__(self, function: Function, names: str | Sequence[str] | None = None) -> None:
+        if not callable(function) or isinstance(function, type):
+            raise InvalidInput(f"metric {reprlib.repr(function)} must be a name, a Metric or a function of candidates")
+        if names is None:
+            names = _name_of(function)
         self._function = function
-        self._names = (names,) if isinstance(names, str) else tuple(names or (function.__name__,))
+        self._names = (names,) if isinstance(names, str) else strings("names", names)
         self.name = self._names[0]
 
     @property
@@ -271,6 +281,13 @@ class FunctionMetric(Metric):
 
     def evaluate(self, candidates: Candidates) -> Tensor:
         return self._function(candidates)
+
+
+def _name_of(function: Any) -> str:
+    while isinstance(function, partial):
+        function = function.func
+    name: str = getattr(function, "__name__", type(function).__name__)
+    return name
 
 
 class Spread(Metric):
@@ -331,10 +348,12 @@ def parse(names: Iterable[str | Metric | Function], encoder: Encoder | str | Non
     UnknownMetric
         A name that is none of sr_<n>, tr_<w>, div, ent, coh, nats, length, ended.
     InvalidInput
-        No metrics, a metric twice, or `coh` without an encoder.
+        No metrics, a metric twice, what is none, or `coh` without an encoder.
     SeveralProblems
         More than one of these.
     """
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise InvalidInput(f"metrics = {reprlib.repr(names)} must be a list of names, Metrics and functions")
     problems, metrics = Problems(), list[Metric]()
     for name in names:
         with problems:
@@ -438,13 +457,14 @@ def features(metrics: Sequence[Metric], candidates: Candidates) -> Tensor:
 
     Returns
     -------
-    [N, M, K] float32
+    [N, M, K] float32, or float64 where a metric returned float64 or integers
         In the order of `metrics`; on the device of the candidates' tokens.
 
     Raises
     ------
     InvalidInput
-        A metric returned another shape than [R] or [R, k] for its k names, or a value that is not finite.
+        A metric returned another shape than [R] or [R, k] for its k names, what is no real number, or a value that is
+        not finite.
     """
     shared = [metric for metric in metrics if isinstance(metric, RepetitionMetric)]
     columns = dict(zip(map(id, shared), _repetition_columns(shared, candidates) if shared else [], strict=True))
@@ -455,7 +475,11 @@ def features(metrics: Sequence[Metric], candidates: Candidates) -> Tensor:
                 raise InvalidInput(f"metric spread is of {missing[0]!r}, which is not among the metrics")
             value = metric.combine(by_name)
         else:
-            value = columns[id(metric)] if id(metric) in columns else torch.as_tensor(metric.evaluate(candidates))
+            value = (
+                columns[id(metric)]
+                if id(metric) in columns
+                else real_tensor(f"metric {metric.name} returned", metric.evaluate(candidates))
+            )
         by_name |= dict(zip(metric.names, _columns(metric, value, candidates), strict=True))
     values = torch.stack([by_name[name] for name in column_names(metrics)], dim=1)
     if not values.isfinite().all():
@@ -480,7 +504,7 @@ def _columns(metric: Metric, value: Tensor, candidates: Candidates) -> tuple[Ten
         raise InvalidInput(
             f"metric {metric.name} returned shape {list(value.shape)} for {rows} candidates and {k} column(s)"
         )
-    return value.to(candidates.tokens.device, torch.float32).unbind(1)
+    return value.to(candidates.tokens.device).unbind(1)
 
 
 def _refuse(metrics: Sequence[Metric], by_name: Mapping[str, Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import sys
 import tempfile
@@ -27,6 +28,7 @@ __all__ = [
     "load_language_model",
     "load_tokenizer",
     "resolve_device",
+    "weights_digest",
 ]
 
 
@@ -97,6 +99,33 @@ def load_tokenizer(model_id: str = DEFAULT_MODEL) -> Any:
     ModelUnavailable
     """
     return _load_tokenizer(model_id, *_source(model_id))
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """16 hexadecimal digits of a model's weights, the same in every process and on every device.
+
+    Of names, shapes, types and sums of the bits: 10^9 weights in float32 take 0.3 s. Of weights that are not
+    in memory (offloaded ones), or can't be seen as bytes, names, shapes and types alone.
+    """
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        found.update(f"{name.replace('_orig_mod.', '')} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        if tensor.device.type != "meta" and tensor.numel():
+            with contextlib.suppress(RuntimeError, TypeError):  # a quantised tensor that can't be seen as bytes
+                found.update(_bit_sums(tensor.detach()))
+    return found.hexdigest()[:16]
+
+
+def _bit_sums(tensor: torch.Tensor, words: int = 1024) -> bytes:
+    """Sums modulo 2^64 of each 1024 words of 8 bytes: exact, so that no order of adding changes them."""
+    octets = tensor.contiguous().reshape(-1).view(torch.uint8)
+    if octets.storage_offset() % 8:
+        octets = octets.clone()
+    whole = octets.numel() // (8 * words) * (8 * words)
+    sums = octets[:whole].view(torch.int64).reshape(-1, words).sum(1)
+    return sums.cpu().numpy().tobytes() + octets[whole:].cpu().numpy().tobytes()
 
 
 def dequantise(model_id: str) -> str:

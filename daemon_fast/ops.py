@@ -6,9 +6,11 @@ On CUDA no operator waits for the device, and all can be captured in a CUDA grap
 that lies on the device: they mark the result instead, by NaN or -1, as each docstring says. The decoder and the fit
 check for these marks.
 
-`token_logprobs` and `sample_tokens` are differentiable with respect to the logits, once. The others have no gradient:
-they run on tensors that require one, and a backward pass that reaches them is a RuntimeError, never a silent zero.
-`daemon_fast.reference` holds the definitions.
+`token_logprobs` and `sample_tokens` are differentiable with respect to the logits, once; in forward mode and under the
+transforms of `torch.func` torch's own operators take their place, and so any number of times. The others have no
+gradient: they run on tensors that require one, and a backward pass that reaches them, or a tangent that reaches them in
+forward mode, is a RuntimeError, never a silent zero. All this holds of the functions here: called as
+`torch.ops.daemon_fast.*`, operators know nothing of forward mode. `daemon_fast.reference` holds the definitions.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from daemon_fast import extension
 
@@ -46,25 +49,43 @@ def _fake_of(operator: str) -> Callable[[_Kernel], _Kernel]:
 
 
 class _Undifferentiable(torch.autograd.Function):
-    """An operator without a gradient, called on a tensor that requires one."""
+    """An operator without a gradient, called where one, or a tangent, may be asked for."""
+
+    generate_vmap_rule = True  # torch.func.jacrev and jacfwd go by vmap
 
     @staticmethod
-    def forward(ctx: Any, operator: str, *arguments: Any) -> Any:
-        ctx.operator = operator
+    def forward(operator: str, *arguments: Any) -> Any:
         return getattr(_ops, operator)(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.operator = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
         raise RuntimeError(f"{ctx.operator} has no gradient: detach what it is given, or what it returns")
 
+    @staticmethod
+    def jvp(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(f"{ctx.operator} has no gradient, in forward mode neither: detach what it is given")
+
 
 def _call(operator: str, *arguments: Any) -> Any:
     """What `register_autograd` would do for these operators takes 4 us a call, as long as a choice itself."""
+    if _transformed():
+        if torch.compiler.is_compiling():  # which would leave out the function below, and its errors with it
+            raise RuntimeError(f"{operator} can't be compiled inside a transform of torch.func")
+        return _Undifferentiable.apply(operator, *arguments)  # type: ignore[no-untyped-call]
     if torch.is_grad_enabled():
         for argument in arguments:
             if isinstance(argument, Tensor) and argument.requires_grad:
                 return _Undifferentiable.apply(operator, *arguments)  # type: ignore[no-untyped-call]
     return getattr(_ops, operator)(*arguments)
+
+
+def _transformed() -> bool:
+    """Whether forward-mode AD or a transform of `torch.func` is at work, which know torch's own operators alone."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 # For the fake kernels, what csrc/checks.h checks of shapes and dtypes, in its words. `argument` is "operator: name".
@@ -216,21 +237,39 @@ def token_logprobs(
     Raises
     ------
     RuntimeError
-        Wrong shape or dtype, temperature not positive and finite, an id outside the vocabulary (on CUDA: NaN).
+        Wrong shape or dtype, temperature not positive and finite, an id outside the vocabulary (on CUDA, and under a
+        transform of `torch.func`: NaN).
 
     Examples
     --------
     >>> log_p = daemon_fast.token_logprobs(model(tokens).logits[0, :-1], tokens[0, 1:]).log_p
     >>> (-log_p.mean()).backward()
     """
+    if _transformed():
+        _check_token_logprobs(logits, ids)
+        return TokenLogProbs(*_log_probs(logits, ids, temperature))
     return TokenLogProbs(*_ops.token_logprobs(logits, ids, temperature))
+
+
+def _log_probs(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """log_p and log_q by torch's own operators, which can be differentiated in any way; NaN for an id outside."""
+    _require(0 < temperature < torch.inf, lambda: f"temperature = {temperature} must be positive and finite")
+    size = logits.shape[1]
+    inside = (ids >= 0) & (ids < size)
+    at = ids.long().clamp(0, size - 1)[:, None]
+    log_p, log_q = (x.log_softmax(1).gather(1, at)[:, 0] for x in (logits.float(), logits.float() / temperature))
+    return torch.where(inside, log_p, torch.nan), torch.where(inside, log_q, torch.nan)
+
+
+def _check_token_logprobs(logits: Tensor, ids: Tensor) -> None:
+    _check("token_logprobs: logits", logits, "[R, V]", torch.float16, torch.bfloat16, torch.float32)
+    _check("token_logprobs: ids", ids, "[R]", torch.int32, torch.int64)
+    _check_size("token_logprobs: ids", ids, 0, logits.shape[0], "logits.shape[0]")
 
 
 @_fake_of("token_logprobs")
 def _(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    _check("token_logprobs: logits", logits, "[R, V]", torch.float16, torch.bfloat16, torch.float32)
-    _check("token_logprobs: ids", ids, "[R]", torch.int32, torch.int64)
-    _check_size("token_logprobs: ids", ids, 0, logits.shape[0], "logits.shape[0]")
+    _check_token_logprobs(logits, ids)
     return (
         logits.new_empty(logits.shape[:1], dtype=torch.float32),
         logits.new_empty(logits.shape[:1], dtype=torch.float32),
@@ -293,6 +332,9 @@ def sample_tokens(
         Wrong shape or dtype, temperature not positive and finite, a uniform outside [0, 1), or a row whose logits are
         all -inf, or hold NaN or +inf. On CUDA, the last two give id -1 and NaN.
     """
+    if _transformed():
+        ids = _ops.sample_tokens(logits.detach(), uniforms, temperature)[0]
+        return SampledTokens(ids, *_log_probs(logits, ids, temperature))
     return SampledTokens(*_ops.sample_tokens(logits, uniforms, temperature))
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from daemon_fast import ops
-from daemon_fast.data.formats import SURROGATE, to_json
+from daemon_fast.data.formats import SURROGATE, to_json, valid_json
 from daemon_fast.data.records import Item, Record, lookup
 from daemon_fast.errors import InvalidInput, Problems, UnknownMetric
 from daemon_fast.filters import Filter
@@ -260,7 +260,7 @@ class Batch:
         passes = iter((condition(self.measured.columns) & ~self.measured.empty).tolist())
         for item, problem in zip(self.items, self.problems, strict=True):
             if problem is None and next(passes):
-                yield to_json(item.record) if item.line is None else item.line
+                yield to_json(item.record) if item.line is None else valid_json(item.line)
 
 
 def measure_records(items: Iterable[Item], metrics: TextMetrics) -> Iterator[Batch]:

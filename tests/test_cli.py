@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -153,6 +155,68 @@ def test_ctrl_c_is_one_line_and_the_next_run_goes_on(model, texts, tmp_path, ene
     assert run(*arguments).exit_code == 0
     assert len(calls) == 3 + 4  # of six batches two were kept
     assert json.loads(output.read_text()) == json.loads(energy.read_text())
+
+
+@pytest.mark.parametrize(
+    "command", ["metrics", "generate", "doctor", "decode to -", "decode from -", "decode", "fit -"]
+)
+def test_only_what_resumes_says_so(energy, model, texts, tmp_path, monkeypatch, command):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    for name in ("text_metrics.TextMetrics.__init__", "cli._decoder", "doctor.facts"):
+        monkeypatch.setattr(f"daemon_fast.{name}", interrupted)
+    monkeypatch.setattr(TransformersProposal, "propose", interrupted)
+    arguments = {
+        "metrics": ["metrics", texts],
+        "generate": ["generate", "--energy", energy, "--prompt", "w1"],
+        "doctor": ["doctor"],
+        "decode to -": decode_arguments(energy, texts, "-"),
+        "decode from -": decode_arguments(energy, "-", tmp_path / "out.jsonl"),
+        "decode": decode_arguments(energy, texts, tmp_path / "out.jsonl"),
+        "fit -": fit_arguments(model, "-", tmp_path / "e.json"),
+    }[command]
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments], input=Path(texts).read_text())
+    assert result.exit_code == 130, result.output
+    again = "; run the same command again to go on from here" if command == "decode" else ""
+    assert result.output.splitlines()[-1] == f"interrupted{again}"
+
+
+def test_a_model_in_a_folder_is_found_from_every_folder(model, texts, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    shutil.copytree(model, tmp_path / "here" / "tiny")
+    monkeypatch.chdir(tmp_path / "here")
+    assert run(*fit_arguments("tiny", texts, "e.json", "--ridge", "0.01")).exit_code == 0
+    assert Energy.load("e.json").proposal_settings.model_id == str(tmp_path / "here" / "tiny")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "w1 w2"}\n')
+    assert run(*decode_arguments("here/e.json", "in.jsonl", "out.jsonl")).exit_code == 0
+    (tmp_path / "here" / "tiny").rename(tmp_path / "moved")
+    again = decode_arguments("here/e.json", "in.jsonl", "again.jsonl")
+    told = "here/tiny': no such folder. The artefact here/e.json names it: --model says where it is now"
+    fails(run(*again), told)
+    fails(run("evaluate", "--energy", "here/e.json", "--data", texts, "--output", "out"), told)
+    result = run(*again, "--model", "./gone")
+    fails(result, "./gone': no such folder")
+    assert "artefact" not in result.output
+    with pytest.warns(UserWarning, match="mu was fitted with other proposal settings"):
+        assert run(*again, "--model", "moved").exit_code == 0
+    (tmp_path / "moved").rename(tmp_path / "here" / "tiny")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert run(*again, "--model", "here/tiny", "--force").exit_code == 0
+
+
+def test_a_file_in_the_place_of_candidates_is_known_before_a_model_is_loaded(texts, tmp_path):
+    (tmp_path / "e.json.candidates").touch()
+    result = run(*fit_arguments(tmp_path / "none", texts, tmp_path / "e.json"))
+    assert result.exit_code == 2
+    assert "e.json.candidates is no folder" in result.output
+    (tmp_path / "out.jsonl.parts").touch()
+    (tmp_path / "in.jsonl").write_text('{"prompt": "w1 w2"}\n')
+    code, shown = without_torch(*decode_arguments("e.json", tmp_path / "in.jsonl", tmp_path / "out.jsonl"))
+    assert code == 2
+    assert "out.jsonl.parts is no folder" in shown
 
 
 def test_fit_leaves_bad_records_out_and_says_so(model, texts, tmp_path, energy):
@@ -442,6 +506,38 @@ def test_candidates_of_another_run(model, texts, tmp_path):
     assert run(*fit_arguments(model, texts, output, "--ridge", "0.01")).exit_code == 0
     again = run(*fit_arguments(model, texts, output, "--ridge", "0.01", "--seed", "1", "--force"))
     fails(again, "holds candidates of another run")
+
+
+def test_other_weights_in_the_same_folder_are_another_run(texts, tmp_path, monkeypatch):
+    model, output, prompts = tiny.saved(tmp_path / "model"), tmp_path / "e.json", tmp_path / "in.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": tiny.text(3, i)}) + "\n" for i in range(8)))
+    arguments = fit_arguments(model, texts, output, "--ridge", "0.01")
+    assert run(*arguments).exit_code == 0
+    interrupted = [*decode_arguments(output, prompts, tmp_path / "out.jsonl")]
+    with monkeypatch.context() as patch:
+        patch.setattr("daemon_fast.data.records.DecodeWork._decoded", _after_one_batch())
+        assert run(*interrupted).exit_code == 130
+    torch.manual_seed(7)
+    tiny.FAMILIES["llama"]().save_pretrained(model)
+    fails(run(*arguments, "--force"), "holds candidates of another run (weights is '")
+    fails(run(*interrupted), "holds parts of another run (weights is '")
+    tiny.saved(model)  # the first again
+    assert run(*arguments, "--force").exit_code == 0
+    assert run(*interrupted).exit_code == 0
+
+
+def _after_one_batch():
+    from daemon_fast.data.records import DecodeWork
+
+    decoded, calls = DecodeWork._decoded, []
+
+    def interrupted(self, prefixes, seed):
+        calls.append(seed)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return decoded(self, prefixes, seed)
+
+    return interrupted
 
 
 @pytest.mark.parametrize("ridge", ["-1", "nan", "inf", "much"])

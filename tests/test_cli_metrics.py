@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -152,3 +153,33 @@ def test_files_without_a_text(tmp_path):
     assert result.exit_code == 1
     assert [row.get("empty") for row in rows(result)] == [True, None]
     fails(run(tmp_path / "none.jsonl"), "none.jsonl can't be read")
+
+
+@pytest.mark.parametrize("what", [["--json"], ["--filter", "sr_2 <= 1"]])
+def test_an_output_is_packed_as_its_name_says(jsonl, tmp_path, what):
+    expected = run(jsonl, *what).stdout
+    assert run(jsonl, *what, "--output", "-").stdout == expected
+    assert not os.path.exists("-")
+    assert run(jsonl, *what, "--output", tmp_path / "o.jsonl.gz").exit_code == 1
+    assert gzip.decompress((tmp_path / "o.jsonl.gz").read_bytes()).decode() == expected
+    pyarrow = pytest.importorskip("pyarrow")
+    assert run(jsonl, *what, "--output", tmp_path / "o.ndjson.ZST").exit_code == 1
+    with pyarrow.input_stream(str(tmp_path / "o.ndjson.ZST"), compression="zstd") as packed:
+        assert packed.read().decode() == expected
+
+
+@pytest.mark.parametrize("name", ["o.csv", "o.parquet", "o.txt", "o", "o.jsonl.bz2", "o.json"])
+def test_an_output_of_unknown_format_is_refused_before_the_work(tmp_path, name):
+    result = run(tmp_path / "none.jsonl", "--json", "--output", tmp_path / name, "--tokenizer", "no/such")
+    fails(result, f"{name}: unknown format. Known by name: .jsonl, .ndjson (these also with .gz or .zst), or -")
+    assert not list(tmp_path.iterdir())
+
+
+def test_arguments_are_utf_8_where_the_locale_is_not(tmp_path):
+    (tmp_path / "caf\u00e9.jsonl").write_text('{"t\u00e9": "a a", "n\u00e9": 7}\n', encoding="utf-8")
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PATH": os.environ["PATH"]}
+    command = [sys.executable, "-m", "daemon_fast", "metrics", "caf\u00e9.jsonl", "--json", "--ngrams", "2"]
+    command += ["--windows", "", "--field", "t\u00e9", "--id-field", "n\u00e9"]
+    found = subprocess.run(command, env=ascii_only, cwd=tmp_path, capture_output=True, check=False)
+    assert (found.returncode, found.stderr) == (0, b"")
+    assert json.loads(found.stdout.decode()) == {"source": "caf\u00e9.jsonl", "line": 1, "id": 7, "sr_2": 0.0}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -196,6 +197,21 @@ def test_bad_calls():
         decoder("a", num_samples=0)
     with pytest.raises(InvalidInput, match="batch_size = 0"):
         SIRDecoder(energy(proposal), proposal, batch_size=0)
+    for bad in (2.0, None, True, "2", np.bool_(True), np.float64(2)):
+        with pytest.raises(InvalidInput, match=r"batch_size = .* must be an integer >= 1"):
+            SIRDecoder(energy(proposal), proposal, batch_size=bad)
+        for decode in (decoder, partial(decoder.choose, proposal.propose(["a"], 0))):
+            with pytest.raises(InvalidInput, match=r"num_samples = .* must be an integer >= 1"):
+                decode(*(["a"] if decode is decoder else []), num_samples=bad)
+
+
+def test_numpy_integers_count():
+    proposal = toy.ToyProposal(num_candidates=5)
+    want = SIRDecoder(energy(proposal), proposal, batch_size=2)(["a", "b"], num_samples=3, seed=4)
+    got = SIRDecoder(energy(proposal), proposal, batch_size=np.int64(2))(
+        ["a", "b"], num_samples=np.int32(3), seed=np.int64(4)
+    )
+    assert got.texts == want.texts
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -68,6 +69,25 @@ def test_coefficients_must_match_the_metrics():
         Energy(metrics.parse(["sr_2"]), torch.ones(2), torch.ones(1), ProposalSettings("m", "v"))
     with pytest.raises(InvalidInput, match="targets must be 1 finite numbers"):
         Energy(metrics.parse(["sr_2"]), torch.ones(1), torch.full((1,), math.nan), ProposalSettings("m", "v"))
+
+
+@pytest.mark.parametrize("field", ["normalization", "draw", "base"])
+def test_a_choice_that_there_is_not_is_named(field):
+    one = torch.ones(1).double()
+    for bad in ("Model", "Race", "", None, 1):
+        with pytest.raises(InvalidInput, match=f"{field} = {bad!r} must be one of "):
+            Energy(metrics.parse(["sr_2"]), one, one, ProposalSettings("m", "v"), **{field: bad})
+
+
+def test_coefficients_of_any_real_type_are_float64():
+    want = torch.tensor([2.0], dtype=torch.float64)
+    for mu in (torch.tensor([2.0]), torch.tensor([2]), torch.tensor([2.0]).half(), np.array([2]), [2.0]):
+        energy = Energy(metrics.parse(["sr_2"]), mu, mu, ProposalSettings("m", "v"))
+        assert torch.equal(energy.mu, want)
+        assert torch.equal(energy.targets, want)
+    for bad in (None, "2", torch.tensor([2j]), ["2"]):
+        with pytest.raises(InvalidInput, match=r"targets is .*real numbers"):
+            Energy(metrics.parse(["sr_2"]), want, bad, ProposalSettings("m", "v"))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -96,8 +97,8 @@ def test_own_metrics_by_subclass_and_by_callable():
     c = candidates()
     got = metrics.features(parsed, c).flatten(0, 1)
     assert metrics.column_names(parsed) == ["length", "sr_2", "first_token", "up", "down"]
-    assert torch.equal(got[:, 0], c.lengths.float())
-    assert torch.equal(got[:, 2], c.tokens[:, 0].float())
+    assert torch.equal(got[:, 0], c.lengths.double())
+    assert torch.equal(got[:, 2], c.tokens[:, 0].double())
     assert torch.equal(got[:, 3], -got[:, 4])
 
 
@@ -116,7 +117,7 @@ def test_unknown_names(name):
 
 
 def test_bad_lists_of_metrics():
-    with pytest.raises(InvalidInput, match="n >= 1, got n = 0"):
+    with pytest.raises(InvalidInput, match="n of sr_n = 0 must be >= 1"):
         metrics.parse(["sr_0"])
     with pytest.raises(InvalidInput, match="no metrics given"):
         metrics.parse([])
@@ -155,6 +156,81 @@ def test_bad_results_of_own_metrics_are_named():
     values[7] = torch.nan
     with pytest.raises(InvalidInput, match=r"metric odd is \[nan\] for candidate 7: it must be finite"):
         metrics.features([metrics.FunctionMetric(lambda c: values, names="odd")], candidates())
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (lambda r: None, "metric own returned None: it must be a tensor of real numbers"),
+        (lambda r: ["a"] * r, r"metric own returned \['a', 'a', .*: it must be a tensor of real numbers"),
+        (lambda r: torch.ones(r, dtype=torch.complex64), "metric own returned a tensor of strided complex64 on cpu"),
+        (lambda r: np.ones(r) * 1j, "metric own returned a tensor of strided complex128 on cpu"),
+        (lambda r: torch.ones(r).to_sparse(), "metric own returned a tensor of sparse_coo float32 on cpu"),
+        (lambda r: torch.ones(r, device="meta"), "metric own returned a tensor of strided float32 on meta"),
+        (lambda r: torch.full((r,), torch.inf), r"metric own is \[inf\] for candidate 0"),
+        (lambda r: 1.0, r"metric own returned shape \[\] for 12 candidates"),
+    ],
+)
+def test_what_is_no_value_of_a_metric_is_named(returned, said):
+    with pytest.raises(InvalidInput, match=said):
+        metrics.features([metrics.FunctionMetric(lambda c: returned(12), names="own")], candidates())
+
+
+LARGE = {
+    "float64": lambda c: 3e7 + c.tokens.double().mean(1),
+    "int64": lambda c: 2**40 + c.lengths,
+    "numpy": lambda c: 3e7 + c.tokens.double().mean(1).numpy(),
+    "numpy, backwards": lambda c: (3e7 + c.tokens.double().mean(1).numpy())[::-1],
+    "list": lambda c: (1e39 * c.lengths.double()).tolist(),
+}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_own_metrics_keep_what_float32_would_lose(kind):
+    c = candidates()
+    got = metrics.features(metrics.parse([metrics.FunctionMetric(LARGE[kind], names="own"), "sr_2"]), c)
+    assert got[..., 0].flatten().tolist() == [float(x) for x in LARGE[kind](c)]
+    assert torch.equal(got[..., 1].float(), metrics.features(metrics.parse(["sr_2"]), c)[..., 0])
+
+
+class Scaled:
+    def __init__(self, by):
+        self.by = by
+
+    def __call__(self, c):
+        return self.by * c.lengths.float()
+
+
+def scaled(c, by):
+    return by * c.lengths.float()
+
+
+def test_whatever_can_be_called_is_a_metric_and_has_a_name():
+    c = candidates()
+    own = [functools.partial(scaled, by=2), Scaled(3), Scaled(4).__call__]
+    parsed = metrics.parse(own)
+    assert metrics.column_names(parsed) == ["scaled", "Scaled", "__call__"]
+    assert torch.equal(metrics.features(parsed, c).flatten(0, 1), c.lengths[:, None] * torch.tensor([2.0, 3.0, 4.0]))
+    specs = [metric.spec for metric in parsed]
+    assert [metric.spec for metric in metrics.from_specs(specs, own)] == specs
+
+
+@pytest.mark.parametrize("bad", [None, 5, metrics.Nats, ["sr_2"]])
+def test_what_is_no_metric_is_named(bad):
+    with pytest.raises(InvalidInput, match="must be a name, a Metric or a function of candidates"):
+        metrics.parse(["sr_2", bad])
+    with pytest.raises(InvalidInput, match="must be a name, a Metric or a function of candidates"):
+        metrics.from_specs([], [bad])
+    for names in (5, [3], [None]):
+        with pytest.raises(InvalidInput, match=r"names = .* must be a list of strings"):
+            metrics.FunctionMetric(len, names=names)
+    for size in (2.0, True, None, "2", 0):
+        for kind, said in ((metrics.SequenceRepetition, "n of sr_n"), (metrics.TokenRepetition, "w of tr_w")):
+            with pytest.raises(InvalidInput, match=f"{said} = {size!r} must be"):
+                kind(size)
+    for whole in (None, 5, "sr_2"):
+        with pytest.raises(InvalidInput, match=f"metrics = {whole!r} must be a list"):
+            metrics.parse(whole)
 
 
 def test_specs_round_trip():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import subprocess
+import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -14,7 +16,7 @@ from transformers import LlamaForCausalLM
 
 from daemon_fast import models
 from daemon_fast.errors import DeviceUnavailable, InvalidInput, ModelUnavailable
-from daemon_fast.models import dequantise, load_language_model, load_tokenizer, resolve_device
+from daemon_fast.models import dequantise, load_language_model, load_tokenizer, resolve_device, weights_digest
 
 
 @pytest.fixture
@@ -124,3 +126,45 @@ def test_what_is_not_there_is_named():
     if not torch.cuda.is_available():
         with pytest.raises(DeviceUnavailable, match="sees no GPU"):
             resolve_device("cuda")
+
+
+def test_a_digest_of_weights_is_that_of_the_weights(tmp_path):
+    model = tiny.model()
+    own = weights_digest(model)
+    for folder in ("a", "b"):  # another process and another place
+        tiny.saved(tmp_path / folder)
+        code = (
+            "import sys; from daemon_fast.models import *; print(weights_digest(load_language_model(sys.argv[1])[0]))"
+        )
+        command = [sys.executable, "-c", code, str(tmp_path / folder)]
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == own
+    assert weights_digest(torch.compile(model)) == own
+    seen = {own, weights_digest(copy.deepcopy(model).bfloat16())}
+    for name, weights in model.state_dict().items():
+        changed = copy.deepcopy(model)
+        last = changed.state_dict()[name].view(-1)[-1:]
+        last.copy_(torch.nextafter(last, torch.full_like(last, torch.inf)))  # of one weight the last bit
+        seen.add(weights_digest(changed))
+        if weights.ndim > 1 and weights.numel() % 2048 == 0:
+            halves = changed.state_dict()[name].view(2, -1)
+            halves.copy_(halves.flip(0).clone())  # the same values elsewhere
+            seen.add(weights_digest(changed))
+    swapped = sum(w.ndim > 1 and w.numel() % 2048 == 0 for w in model.state_dict().values())
+    assert len(seen) == 2 + len(model.state_dict()) + swapped
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_weights_of_any_type_and_size_have_a_digest(dtype):
+    for size in (0, 1, 7, 8191, 8192, 8193, 20_001):
+        module = torch.nn.Module()
+        values = torch.arange(size + 1).to(torch.float32).remainder(2)
+        module.register_buffer("plain", values[:-1].clone().to(dtype))
+        one = weights_digest(module)
+        module.plain = values.to(dtype)[:-1]
+        assert weights_digest(module) == one
+        module.plain = torch.cat([torch.zeros(1), values[:-1]]).to(dtype)[1:]  # begins between two words of 8 bytes
+        assert weights_digest(module) == one
+        if size:
+            module.plain = torch.cat([torch.ones(1), values[1:-1]]).to(dtype)
+            assert weights_digest(module) != one
+    assert weights_digest(torch.nn.Linear(3, 4, device="meta")) == weights_digest(torch.nn.Linear(3, 4, device="meta"))

@@ -119,6 +119,13 @@ def test_a_completion_is_what_the_decoder_gives_in_process(client, decoder):
             assert choice.finish_reason == ("stop" if len(tokens) < 12 else "length")
 
 
+@pytest.mark.parametrize(("seed", "drawn"), [(-1, 2**63 - 1), (-(2**63), 0), (2**63 - 1, 2**63 - 1)])
+def test_a_seed_is_any_signed_integer_of_64_bits(client, decoder, seed, drawn):
+    got = client.completions.create(model=MODEL, prompt="w1 w2 w3", n=2, seed=seed)
+    assert got.daemon["seed"] == drawn
+    assert [choice.text for choice in got.choices] == decoder(["w1 w2 w3"], num_samples=2, seed=drawn).texts[0]
+
+
 def test_several_prompts_of_a_request(client, decoder):
     prompts = [tiny.text(n, n) for n in (3, 9, 5, 1)] * 3  # more than are drawn at a time
     got = client.completions.create(model=MODEL, prompt=prompts, n=2, seed=3)
@@ -278,7 +285,7 @@ def test_replies_are_not_held_back_for_a_fuller_packet():
         ("n", 0, "greater than or equal to 1"),
         ("n", 129, "less than or equal to 128"),
         ("n", "2", "valid integer"),
-        ("seed", -1, "greater than or equal to 0"),
+        ("seed", -(2**63) - 1, "greater than or equal to -9223372036854775808"),
         ("max_tokens", 0, "greater than or equal to 1"),
         ("stop", ["w1", ""], "none empty"),
         ("stop", 5, "a string or a list of strings"),

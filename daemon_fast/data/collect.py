@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,23 @@ import torch
 
 from daemon_fast.data.texts import Pairs
 from daemon_fast.errors import DaemonFastError, InvalidInput
-from daemon_fast.files import MANIFEST, check_same_run, digest, read_arrays, read_manifest, write_arrays, writing
+from daemon_fast.files import (
+    MANIFEST,
+    alone,
+    check_same_run,
+    digest,
+    read_arrays,
+    read_manifest,
+    write_arrays,
+    writing,
+)
+from daemon_fast.models import weights_digest
 from daemon_fast.progress import progress
 from daemon_fast.proposals.base import Prefix, Proposal, as_list
 from daemon_fast.proposals.candidates import Candidates
 from daemon_fast.seeds import batch_seed
 
-__all__ = ["batches", "collect", "human_folder", "kept", "saved_batch_size", "scores"]
+__all__ = ["batches", "collect", "human_folder", "kept", "saved_batch_size", "scores", "weights_of"]
 
 ARRAYS = ("tokens", "lengths", "token_log_p", "token_log_q")  # of candidates; and "ended", where it is known
 
@@ -68,7 +78,8 @@ def batches(
     Raises
     ------
     InvalidInput
-        No prefixes; or the directory holds candidates of another run: other prefixes, settings, seed or batch size.
+        No prefixes; or the directory holds candidates of another run: other prefixes, settings, weights, seed or batch
+        size; or another process is writing it.
     DataError
         The directory can't be written, because the disk is full, say: the batches that are there are kept.
     """
@@ -121,16 +132,37 @@ def _saved(
 
     A batch that is damaged is made again, to the same result.
     """
-    folder = None if directory is None else Path(directory)
-    if folder is not None:
+    if directory is None:
+        yield from _made(proposal, None, work, description, unit)
+        return
+    folder = Path(directory)
+    with ExitStack() as stack:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
+            # What is whole is only read, also where nothing may be written. An error of the caller's own may keep this
+            # generator, and with it the lock, alive: it must not keep the same process from trying again.
+            if not all(_batch(folder, i).exists() for i in range(len(work))):
+                stack.enter_context(alone(folder, threads=False))
             if not any(folder.glob(BATCHES)):
                 Path(folder, MANIFEST).unlink(missing_ok=True)  # a run that drew nothing binds no other
             check_same_run(folder, manifest, "candidates")
+        yield from _made(proposal, folder, work, description, unit)
+
+
+def _batch(folder: Path, number: int) -> Path:
+    return folder / f"batch-{number:06d}.npz"
+
+
+def _made(
+    proposal: Proposal,
+    folder: Path | None,
+    work: Sequence[tuple[Sequence[Prefix], Callable[[], Candidates]]],
+    description: str,
+    unit: str,
+) -> Iterator[tuple[Candidates, float]]:
     bar = progress(desc=description, unit=unit, total=sum(len(prefixes) for prefixes, _ in work))
     for i, (prefixes, make) in enumerate(work):
-        path = None if folder is None else folder / f"batch-{i:06d}.npz"
+        path = None if folder is None else _batch(folder, i)
         saved = None if path is None else read_arrays(path)
         if saved is None or not {*ARRAYS, "seconds"} <= set(saved):
             begin = time.perf_counter()
@@ -158,4 +190,11 @@ def saved_batch_size(directory: str | os.PathLike[str]) -> int | None:
 
 def _manifest(proposal: Proposal, prefixes: Sequence[Prefix], **more: Any) -> dict[str, Any]:
     listed = as_list(prefixes)
-    return {**proposal.settings.to_json(), **more, "num_prefixes": len(prefixes), "prefixes": digest(listed)}
+    run = {**proposal.settings.to_json(), **weights_of(proposal), **more}
+    return {**run, "num_prefixes": len(prefixes), "prefixes": digest(listed)}
+
+
+def weights_of(proposal: Proposal) -> dict[str, str]:
+    """What a manifest says of the model's weights: nothing where they are an engine's own, which tells none."""
+    model = getattr(proposal, "model", None)
+    return {"weights": weights_digest(model)} if isinstance(model, torch.nn.Module) else {}

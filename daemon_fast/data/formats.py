@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import base64
 import datetime
+import errno
 import glob
 import gzip
 import io
 import json
 import os
 import re
+import shutil
+import stat
 import sys
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from daemon_fast.errors import DataError, InvalidInput, require
+from daemon_fast.files import as_text
 
 if TYPE_CHECKING:
     import pyarrow
@@ -41,6 +46,7 @@ __all__ = [
     "python_values",
     "rows",
     "to_json",
+    "valid_json",
     "write_parquet",
 ]
 
@@ -50,13 +56,27 @@ FORMATS: dict[str, Format] = {
 }  # fmt: skip
 KNOWN = ".jsonl, .ndjson, .json, .txt (these also with .gz or .zst), .parquet"
 OUTPUTS = ".jsonl, .ndjson (these also with .gz or .zst), .parquet, or - for standard output"
+LINES = OUTPUTS.replace(" .parquet,", "")
 COMPRESSED = (".gz", ".zst")
-GZIP, ZSTANDARD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"  # what such a file begins with
-UTF8_MARK, UTF16_MARKS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
+GZIP, PARQUET = b"\x1f\x8b", b"PAR1"  # what such a file begins with
+ZSTANDARD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # or a frame to skip, as pzstd writes first
+NOT_READ = {
+    rb"BZh[1-9]1AY&SY": "bzip2", rb"\xfd7zXZ\0": "xz", rb"PK\x03\x04": "zip", rb"7z\xbc\xaf": "7-Zip",
+    rb"\x04\x22\x4d\x18": "lz4",
+}  # fmt: skip
+PACKED = (".bz2", ".xz", ".lzma", ".zip", ".7z", ".lz4", ".br", ".tar", ".tgz")
+UTF8_MARK = b"\xef\xbb\xbf"
+OTHER_MARKS = {  # those of UTF-32 first, of which one begins as UTF-16's does
+    b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
+}  # fmt: skip
+ANY_FOLDERS = re.compile(r"(?:^|(?<=/))\*\*(?:/+|$)")
+NO_TARGET = "it is a link that leads to nothing"
 PARQUET_ROWS = 1024  # that are read together
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can hold it, UTF-8 can't
+STRING_OR_CONSTANT = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|NaN|-?Infinity')
 STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]')
 STANDARD_INPUT = "standard input"
+AS_NULL = "NaN and infinite numbers of records are written as null, as JSON has neither"
 
 
 @dataclass(frozen=True)
@@ -65,6 +85,7 @@ class Source:
 
     Attributes
     ----------
+    name : of the file; in a folder or by a pattern, its path from there
     format : None: seen by what comes
     told : whether the caller has said so, or only its name
     """
@@ -91,14 +112,14 @@ def find_sources(where: str | Path, format: Format | None = None, output: str | 
     Parameters
     ----------
     where : a file, a folder (all files in it, hidden ones and those that begin with "_" left out), a pattern such as
-        "part-*.jsonl.gz", or "-" for standard input
+        "part-*.jsonl.gz", or "-" for standard input. Links are followed, and each file is read once
     format : of all of them; default: by name
     output : what is written: it, and what there is of it before it is whole, are none of a folder's or pattern's files
 
     Raises
     ------
     DataError
-        No such file, none that matches, or one of unknown format.
+        No such file, none that matches, a link that leads to nothing, or a file of unknown format.
     """
     name, path = str(where), Path(where)
     if name == "-":
@@ -106,36 +127,97 @@ def find_sources(where: str | Path, format: Format | None = None, output: str | 
     if not name:  # which Path takes for this folder
         raise DataError("the name of the file to read is empty")
     try:
-        paths = _found(name, path)
+        base, paths = _found(name, path, output)
     except OSError as error:  # a name too long, a folder that may not be read
-        raise DataError(f"{name} can't be read: {error.strerror or error}") from error
-    if output is not None and paths != [path]:
-        paths = [found for found in paths if not _is_of(found, output)]
+        raise DataError(f"{error.filename or name} can't be read: {error.strerror or error}") from error
     if not paths:
         raise DataError(f"{name}: there is no file in it" if path.is_dir() else f"{name} matches no file")
-    return [Source(p, format or _format_of(p), p.name, format is not None) for p in paths]
+    return [Source(p, format or _format_of(p), as_text(str(p.relative_to(base))), format is not None) for p in paths]
 
 
-def _found(name: str, path: Path) -> list[Path]:
+def _found(name: str, path: Path, output: str | Path | None) -> tuple[Path, list[Path]]:
+    """Files, and what their names are told relative to."""
     if path.is_dir():
         hidden = (".", "_")
-        return sorted(
-            p
-            for p in path.rglob("*")
-            if p.is_file() and not any(s.startswith(hidden) for s in p.relative_to(path).parts)
-        )
+        inside = [os.path.join(folder, s) for folder in _folders(name, hidden) for s in os.listdir(folder)]
+        return path, _files((p for p in inside if not os.path.basename(p).startswith(hidden)), path, output)
     if path.exists():
-        return [path]
+        return path.parent, [path]
     if glob.has_magic(name):
-        return sorted(p for p in map(Path, glob.glob(name, recursive=True)) if p.is_file())
-    raise DataError(f"{name} can't be read: No such file or directory")
+        fixed = list(takewhile(lambda part: not glob.has_magic(part), path.parts))
+        base = Path(*fixed[: len(path.parts) - 1])
+        return base, _files(_matches(name), base, output)
+    raise DataError(f"{name} can't be read: " + (NO_TARGET if path.is_symlink() else "No such file or directory"))
+
+
+def _files(names: Iterable[str], base: Path, output: str | Path | None) -> list[Path]:
+    """Those of these names below `base` that are files, each file once, by a name without links if it has one.
+
+    Raises
+    ------
+    DataError
+        A link leads to nothing.
+    """
+    found: dict[str, list[Path]] = {}
+    for path in map(Path, names):
+        if output is not None and _is_of(path, output):
+            continue
+        try:
+            mode = path.stat().st_mode
+        except OSError as error:
+            if path.is_symlink() and error.errno in (errno.ENOENT, errno.ELOOP):
+                raise DataError(f"{path} can't be read: {NO_TARGET}") from error
+            raise
+        if stat.S_ISREG(mode):
+            found.setdefault(os.path.realpath(path), []).append(path)
+    whole = os.path.realpath(base)
+
+    def by_links(path: Path, real: str) -> tuple[bool, int, Path]:
+        return os.path.join(whole, path.relative_to(base)) != real, len(path.parts), path
+
+    return sorted(min(paths, key=lambda path: by_links(path, real)) for real, paths in found.items())
+
+
+def _folders(root: str, hidden: tuple[str, ...]) -> Iterator[str]:
+    """A folder and those in it, through links too, each once: links last, as they may lead to any of the others."""
+    seen, links = set[str](), [root]
+    while links:
+        nearby = [links.pop(0)]
+        while nearby:
+            folder = nearby.pop()
+            real = os.path.realpath(folder)
+            if real in seen:
+                continue
+            seen.add(real)
+            yield folder
+            with os.scandir(folder or ".") as entries:
+                for entry in sorted(entries, key=lambda entry: entry.name):
+                    if os.path.isdir(entry.path) and not entry.name.startswith(hidden):
+                        (links if entry.is_symlink() else nearby).append(os.path.join(folder, entry.name))
+
+
+def _matches(pattern: str) -> list[str]:
+    """As `glob.glob` finds them, but for links that lead in circles, which it follows as far as the system lets it."""
+    deep = ANY_FOLDERS.search(pattern)
+    if deep is None:
+        return glob.glob(pattern)
+    roots = glob.glob(pattern[: deep.start()]) if deep.start() else [""]
+    rest = pattern[deep.end() :] or "*"
+    folders = (folder for root in roots for folder in _folders(root, (".",)))
+    return [found for folder in folders for found in _matches(os.path.join(glob.escape(folder), rest))]
 
 
 def _is_of(path: Path, output: str | Path) -> bool:
-    """Whether it is an output, of its parts, or what is written before it takes its place."""
-    found, whole = os.path.abspath(path), os.path.abspath(output)
-    rest = found.removeprefix(whole)
-    return found.startswith(whole) and bool(re.fullmatch(r"|\.parts[/\\].*|\.\d+\.tmp", rest, re.DOTALL))
+    """Whether it is an output, of its parts, or what is written before it takes its place; by whichever name."""
+    found, wholes = {os.path.realpath(path), _place(path)}, {os.path.realpath(output), _place(output)}
+    rests = [name.removeprefix(whole) for name in found for whole in wholes if name.startswith(whole)]
+    return any(re.fullmatch(r"|\.parts[/\\].*|\.\d+\.tmp", rest, re.DOTALL) for rest in rests)
+
+
+def _place(path: str | Path) -> str:
+    """Where a name stands, whatever it leads to."""
+    folder, name = os.path.split(os.path.abspath(path))
+    return os.path.join(os.path.realpath(folder), name)
 
 
 def _format_of(path: Path) -> Format | None:
@@ -143,6 +225,8 @@ def _format_of(path: Path) -> Format | None:
         return None
     name = _uncompressed(path.name)
     suffix = Path(name).suffix
+    if path.suffix.lower() in PACKED or suffix in PACKED:
+        raise DataError(f"{path} is packed in a way that is not read: unpack it, or pack it as .gz or .zst")
     if suffix not in FORMATS or (suffix == ".parquet" and name != path.name.lower()):
         raise DataError(f"{path}: unknown format. Known by name: {KNOWN}; --format says what another file is")
     return FORMATS[suffix]
@@ -154,20 +238,28 @@ def _uncompressed(name: str) -> str:
     return next((lower.removesuffix(suffix) for suffix in COMPRESSED if lower.endswith(suffix)), lower)
 
 
-def output_format(path: str | Path) -> Format:
+def output_format(path: str | Path, lines: bool = False) -> Format:
     """What a destination is to hold: "json" or "parquet".
+
+    Parameters
+    ----------
+    lines : whether it must be lines of JSON
 
     Raises
     ------
     InvalidInput
         Neither.
+    MissingPackage
+        It can't be written without.
     """
-    name = str(path)
+    name = str(path).lower()
+    if name.endswith((".zst", ".parquet")):
+        arrow("lib")
     if name == "-" or _uncompressed(name).endswith((".jsonl", ".ndjson")):
         return "json"
-    if name.lower().endswith(".parquet"):
+    if name.endswith(".parquet") and not lines:
         return "parquet"
-    raise InvalidInput(f"output {path}: unknown format. Known by name: {OUTPUTS}")
+    raise InvalidInput(f"output {path}: unknown format. Known by name: {LINES if lines else OUTPUTS}")
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -203,18 +295,21 @@ def _opened(source: Source) -> Iterator[IO[bytes]]:
 
 def _decompressed(source: Source, file: Any) -> IO[bytes]:
     buffered = file if hasattr(file, "peek") else io.BufferedReader(file)
-    start = buffered.peek(4)[:4]
+    start = buffered.peek(10)[:10]
     if start.startswith(GZIP):
         buffered = io.BufferedReader(gzip.GzipFile(fileobj=buffered))
-    elif start.startswith(ZSTANDARD):
+    elif ZSTANDARD.match(start):
         buffered = io.BufferedReader(arrow("lib").CompressedInputStream(buffered, "zstd"))
-    if start == PARQUET:
-        raise DataError(f"{source.name} is a Parquet file: its name must end in .parquet")
+    elif packed := next((name for magic, name in NOT_READ.items() if re.match(magic, start)), None):
+        raise DataError(f"{source.name} is packed by {packed}, which is not read: unpack it, or pack it as .gz or .zst")
+    if start.startswith(PARQUET):
+        or_name = ", or a name that ends in .parquet" if source.format is not None else ""  # a pipe has none
+        raise DataError(f"{source.name} is a Parquet file: give --format parquet{or_name}")
     start = buffered.peek(4)[:4]
     if start.startswith(UTF8_MARK):
         buffered.read(len(UTF8_MARK))
-    elif start.startswith(UTF16_MARKS):
-        raise DataError(f"{source.name} is UTF-16: convert it to UTF-8")
+    elif mark := next((mark for mark in OTHER_MARKS if start.startswith(mark)), None):
+        raise DataError(f"{source.name} is {OTHER_MARKS[mark]}: convert it to UTF-8")
     return buffered
 
 
@@ -295,16 +390,25 @@ def arrow(module: str) -> Any:
 
 def parquet_file(source: Source) -> Any:
     """A `pyarrow.parquet.ParquetFile`."""
-    if source.path is None:
-        raise DataError("Parquet can't be read from standard input: give a file")
     parquet = arrow("parquet")
     try:
-        file = parquet.ParquetFile(source.path)
+        file = parquet.ParquetFile(_seekable(source))
         names = file.schema_arrow.names
     except (ValueError, OSError, NotImplementedError) as error:  # what pyarrow raises derives from these
         raise DataError(f"{source.name} is no Parquet file: {error}") from error
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise DataError(f"{source.name} has several columns of one name, which no record can hold: {', '.join(twice)}")
+    return file
+
+
+def _seekable(source: Source) -> Path | IO[bytes]:
+    """What comes through a pipe, in a file without a name: Parquet is read from its end."""
+    if source.path is not None and source.path.is_file():
+        return source.path
+    file = TemporaryFile()  # noqa: SIM115 it lasts as long as it is read
+    with nullcontext(sys.stdin.buffer) if source.path is None else source.path.open("rb") as pipe:
+        shutil.copyfileobj(pipe, file)
+    file.seek(0)
     return file
 
 
@@ -398,9 +502,19 @@ def to_json(value: Any) -> str:
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_as_json)
     except ValueError:
-        warnings.warn("NaN and infinite numbers of records are written as null, as JSON has neither", stacklevel=2)
+        warnings.warn(AS_NULL, stacklevel=2)
         text = json.dumps(_finite(value), ensure_ascii=False, default=_as_json)
     return SURROGATE.sub(escaped, text)
+
+
+def valid_json(line: str) -> str:
+    """A line of JSON as Python reads it, with null for NaN and infinity; all else of it stays as it is."""
+    if "NaN" not in line and "Infinity" not in line:
+        return line
+    valid = STRING_OR_CONSTANT.sub(lambda found: found[0] if found[0].startswith('"') else "null", line)
+    if valid != line:
+        warnings.warn(AS_NULL, stacklevel=2)
+    return valid
 
 
 def escaped(half: re.Match[str]) -> str:

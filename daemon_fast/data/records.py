@@ -7,7 +7,6 @@ and a run that is killed goes on to the same bytes.
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import os
@@ -15,7 +14,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -35,10 +34,21 @@ from daemon_fast.data.formats import (
     parquet_file,
     rows,
     to_json,
+    valid_json,
     write_parquet,
 )
 from daemon_fast.errors import DataError, InvalidInput, LowEffectiveSampleSize
-from daemon_fast.files import check_same_run, check_writable, file_digest, replacing, writing
+from daemon_fast.files import (
+    LOCK,
+    MANIFEST,
+    alone,
+    check_folder,
+    check_same_run,
+    check_writable,
+    file_digest,
+    replacing,
+    writing,
+)
 from daemon_fast.progress import progress
 from daemon_fast.prompts import ASSISTANT, Messages, as_messages, is_chat
 from daemon_fast.seeds import batch_seed
@@ -47,9 +57,21 @@ if TYPE_CHECKING:
     from daemon_fast.decode import SIRDecoder
     from daemon_fast.proposals.base import Prefix
 
-__all__ = ["DecodeWork", "Item", "Record", "Summary", "Work", "as_item", "lookup", "process", "read_records"]
+__all__ = [
+    "DecodeWork",
+    "Item",
+    "Record",
+    "Summary",
+    "Work",
+    "as_item",
+    "lookup",
+    "parts_of",
+    "process",
+    "read_records",
+]
 
 Record = dict[str, Any]
+Check = Callable[..., None]
 RESULT = "daemon"  # the field that a record gets
 RESULTS = "results.jsonl"  # the log of a run
 TOO_DEEP = "is nested too deeply"
@@ -65,10 +87,10 @@ class Item:
     ----------
     text : what the asked field holds
     chat : in its place, where that is a chat: its messages up to the assistant's last, which is the response
-    source : name of the file
+    source : name of the file; in a folder or by a pattern, its path from there
     number : of the line, row or element, from 1
     unit : "line"; "row" of a Parquet file; "element" of a JSON array
-    line : the record as it was read, one line of JSON; None where it was none
+    line : the record as it was read, one line of JSON, NaN and infinity included; None where it was none
     """
 
     record: Record
@@ -125,9 +147,9 @@ def read_records(
 
     Parameters
     ----------
-    where : a file, a folder, a pattern, or "-" for standard input. Formats, by name in any case: .jsonl or .ndjson (a
-        value a line), .json (an array, or lines), .txt (a text a line), each also with .gz or .zst; .parquet (it and
-        .zst need pyarrow). Blank lines are left out
+    where : a file, a folder, a pattern, or "-" for standard input, see `formats.find_sources`. Formats, by name in any
+        case: .jsonl or .ndjson (a value a line), .json (an array, or lines), .txt (a text a line), each also with .gz
+        or .zst; .parquet (it and .zst need pyarrow). Blank lines are left out
     field : that must be a string, "meta.title" or "messages.0.content" for one within others; the name that texts
         without one get: lines of text, strings of an array. None: none is asked for, and there must be records
     format : "json", "text" or "parquet", of files whose names don't tell
@@ -181,14 +203,8 @@ def _parsed(row: Row, field: str | None) -> tuple[Record, str | None, str | None
     text = text.rstrip("\r\n")
     if not row.is_json:
         return ({}, None, NO_RECORD) if field is None else ({field: text}, None, None)
-    beyond_json: list[str] = []  # NaN and infinity, which Python reads
-
-    def constant(name: str) -> float:
-        beyond_json.append(name)
-        return float(name)
-
     try:
-        record = json.loads(text, parse_constant=constant)
+        record = json.loads(text)
     except ValueError as error:
         return {}, None, f"is not JSON: {error}"
     except RecursionError:
@@ -199,7 +215,7 @@ def _parsed(row: Row, field: str | None) -> tuple[Record, str | None, str | None
         return {}, None, f"is no JSON object but {type(record).__name__}"
     if text.count("[") + text.count("{") > DEEPEST and _is_deep(record):
         return {}, None, TOO_DEEP
-    return record, None if beyond_json else text.strip(), None
+    return record, text.strip(), None
 
 
 def _is_deep(record: Record) -> bool:
@@ -278,25 +294,39 @@ def process(
     if target == "-":
         return _stream(sources, work, field, chunk_size, description)
     check_writable(target, force)
-    folder = Path(f"{target}.parts")
-    output, kept = f"output {target}", f"what is done is kept in {folder}"
-    with writing(output, kept):
-        folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
-        return _process(sources, where, target, folder, work, settings, field, chunk_size, description, to_parquet)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Two runs that write the same parts would ruin each other's. The lock ends with the process that holds it."""
+    folder = parts_of(target)
+    check_folder(folder)
     with writing(folder):
-        file = (folder / LOCK).open("w")
-    with file as lock:
+        folder.mkdir(exist_ok=True)
+    with alone(folder):
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InvalidInput(f"{folder} is being written by another run") from error
-        yield
+            return _process(sources, where, target, folder, work, settings, field, chunk_size, description, to_parquet)
+        finally:
+            if not _holds_results(folder):
+                _clear(folder)  # a run that found nothing binds no other
+
+
+def parts_of(destination: str | os.PathLike[str]) -> Path:
+    """The folder that holds what is done of an output until all is."""
+    return Path(f"{os.fspath(destination)}.parts")
+
+
+def _holds_results(folder: Path) -> bool:
+    try:
+        with (folder / RESULTS).open("rb") as log:
+            return log.readline().endswith(b"\n")
+    except FileNotFoundError:
+        return False
+
+
+def _clear(folder: Path) -> None:
+    """Remove what runs wrote, and the folder, unless it holds something else."""
+    with suppress(OSError):
+        for name in (RESULTS, MANIFEST, SPOOL, LOCK):
+            (folder / name).unlink(missing_ok=True)
+        for left in folder.glob("*.tmp"):
+            left.unlink()
+        folder.rmdir()
 
 
 def _process(
@@ -305,21 +335,24 @@ def _process(
 ) -> Summary:  # fmt: skip
     output, kept = f"output {target}", f"what is done is kept in {folder}"
     run = {**settings, "field": field, "chunk_size": chunk_size}
+    if not _holds_results(folder):  # of a run that was killed before it found anything
+        for name in (RESULTS, MANIFEST):
+            (folder / name).unlink(missing_ok=True)
     if any(source.path is None or not source.path.is_file() for source in sources):  # a pipe can't be read twice
         sources = [_spooled(sources[0], folder, output)]
         run["source"] = file_digest(folder / SPOOL)
     else:
         run["source"] = [_identity(source) for source in sources]
     check_same_run(folder, run, "parts")
-    schema = _parquet_schema(sources, work) if to_parquet else None
-    total = sum(1 for source in sources for _ in rows(source))  # also finds a file that is cut off before the work
-    if not total:
-        raise DataError(f"{os.fspath(where)} holds no record")
-    with writing(output, kept):
-        _work_off(sources, folder / RESULTS, work, field, chunk_size, total, description)
-    errors = [result["error"] for result in _results(folder / RESULTS) if "error" in result]
-    with writing(output, kept):
-        with replacing(target) as file:
+    with _unchanged(sources, folder) as check:
+        schema = _parquet_schema(sources, work) if to_parquet else None
+        total = sum(1 for source in sources for _ in rows(source))  # also finds a file that is cut off before the work
+        if not total:
+            raise DataError(f"{os.fspath(where)} holds no record")
+        with writing(output, kept):
+            _work_off(sources, folder / RESULTS, work, field, chunk_size, total, description, check)
+        errors = [result["error"] for result in _results(folder / RESULTS) if "error" in result]
+        with writing(output, kept), replacing(target) as file:
             if schema is not None:
                 _join_parquet(sources, folder / RESULTS, file, schema)
             elif to_parquet:
@@ -328,13 +361,51 @@ def _process(
                 with compressed(target, file) as lines:
                     for item, result in zip(_all(sources, field), _results(folder / RESULTS), strict=True):
                         lines.write(_line(item, result))
-        shutil.rmtree(folder)
+            check()
+    (folder / RESULTS).unlink()
     return Summary(total, errors)
 
 
-def _all(sources: Sequence[Source], field: str) -> Iterator[Item]:
+@contextmanager
+def _unchanged(sources: Sequence[Source], folder: Path) -> Iterator[Check]:
+    """Files are read three times: before the work, for it, and to be written with what it found.
+
+    Yields
+    ------
+    What raises a DataError if one of those that it is given, by their names, is another than at the start. An error on
+    the way may be because of that.
+    """
+    start = {source.name: (source, _stamp(source)) for source in sources}
+
+    def check(names: Iterable[str] = start) -> None:
+        for name in names:
+            source, was = start[name]
+            if (now := _stamp(source)) != was:
+                what = f"{name} was {'changed' if now else 'removed'} while this run read it"
+                kept = f": what is done is kept in {folder}, of the file as it was; delete it to begin again"
+                raise DataError(what + (kept if _holds_results(folder) else ": begin again"))
+
+    try:
+        yield check
+    except Exception:
+        check()
+        raise
+
+
+def _stamp(source: Source) -> tuple[int, ...] | None:
+    assert source.path is not None
+    try:
+        found = source.path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _all(sources: Sequence[Source], field: str, check: Check | None = None) -> Iterator[Item]:
     for source in sources:
         yield from _items(source, field, chats=True)
+        if check is not None:
+            check([source.name])
 
 
 def _stream(sources: Sequence[Source], work: Work, field: str, chunk_size: int, description: str) -> Summary:
@@ -353,7 +424,7 @@ def _stream(sources: Sequence[Source], work: Work, field: str, chunk_size: int, 
     return Summary(total, errors)
 
 
-SPOOL, LOCK = "input", "lock"
+SPOOL = "input"
 
 
 def _spooled(source: Source, folder: Path, output: str) -> Source:
@@ -374,15 +445,18 @@ def _identity(source: Source) -> list[Any]:
 
 
 def _work_off(
-    sources: Sequence[Source], log: Path, work: Work, field: str, chunk_size: int, total: int, description: str
-) -> None:
-    """Append what is found of each record to the log, from where an earlier run stopped."""
+    sources: Sequence[Source], log: Path, work: Work, field: str, chunk_size: int, total: int, description: str,
+    check: Check,
+) -> None:  # fmt: skip
+    """Append what is found of each record to the log, from where an earlier run stopped; `check`: see `_unchanged`."""
     done = _cut_to_whole_chunks(log, chunk_size, total)
-    found = islice(_all(sources, field), done, None)
+    found = islice(_all(sources, field, check), done, None)
     with log.open("ab") as file, progress(desc=description, unit="record", total=total, initial=done) as bar:
         for number in range(done // chunk_size, -(-total // chunk_size)):
             chunk = list(islice(found, chunk_size))
-            file.write(b"".join(f"{to_json(result)}\n".encode() for result in _worked(chunk, work, number)))
+            found_of_chunk = _worked(chunk, work, number)
+            check({item.source for item in chunk})
+            file.write(b"".join(f"{to_json(result)}\n".encode() for result in found_of_chunk))
             file.flush()
             os.fsync(file.fileno())
             bar.update(len(chunk))
@@ -437,7 +511,7 @@ def _results(log: Path) -> Iterator[Record]:
 def _line(item: Item, result: Record) -> bytes:
     """A line of JSON: the record's own text, so that no number of it changes, and the result."""
     if item.line is not None and RESULT not in item.record:
-        own = item.line[:-1].rstrip()
+        own = valid_json(item.line)[:-1].rstrip()
         return f'{own}{", " if item.record else ""}"{RESULT}": {to_json(result)}}}\n'.encode()
     return f"{to_json({**item.record, RESULT: result})}\n".encode()
 

@@ -11,13 +11,14 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from daemon_fast import metrics as metrics_module
 from daemon_fast import ops
+from daemon_fast.arguments import integer, number, real_tensor, strings
 from daemon_fast.energy import Base, Diagnostics, Energy, weightless
 from daemon_fast.errors import FitError, InvalidInput, UnboundedTilt
 from daemon_fast.fit import newton, resample
@@ -163,8 +164,9 @@ def fit(
 
     Parameters
     ----------
-    features : [N, M, K] float32 or float64
-        K metrics of M candidates of each of N prefixes; or `Samples`, in blocks that needn't share one memory.
+    features : [N, M, K] of any real dtype
+        K metrics of M candidates of each of N prefixes; or `Samples`, in blocks that needn't share one memory. Here and
+        below, an array or a list of numbers is taken for a tensor.
     targets : [K], or [N', K]
         Human means; or human values per prefix, whose mean is taken and which the bootstrap resamples too.
     base_log_w : [N, M], optional
@@ -217,6 +219,10 @@ def fit(
     Source: Ji et al. 2024 (arXiv 2310.01041), section 3.3 and algorithm 1; the duals and Newton steps are ours.
     """
     check_draw(draw, normalization)
+    learning_rate = number("learning_rate", learning_rate, "positive and finite", lambda x: 0 < x < math.inf)
+    bootstrap = integer("bootstrap", bootstrap, ">= 0", lambda n: n >= 0)
+    if tolerance is not None:
+        tolerance = number("tolerance", tolerance, "positive and finite, or None", lambda x: 0 < x < math.inf)
     problem, human = _checked(features, targets, base_log_w, normalization, ridge, names)
     if method == "rmse" and ridge != 0:
         raise InvalidInput(f"ridge = {ridge!r} is for method='newton': 'rmse' has none")
@@ -252,20 +258,21 @@ def _checked(
     names: Sequence[str] | None,
 ) -> tuple[Problem, Tensor | None]:
     """The problem to solve, and the human values per prefix if they were given."""
-    if isinstance(features, Tensor):
-        samples: Samples = InMemory(Block(features, base_log_w))
-    elif base_log_w is not None:
-        raise InvalidInput("base_log_w is given beside samples in blocks, which hold their own")
+    samples: Any = features
+    if hasattr(features, "map"):
+        if base_log_w is not None:
+            raise InvalidInput("base_log_w is given beside samples in blocks, which hold their own")
     else:
-        samples = features
+        base_log_w = None if base_log_w is None else real_tensor("base_log_w is", base_log_w)
+        samples = InMemory(Block(real_tensor("features is", features), base_log_w))
     n, m, k = samples.shape
-    names = tuple(names) if names is not None else tuple(f"metric {i}" for i in range(k))
+    names = strings("names", names) if names is not None else tuple(f"metric {i}" for i in range(k))
     if len(names) != k:
         raise InvalidInput(f"names has {len(names)} entries, features has K = {k} metrics")
     if normalization not in ("per_prefix", "global"):
         raise InvalidInput(f"normalization = {normalization!r}: it must be 'per_prefix' or 'global'")
     check_ridge(ridge)
-    targets = torch.as_tensor(targets, dtype=torch.float64, device="cpu")
+    targets = real_tensor("targets is", targets).double().cpu()
     if targets.ndim not in (1, 2) or targets.shape[-1] != k or len(targets) == 0:
         raise InvalidInput(f"targets must have shape [K] = [{k}] or [N', K] = [N', {k}], got {list(targets.shape)}")
     if n < k:
@@ -306,8 +313,8 @@ def check_ridge(ridge: Ridge) -> None:
     if isinstance(ridge, str):
         if ridge != "cv":
             raise InvalidInput(f"ridge = {ridge!r} must be a number >= 0 or 'cv'")
-    elif not (ridge >= 0 and math.isfinite(ridge)):
-        raise InvalidInput(f"ridge = {ridge} must be finite and >= 0")
+    else:
+        number("ridge", ridge, "finite and >= 0, or 'cv'", lambda x: 0 <= x < math.inf)
 
 
 def warn_of_unbounded(metrics: Iterable[Metric], mu: Mapping[str, float], stacklevel: int) -> None:

@@ -27,6 +27,7 @@ from daemon_fast.ops import Draw, Normalization
 __all__ = ["Problem"]
 
 FAR = 1000.0  # times a metric's range: from there on its distance from zero costs digits that the fit needs
+NARROWEST, WIDEST = 1e-140, 1e140  # ranges of a metric whose squares float64 holds
 BOUNDARY = 1e-9  # in standard deviations: a target so near to the edge of what is reachable needs an infinite mu
 
 
@@ -61,8 +62,13 @@ class Problem:
         ones = torch.ones_like(targets)
         problem = Problem(samples, targets, normalization, names, ones, ridge)
         low, high = problem.reachable()
-        for name, constant in zip(names, (low == high).tolist(), strict=True):
-            if constant:
+        for name, width in zip(names, (high - low).tolist(), strict=True):
+            if width != 0 and not NARROWEST <= width <= WIDEST:
+                raise InvalidInput(
+                    f"metric {name} ranges over {width:.3g}: a fit takes from {NARROWEST:g} to {WIDEST:g}: change its "
+                    "unit"
+                )
+            if width == 0:
                 where = " within every prefix" if normalization == "per_prefix" else ""
                 raise ConstantMetric(f"metric {name} is constant{where}: no weighting can change it; leave it out")
         middle = (low + high) / 2

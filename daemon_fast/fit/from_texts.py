@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from daemon_fast import metrics as metrics_module
+from daemon_fast.arguments import integer
 from daemon_fast.data.collect import batches, human_folder, kept, scores
 from daemon_fast.data.exchanges import pair, read_exchanges
 from daemon_fast.data.texts import Pairs, read_texts, split
@@ -46,7 +47,8 @@ __all__ = ["Measured", "Plan", "check_ends", "fit_energy", "is_low", "measure", 
 # Texts; prompts with responses, in any form that `as_exchange` reads; token ids of both
 Human = Sequence[str] | Sequence[Any] | Pairs
 
-ROUNDING = 1e-6  # relative, of float32 metrics: what differs by less is the same
+# Relative, of metrics in float32 and in float64: what differs by less is the same.
+ROUNDING, ROUNDING_OF_DOUBLES = 1e-6, 1e-15
 REUSED = (
     "a fit with other metrics, ridge, normalization or base reuses them; another M, seed or number of prefixes needs "
     "another folder"
@@ -144,6 +146,7 @@ def fit_energy(
         seed=seed, batch_size=batch_size, directory=directory, check=proposal.tokenize,
     )  # fmt: skip
     check_ends(plan.human, tokenizer, proposal)
+    batch_size, bootstrap, seed = int(batch_size), int(bootstrap), int(seed)  # NumPy's, which JSON has no place for
     measured = measure(
         proposal, plan.pairs, plan.metrics, targets=plan.targets, base=base, seed=seed, batch_size=batch_size,
         directory=directory,
@@ -218,20 +221,23 @@ def prepare(
     SeveralProblems
         More than one thing is wrong; else the one error.
     """
+
+    def count(name: str, value: Any, least: int) -> int:
+        with problems:
+            return integer(name, value, f">= {least}", lambda n: n >= least)
+        return 0  # a problem says so
+
+    num_prefixes = count("num_prefixes", num_prefixes, 1)
+    num_targets = None if num_targets is None else count("num_targets", num_targets, 1)
+    prefix_tokens = count("prefix_tokens", prefix_tokens, 1)
+    count("batch_size", batch_size, 1)
+    count("bootstrap", bootstrap, 0)
     if isinstance(human, Pairs) and len(human) > 0:
         num_prefixes = min(num_prefixes, len(human))
         num_targets = len(human) if num_targets is None else min(num_targets, len(human))
-    limits = {
-        "num_prefixes": (num_prefixes, 1),
-        "num_targets": (1 if num_targets is None else num_targets, 1),
-        "prefix_tokens": (prefix_tokens, 1),
-        "batch_size": (batch_size, 1),
-        "bootstrap": (bootstrap, 0),
-    }
-    low = [f"{name} = {value} must be >= {least}" for name, (value, least) in limits.items() if value < least]
-    problems.found += map(InvalidInput, low)
     with problems:
         check_seed(seed)
+        seed = int(seed)
     with problems:
         check_ridge(ridge)
     for name, value, options in (("normalization", normalization, Normalization), ("base", base, Base)):
@@ -248,7 +254,7 @@ def prepare(
     for metric in parsed:
         with problems:
             metric.prepare()
-    names, texts = metrics_module.column_names(parsed), num_targets or num_prefixes
+    names, texts = metrics_module.column_names(parsed), num_prefixes if num_targets is None else num_targets
     for name in spread:
         if name not in names or list(spread).count(name) > 1:
             problems.found.append(InvalidInput(f"spread has {name!r}: it must be a metric of {', '.join(names)}, once"))
@@ -311,8 +317,8 @@ def _are_exchanges(human: Human | None) -> TypeGuard[Sequence[Any]]:
 class Measured(NamedTuple):
     """What a fit reads."""
 
-    features: Tensor  # [N, M, K] float32, of the candidates
-    human: Tensor  # [N', K] float32, of the human continuations
+    features: Tensor  # [N, M, K] float32 or float64, of the candidates
+    human: Tensor  # [N', K] float32 or float64, of the human continuations
     base_log_w: Tensor | None  # [N, M] float64
     seconds: float  # that drawing the candidates took, in whichever run
 
@@ -425,8 +431,9 @@ def _varying(
     names, targets = tuple(metrics_module.column_names(metrics)), measured.human.double().mean(0)
     samples = InMemory(Block(measured.features, measured.base_log_w))
     low, high = Problem(samples, targets, normalization, names, torch.ones_like(targets), 0.0).reachable()
-    constant = high - low <= ROUNDING * high.abs().maximum(low.abs())
-    met = (targets - low).abs() <= ROUNDING * targets.abs().maximum(low.abs())
+    rounding = _rounding(measured.features)
+    constant = high - low <= rounding * high.abs().maximum(low.abs())
+    met = (targets - low).abs() <= rounding * targets.abs().maximum(low.abs())
     varying, columns, start = list[Metric](), list[int](), 0
     missed, useless = dict[str, str](), list[str]()
     for metric in metrics:
@@ -445,6 +452,13 @@ def _varying(
             stacklevel=4,
         )
     return varying, columns, missed
+
+
+def _rounding(features: Tensor) -> Tensor:
+    """[K] relative error of metrics [N, M, K]: that of float32 for what float32 holds; but integers have none."""
+    columns = features.flatten(0, 1)
+    rounded = ((columns.float() == columns) & (columns.round() != columns).any(0)).all(0)
+    return torch.where(rounded, ROUNDING, ROUNDING_OF_DOUBLES).double().cpu()
 
 
 def _missed_by(result: FitResult, human: Tensor) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import (
 )
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from daemon_fast.arguments import integer
 from daemon_fast.decode import Decoded, SIRDecoder
 from daemon_fast.energy import Energy
 from daemon_fast.errors import InvalidInput
@@ -35,7 +37,7 @@ PROCESSORS = (
     TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper, MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor, LogitNormalization,
 )  # fmt: skip
-CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
+CRITERIA = (MaxLengthCriteria, EosTokenCriteria)  # which are followed, also those that a caller made
 # Transformers' own defaults, which say nothing of what a user wants
 SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None}
 
@@ -92,7 +94,8 @@ def generate(
     ----------
     model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, **model_kwargs
         As `generate` passes them on. Lengths, end-of-text ids, the padding id and num_return_sequences S are those of
-        the generation config; min_new_tokens is 1 unless given, or 0 where the artefact was fitted so. Chats are the
+        the generation config, or of a MaxLengthCriteria and an EosTokenCriteria, which take their place as in
+        Transformers; min_new_tokens is 1 unless given, or 0 where the artefact was fitted so. Chats are the
         ids of `tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")`. Temperature,
         top_k, top_p and min_p are those that the artefact was fitted with; with do_sample=True, one that is given to
         `generate`, or that in the generation config is not Transformers' default, is taken instead, with a warning.
@@ -131,18 +134,20 @@ def generate(
         )
     config, caller = generation_config, _caller()
     _refuse_options(config, caller)
-    _refuse_processors(logits_processor, stopping_criteria)
+    _refuse_processors(logits_processor, stopping_criteria, caller.get("logits_processor"))
     given = caller.get("kwargs", {})
     _refuse_inputs(model, model_kwargs, given)
     # `generate` has repeated each prompt num_return_sequences times; they share their candidates.
-    samples = config.num_return_sequences
+    samples = integer("num_return_sequences", config.num_return_sequences, ">= 1", lambda n: n >= 1)
     prompts, mask = input_ids[::samples], model_kwargs.get("attention_mask")
     rows = prompts.tolist()
     if mask is not None:
         kept = mask[::samples].bool().tolist()
         rows = [[i for i, real in zip(row, k, strict=True) if real] for row, k in zip(rows, kept, strict=True)]
     sampling = _sampling(config, energy, given)
-    proposal = _proposal(model, energy, config, sampling, processing_class, num_candidates, input_ids.shape[1])
+    proposal = _proposal(
+        model, energy, config, stopping_criteria or (), sampling, processing_class, num_candidates, input_ids.shape[1]
+    )
     decoder = SIRDecoder(energy, proposal, 1)
     if seed is None:
         seed = int(torch.randint(2**62, ()))
@@ -188,9 +193,12 @@ def _refuse_options(config: Any, caller: dict[str, Any]) -> None:
         raise InvalidInput("do_sample = False asks for the likeliest tokens, but DAEMON samples: leave it out")
 
 
-def _refuse_processors(processors: Any, criteria: Any) -> None:
-    other = [type(x).__name__ for x in processors or () if not isinstance(x, PROCESSORS)]
-    other += [type(x).__name__ for x in criteria or () if not isinstance(x, CRITERIA)]
+def _refuse_processors(processors: Any, criteria: Any, own: Any) -> None:
+    """`own`: those of the processors that a caller made."""
+    for kind in {type(x) for x in own or ()} & set(PROCESSORS) - {LogitNormalization}:
+        raise InvalidInput(f"{kind.__name__} in logits_processor can't be followed: give the option that it stands for")
+    other = [type(x).__name__ for x in processors or () if type(x) not in PROCESSORS]
+    other += [type(x).__name__ for x in criteria or () if type(x) not in CRITERIA]
     if other:
         raise InvalidInput(
             f"DAEMON draws candidates from the model itself: {', '.join(other)} can't be applied to them. Put what it "
@@ -246,14 +254,21 @@ def _proposal(
     model: Any,
     energy: Energy,
     config: Any,
+    criteria: Iterable[Any],
     sampling: dict[str, Any],
     tokenizer: Any,
     num_candidates: int | None,
     prompt: int,
 ) -> TransformersProposal:
-    """With the artefact's settings, and what the generation config says of lengths and of the end of a text."""
+    """With the artefact's settings, and what the criteria, or else the generation config, say of lengths and of the end
+    of a text."""
     fitted = energy.proposal_settings
-    longest = config.max_length - prompt
+    limits = [criterion.max_length for criterion in criteria if isinstance(criterion, MaxLengthCriteria)]
+    longest = min(limits, default=config.max_length) - prompt
+    if longest < 1:
+        raise InvalidInput(
+            f"max_length = {longest + prompt} leaves nothing to generate: the prompt has {prompt} tokens"
+        )
     shortest = config.min_new_tokens
     if shortest is None:
         shortest = max(min(1, fitted.min_new_tokens), (config.min_length or 0) - prompt)
@@ -266,7 +281,10 @@ def _proposal(
     }
     eos = config.eos_token_id
     eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    if energy.chat_template is not None:  # the turn's end, which some configs lack: it ended candidates in the fit
+    ends = [criterion.eos_token_id.tolist() for criterion in criteria if isinstance(criterion, EosTokenCriteria)]
+    if ends and (named := {token for tokens in ends for token in tokens}) != set(eos):
+        eos = sorted(named)
+    elif energy.chat_template is not None:  # the turn's end, which some configs lack: it ended candidates in the fit
         eos = eos_token_ids(eos, tokenizer)
     made = TransformersProposal(model, tokenizer, model_id=fitted.model_id, eos_token_ids=eos, **settings)
     if tokenizer is None:  # there is nothing to check the vocabulary by

@@ -173,8 +173,8 @@ def measure(
     Returns
     -------
     Dataset
-        A row per text, or per prompt and response: features [M, K] float32, human [K] float32, base_log_w [M] float64
-        or null, and in some rows `run`, which tells what they are.
+        A row per text, or per prompt and response: features [M, K], human [K] and base_log_w [M], float64, the last or
+        null, and in some rows `run`, which tells what they are.
     """
     if response_field is not None and prompt_field is None:
         raise InvalidInput(f"response_field = {response_field!r} needs a prompt_field")
@@ -275,8 +275,8 @@ class _Measure:
             base = (drawn.log_p - drawn.log_q).cpu() if self._base == "model" else None
         weights = pyarrow.nulls(len(pairs), pyarrow.list_(pyarrow.float64(), m)) if base is None else _column(base)
         columns = {
-            "features": _column(features),
-            "human": _column(human),
+            "features": _column(features.double()),
+            "human": _column(human.double()),
             "base_log_w": weights,
             "run": pyarrow.array([self._run(pairs), *[None] * len(pairs)][: len(pairs)], pyarrow.string()),
         }

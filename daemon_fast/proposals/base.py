@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from daemon_fast.arguments import integer, number
 from daemon_fast.errors import InvalidInput, Problems
 from daemon_fast.prompts import (
     Message,
@@ -34,6 +35,7 @@ __all__ = [
     "as_list",
     "ends",
     "eos_token_ids",
+    "given_rows",
     "ids_behind",
     "prompt_ids",
     "seed_of_each",
@@ -76,26 +78,23 @@ class ProposalSettings:
     count_eos: bool = False
 
     def __post_init__(self) -> None:
-        limits = {
-            "num_candidates": self.num_candidates >= 1,
-            "max_new_tokens": self.max_new_tokens >= 1,
-            "min_new_tokens": 0 <= self.min_new_tokens <= self.max_new_tokens,
-            "temperature": 0 < self.temperature < float("inf"),
-            "top_k": self.top_k >= 0,
-            "top_p": 0 < self.top_p <= 1,
-            "min_p": 0 <= self.min_p <= 1,
-        }
-        expected = {
-            "num_candidates": ">= 1",
-            "max_new_tokens": ">= 1",
-            "min_new_tokens": f"from 0 to max_new_tokens = {self.max_new_tokens}",
-            "temperature": "positive and finite",
-            "top_k": ">= 0",
-            "top_p": "in (0, 1]",
-            "min_p": "from 0 to 1",
-        }
-        bad = [name for name, valid in limits.items() if not valid]
-        Problems(InvalidInput(f"{name} = {getattr(self, name)} must be {expected[name]}") for name in bad).report()
+        problems = Problems()
+
+        def settle(check: Callable[..., float], name: str, limit: str, within: Callable[[Any], bool]) -> None:
+            with problems:
+                object.__setattr__(self, name, check(name, getattr(self, name), limit, within))
+
+        settle(integer, "num_candidates", ">= 1", lambda n: n >= 1)
+        settle(integer, "max_new_tokens", ">= 1", lambda n: n >= 1)
+        most = self.max_new_tokens if isinstance(self.max_new_tokens, int) else float("inf")
+        settle(integer, "min_new_tokens", f"from 0 to max_new_tokens = {self.max_new_tokens}", lambda n: 0 <= n <= most)
+        settle(number, "temperature", "positive and finite", lambda x: 0 < x < float("inf"))
+        settle(integer, "top_k", ">= 0", lambda n: n >= 0)
+        settle(number, "top_p", "in (0, 1]", lambda x: 0 < x <= 1)
+        settle(number, "min_p", "from 0 to 1", lambda x: 0 <= x <= 1)
+        if not isinstance(self.count_eos, bool):
+            problems.found.append(InvalidInput(f"count_eos = {reprlib.repr(self.count_eos)} must be True or False"))
+        problems.report()
 
     @property
     def truncates(self) -> bool:
@@ -294,6 +293,32 @@ def _ids(prefix: str | list[int] | Messages, tokenizer: Any, name: str) -> list[
         check_text(prefix, name)
         return prompt_ids(prefix, tokenizer)
     return chat_ids(as_messages(prefix, name), tokenizer, name) if chat else token_ids(prefix, name)
+
+
+def given_rows(
+    prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], vocab_size: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of given texts, one continuation of each prefix.
+
+    Raises
+    ------
+    InvalidInput
+        None, not as many of both, an empty one, or a token outside the vocabulary.
+    """
+    if len(prefixes) == 0 or len(prefixes) != len(continuations):
+        raise InvalidInput(
+            f"there are {len(prefixes)} prefixes and {len(continuations)} continuations: give one for each"
+        )
+    both = []
+    for name, given in (("prefix", prefixes), ("continuation", continuations)):
+        rows = [token_ids(row, f"{name} {i}") for i, row in enumerate(given)]
+        for i, row in enumerate(rows):
+            if len(row) == 0:
+                raise InvalidInput(f"{name} {i} is empty: it has no log-probability")
+            if bad := [token for token in row if not 0 <= token < vocab_size]:
+                raise InvalidInput(f"{name} {i} has token {bad[0]}, outside the vocabulary of {vocab_size}")
+        both.append(rows)
+    return both[0], both[1]
 
 
 def eos_token_ids(configured: int | Sequence[int] | None, tokenizer: Any) -> list[int]:

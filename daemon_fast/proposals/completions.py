@@ -26,6 +26,7 @@ __all__ = [
     "Refused",
     "are_copies",
     "as_completion",
+    "check_log_probs",
     "choices_of",
     "letters",
     "log_probs",
@@ -135,8 +136,7 @@ class Reader:
             raise EngineError(
                 f"{self.url} gives no log-probabilities: with log_probs = False all metrics but ent go without"
             )
-        if above := [x for x in log_p or [] if x > 1e-3]:
-            raise EngineError(f"{self.url} gives {above[0]} as a log-probability: it must be at most 0")
+        check_log_probs(log_p or [], self.url)
         known = log_p if self.log_probs else None
         if tokens is None:
             return self._of_text(choice, prefix, known, reason)
@@ -316,6 +316,12 @@ def log_probs(choice: dict[str, Any]) -> list[float] | None:
         return None
     # What was drawn can't be impossible.
     return [nan if value is None or value == -math.inf else float(value) for value in values]
+
+
+def check_log_probs(log_p: Sequence[float], url: str) -> None:
+    """Raise EngineError for what is no log-probability; rounding may leave it next to 0."""
+    if above := [x for x in log_p if x > 1e-3]:
+        raise EngineError(f"{url} gives {above[0]} as a log-probability: it must be at most 0")
 
 
 def token_ids(choice: dict[str, Any]) -> list[int] | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import reprlib
 import socket
 import urllib.parse
 import urllib.request
@@ -54,6 +55,10 @@ class Connections:
     """
 
     def __init__(self, base_url: str, headers: Mapping[str, str], timeout: float) -> None:
+        if not isinstance(base_url, str):
+            raise InvalidInput(
+                f"base_url = {reprlib.repr(base_url)} must be an address such as 'http://localhost:8000/v1'"
+            )
         told = re.sub(r"//.*@", "//***@", base_url)
         try:
             at = urllib3.util.parse_url(base_url.strip())

@@ -15,15 +15,18 @@ import random
 import re
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from email.utils import parsedate_to_datetime
 from math import isnan, nan
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from daemon_fast import stop
+from daemon_fast.arguments import integer, number
 from daemon_fast.errors import EngineError, InvalidInput, require
 from daemon_fast.memory import check_candidates
 from daemon_fast.models import load_tokenizer
@@ -34,6 +37,7 @@ from daemon_fast.proposals.base import (
     as_list,
     ends,
     eos_token_ids,
+    given_rows,
     prompt_ids,
     seed_of_each,
     tokenize,
@@ -47,6 +51,7 @@ from daemon_fast.proposals.completions import (
     Refused,
     are_copies,
     as_completion,
+    check_log_probs,
     choices_of,
     letters,
     log_probs,
@@ -62,7 +67,7 @@ __all__ = ["ServerProposal"]
 T = TypeVar("T")
 
 # Seconds before the next attempt, each wait twice the one before, unless the server says how long: at most so long.
-FIRST_WAIT, MAX_WAIT, MAX_RETRY_AFTER = 0.5, 8.0, 60.0
+FIRST_WAIT, MAX_WAIT, MAX_RETRY_AFTER = 0.5, 8.0, 600.0
 NO_ROUTE = (404, 405, 410, 501)
 NO_JSON = "the reply is no JSON"
 PASSING = (408, 409, 429)  # and 5xx
@@ -153,18 +158,20 @@ class ServerProposal:
     base_url : such as "http://localhost:8000/v1"
     model_id : the model's Hugging Face id, folder, GGUF file or embedded name; its tokenizer is loaded from there, and
         artefacts record it
-    served_model : the name under which the server serves the model; default: the only one that it serves
+    served_model : the name under which the server serves the model, also one that its list lacks, such as an alias;
+        default: the only one that it serves
     log_probs : whether to ask for log-probabilities; without them all metrics but `ent` can be measured
     max_in_flight : requests under way at a time
     timeout : seconds that a reply may take
     max_retries : further attempts at a request that met a lost connection, a time-out, a reply cut short or empty, or
-        the status 408, 409, 429 or 5xx; with waits that grow, or that the server's Retry-After sets
+        the status 408, 409, 429 or 5xx; with waits that grow, or that the server's Retry-After sets, seconds or a date,
+        up to 600 seconds: a longer one is an EngineError
     **settings : the fields of `ProposalSettings`
 
     Raises
     ------
     EngineError
-        The server can't be reached, or serves another model.
+        The server can't be reached, or doesn't tell which of several models is meant.
     ModelUnavailable
         The tokenizer can't be loaded.
     MissingPackage
@@ -221,13 +228,9 @@ class ServerProposal:
         **settings: Any,
     ) -> None:
         self._from_json = require("pydantic_core", "candidates from a server need", "'daemon-fast[server]'").from_json
-        for name, value, kind, least in (
-            ("max_in_flight", max_in_flight, int, 1),
-            ("timeout", timeout, int | float, 1e-3),
-            ("max_retries", max_retries, int, 0),
-        ):
-            if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < float("inf"):
-                raise InvalidInput(f"{name} = {value!r} must be a number from {least} on")
+        max_in_flight = integer("max_in_flight", max_in_flight, ">= 1", lambda n: n >= 1)
+        timeout = number("timeout", timeout, ">= 0.001 and finite", lambda x: 1e-3 <= x < float("inf"))
+        max_retries = integer("max_retries", max_retries, ">= 0", lambda n: n >= 0)
         require("urllib3", "candidates from a server need", "'daemon-fast[server]'")
         from daemon_fast.proposals.connections import Connections
 
@@ -266,11 +269,14 @@ class ServerProposal:
         if model is None and len(served) > 1:
             raise EngineError(f"{self.base_url} serves {names}: choose one by its name, served_model = ...")
         name = model or next(iter(served))
-        if name not in served:
-            raise EngineError(f"{self.base_url} does not serve {name!r}, but {names}")
-        if served[name].get("owned_by") == "llamacpp":
+        if name not in served:  # an alias, or "x" for Ollama's "x:latest"
+            self._warn(
+                f"{self.base_url} does not list {name!r} among its models ({names}): it is asked for all the same"
+            )
+        facts = served.get(name) or (entries[0] if len(served) == 1 else {})
+        if facts.get("owned_by") == "llamacpp":
             self._dialect = replace(self._dialect, ignore_eos=self._may_ignore_eos())
-        context = served[name].get("max_model_len") or (served[name].get("meta") or {}).get("n_ctx")  # vLLM, llama.cpp
+        context = facts.get("max_model_len") or (facts.get("meta") or {}).get("n_ctx")  # vLLM, llama.cpp
         return name, context if isinstance(context, int) else None
 
     def _may_ignore_eos(self) -> bool:
@@ -311,8 +317,7 @@ class ServerProposal:
         check_candidates(self.settings, len(prefix_tokens))
         given = as_list(prefixes)
         prompts = [_Prompt(*one, self._text(*one)) for one in zip(given, prefix_tokens, strict=True)]
-        seeds = [(own % 2**64, i) for own, i in seed_of_each(seed, len(prompts))]
-        drawn = self._settle(prompts, seeds)
+        drawn = self._settle(prompts, seed_of_each(seed, len(prompts)))
         rows = [row for own in drawn for row in own]
         self._check_vocabulary(drawn[0])
         self._tell(prompts, rows)
@@ -435,11 +440,11 @@ class ServerProposal:
         Raises
         ------
         InvalidInput
-            A text fills the model's context: vLLM wants room for one more token, though it draws none.
+            No texts, an empty one, a token outside the vocabulary; or a text fills the model's context: vLLM wants room
+            for one more token, though it draws none.
         EngineError
         """
-        prefix_tokens = [list(map(int, prefix)) for prefix in prefixes]
-        rows = [list(map(int, continuation)) for continuation in continuations]
+        prefix_tokens, rows = given_rows(prefixes, continuations, self._vocabulary)
         texts = [p + row for p, row in zip(prefix_tokens, rows, strict=True)]
         for i, text in enumerate(texts):
             if self._context is not None and len(text) >= self._context:
@@ -459,15 +464,18 @@ class ServerProposal:
                 return f"{self.base_url} returns what makes no sense"
             if log_p is None or len(log_p) != len(texts[i]) or (ids is not None and ids != texts[i]):
                 return f"{self.base_url} returns none"
+            check_log_probs([x for x in log_p if not isnan(x)], self.base_url)
             return log_p[len(prefix_tokens[i]) :]
 
         # The first one tells whether a server does this at all: the others wait for it.
-        results = [prompt_log_p(0)] if self._log_probs and texts else []
+        results = [prompt_log_p(0)] if self._log_probs else []
         if results and not isinstance(results[0], str):
             results += self._map(lambda i: prompt_log_p(i + 1), len(texts) - 1)
         log_p = [result for result in results if not isinstance(result, str)]
         for reason in [result for result in results if isinstance(result, str)][:1]:
             self._warn(f"given texts have no log-probabilities: {reason}", stacklevel=3)
+        if any(isnan(x) for row in log_p for x in row):
+            self._warn("given texts lack log-probabilities of some tokens: these are NaN", stacklevel=3)
         known = log_p if len(log_p) == len(rows) else None
         ended, lengths = ends(rows, self.eos_token_ids, self.settings.count_eos)
         return self._candidates(rows, known, lengths.tolist(), prefix_tokens, ended.tolist())
@@ -587,13 +595,15 @@ class ServerProposal:
 
     def _completed(self, reply: Any) -> list[dict[str, Any]]:
         """Choices of a reply to a request for completions."""
-        if isinstance(reply, dict) and reply.get("error"):
-            self._raise_fault(reply["error"])
+        if fault := _fault_of(reply):
+            self._raise_fault(fault)
         choices = choices_of(reply) if isinstance(reply, dict) else []
         # vLLM that is told to stop answers with what it has so far.
         if found := [choice for choice in choices if choice.get("finish_reason") != "abort"]:
             return found
-        raise _NothingYet("a reply was aborted" if choices else "the reply has no choices")
+        told = reply.get("message") or reply.get("detail") if isinstance(reply, dict) else None
+        lacks = f"the reply has no choices{f', but says: {self._without_key(said(told))}' if told else ''}"
+        raise _NothingYet("a reply was aborted" if choices else lacks)
 
     def _raise_fault(self, fault: Any) -> None:
         """Raise what a server says under status 200, as if it came under the status that it should have."""
@@ -657,12 +667,17 @@ class ServerProposal:
                 problem = str(error)
                 continue
             if not 200 <= reply.status < 300:
-                problem, told = f"{reply.status}: {self._message(reply)}", _retry_after(reply)
+                problem, told = f"{reply.status}: {self._message(reply)}", _retry_after(reply.headers)
                 if reply.status in NO_ROUTE:
                     raise _NoRoute(f"{self.base_url} answers {problem}")
                 if reply.status not in PASSING and reply.status < 500:
                     kind = Refused if reply.status in (400, 422) else EngineError
                     raise kind(f"{self.base_url} answers {problem}")
+                if told is not None and told > MAX_RETRY_AFTER:
+                    raise EngineError(
+                        f"{self.base_url} answers {problem}; it wants to be asked again in {told:.0f} seconds, and "
+                        f"{MAX_RETRY_AFTER:.0f} at most are waited"
+                    )
                 continue
             try:
                 return read(self._parsed(reply))
@@ -736,13 +751,26 @@ class ServerProposal:
             warnings.warn(message, stacklevel=stacklevel)
 
 
-def _retry_after(reply: BaseHTTPResponse) -> float | None:
-    """Seconds after which the server wants to be asked again, if it says so and they are not too many."""
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds after which the server wants to be asked again, if it says so, as a number or as a date of its clock."""
+    told = headers.get("Retry-After", "")
     try:
-        seconds = float(reply.headers.get("Retry-After", ""))
-    except ValueError:  # nothing, or a date
+        seconds = float(told)
+    except ValueError:
+        try:
+            then = parsedate_to_datetime(told).timestamp()
+            now = parsedate_to_datetime(headers["Date"]).timestamp() if "Date" in headers else time.time()
+        except ValueError:  # nothing
+            return None
+        seconds = then - now
+    return seconds if seconds > 0 else None
+
+
+def _fault_of(reply: Any) -> Any:
+    """What a reply says in place of an answer: OpenAI's form, or that of older versions of vLLM and of SGLang."""
+    if not isinstance(reply, dict):
         return None
-    return seconds if 0 < seconds <= MAX_RETRY_AFTER else None
+    return reply if reply.get("object") == "error" else reply.get("error")
 
 
 def _core(refused: Refused) -> str:
@@ -754,7 +782,7 @@ def _models_of(reply: Any) -> list[dict[str, Any]]:
     """The models that a reply lists: OpenAI's form, or a bare list."""
     entries = reply.get("data") if isinstance(reply, dict) else reply
     if not isinstance(entries, list):
-        fault = reply.get("error") if isinstance(reply, dict) else None
+        fault = _fault_of(reply)
         raise _NoRoute(f"answers no list{f', but {said(fault)}' if fault else ''}")
     named = [{"id": entry} if isinstance(entry, str) else entry for entry in entries]
     return [entry for entry in named if isinstance(entry, dict) and entry.get("id")]

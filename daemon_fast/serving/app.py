@@ -145,7 +145,8 @@ class _Server:
         until = time.monotonic() + self.limits.timeout
         body = await _body(http)
         request = parse(kind, body, self.decoder.proposal.settings, self.names)
-        seed = secrets.randbits(53) if request.seed is None else request.seed  # 53: also JavaScript keeps all of them
+        # 53: also JavaScript keeps all of them. A negative seed is its remainder, as this library has none.
+        seed = secrets.randbits(53) if request.seed is None else request.seed % 2**63
         aside = _aside if len(body) > SMALL_BYTES else _at_once
         prompts, lengths = await aside(self._prompts, request)
         noted.update(prompts=len(prompts), prompt_tokens=sum(lengths), n=request.n or 1, stream=bool(request.stream))

@@ -111,7 +111,7 @@ class Request(BaseModel):
 
     model: str
     n: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None  # as OpenAI's
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     stop: Any = None
     stream: bool | None = None
@@ -245,7 +245,8 @@ class _Choice:
 class Reply:
     """What was chosen for a request, in the protocol's forms.
 
-    Under `daemon` it says what the protocol has no name for: the seed (drawn by the server if the request gave none);
+    Under `daemon` it says what the protocol has no name for: the seed (drawn by the server if the request gave
+    none; of a negative one, it plus 2^63, by which `SIRDecoder` draws the same);
     `num_candidates` of each prompt; `candidate_tokens`, which `usage.completion_tokens` counts, and `chosen_tokens`,
     which it doesn't, of the texts returned; and of each prompt the candidates' `weights`, their effective sample size
     `ess`, `log_z`, `index`: which of them the choices are, and the `metrics` of each choice.

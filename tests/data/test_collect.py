@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 import toy
 
 from daemon_fast import Candidates, ProposalSettings
-from daemon_fast.data.collect import batch_seed, collect, scores
+from daemon_fast.data.collect import batch_seed, batches, collect, scores
 from daemon_fast.data.texts import Pairs
 from daemon_fast.errors import DataError, InvalidInput
 
@@ -139,3 +141,50 @@ def test_batch_seeds_differ():
 def test_settings_are_checked(field, value, message):
     with pytest.raises(InvalidInput, match=message):
         ProposalSettings("m", "v", **{field: value})
+
+
+class WithModel(toy.ToyProposal):
+    def __init__(self, weight):
+        super().__init__(5)
+        self.model = torch.nn.Linear(2, 2)
+        torch.nn.init.constant_(self.model.weight, weight)
+        torch.nn.init.zeros_(self.model.bias)
+
+
+def test_candidates_of_other_weights_are_not_mixed_in(tmp_path):
+    collect(WithModel(1.0), PREFIXES, tmp_path)
+    with pytest.raises(InvalidInput, match=r"holds candidates of another run \(weights is '\w+' there, '\w+' here\)"):
+        collect(WithModel(1.5), PREFIXES, tmp_path)
+    again = WithModel(1.0)
+    collect(again, PREFIXES, tmp_path)
+    assert again.calls == 0
+    collect(toy.ToyProposal(5), PREFIXES, tmp_path)  # of an engine that doesn't tell
+
+
+def test_a_folder_that_another_process_writes_is_refused_and_whole_candidates_are_read(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from daemon_fast.files import alone\n"
+        "with alone(Path(sys.argv[1]), threads=False): print('held', flush=True); sys.stdin.read()"
+    )
+
+    def other():
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert process.stdout.readline() == b"held\n"
+        return process
+
+    with other() as process, pytest.raises(InvalidInput, match="is being written by another run"):
+        collect(toy.ToyProposal(5), PREFIXES, tmp_path)
+    assert process.returncode == 0
+    whole, _ = collect(toy.ToyProposal(5), PREFIXES, tmp_path)
+    with other():
+        again, _ = collect(toy.ToyProposal(5), PREFIXES, tmp_path)
+    assert same(whole, again)
+
+
+def test_a_run_that_its_caller_left_does_not_keep_the_next_from_going_on(tmp_path):
+    left = batches(toy.ToyProposal(5), PREFIXES, tmp_path)
+    next(left)
+    rest = toy.ToyProposal(5)
+    collect(rest, PREFIXES, tmp_path)
+    assert rest.calls == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import decimal
 import errno
+import gzip
 import io
 import json
 import os
@@ -184,6 +185,138 @@ def test_two_runs_to_one_output_do_not_mix(tmp_path):
     process(source, out, Work(twice), {}, chunk_size=2)
     assert seen == [0, 1, 2, 3, 4]
     assert len(read(out)) == 10
+
+
+def overwritten(source):
+    source.write_text(source.read_text().replace("t1", "u1"))
+
+
+def appended(source):
+    with source.open("a") as file:
+        file.write(LINES[0] + "\n")
+
+
+def replaced(source):
+    when, other = source.stat().st_mtime_ns, source.with_name("other")
+    other.write_text("".join(f"{line}\n" for line in LINES[::-1]))  # as long as before
+    os.utime(other, ns=(when, when))
+    other.replace(source)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (overwritten, "changed"), (appended, "changed"), (replaced, "changed"), (os.unlink, "removed"),
+        (lambda source: os.truncate(source, 40), "changed"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("when", [0, 2, 4, "joining"])
+def test_a_source_that_changes_gives_no_record_the_results_of_another(tmp_path, monkeypatch, change, said, when):
+    source, out = write(tmp_path / "in.jsonl", LINES), tmp_path / "out.jsonl"
+    line, before = records._line, source.read_bytes()
+
+    @Work
+    def changing(items, number):
+        if number == when:
+            change(source)
+        return shout(items, number)
+
+    def joining(item, result):
+        if item.number == 3 and when == "joining":
+            change(source)
+        return line(item, result)
+
+    monkeypatch.setattr(records, "_line", joining)
+    with pytest.raises(DataError, match=f"in.jsonl was {said} while this run read it: ") as error:
+        process(source, out, changing, {}, chunk_size=2)
+    assert ("what is done is kept" in str(error.value)) == (when != 0)
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out.jsonl.parts"][: when != 0]
+    monkeypatch.undo()
+    if when != 0:
+        write(source, LINES[:3])
+        with pytest.raises(InvalidInput, match=r"holds parts of another run \(source is"):
+            process(source, out, shout, {}, chunk_size=2)
+        manifest = json.loads((tmp_path / "out.jsonl.parts" / "manifest.json").read_text())
+        source.write_bytes(before)  # the file as it was: the run goes on
+        os.utime(source, ns=(manifest["source"][0][2],) * 2)
+    else:
+        source.write_bytes(before)
+    done = []
+    process(source, out, Work(lambda items, number: done.append(number) or shout(items, number)), {}, chunk_size=2)
+    assert len(done) == (5 - when if isinstance(when, int) else 0)
+    assert [record["daemon"]["loud"] for record in read(out)] == [f"T{i}" for i in range(10)]
+
+
+def test_a_file_of_a_folder_that_is_emptied_is_refused_before_its_results_are_kept(tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out.jsonl"
+    data.mkdir()
+    for i in range(3):
+        write(data / f"{i}.jsonl", LINES[:4])
+
+    @Work
+    def changing(items, number):
+        if number == 0:
+            write(data / "1.jsonl", [])
+        return shout(items, number)
+
+    with pytest.raises(DataError, match=r"^1.jsonl was changed while this run read it: what is done is kept"):
+        process(data, out, changing, {}, chunk_size=2)
+    assert len(read(tmp_path / "out.jsonl.parts" / records.RESULTS)) == 4
+
+
+def test_parquet_that_changes_is_refused_too(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    source, out = tmp_path / "in.parquet", tmp_path / "out.parquet"
+    parquet.write_table(pa.table({"text": ["a", "b", "c"]}), source)
+
+    @Work
+    def changing(items, number):
+        parquet.write_table(pa.table({"text": ["d", "e"]}), source)
+        return shout(items, number)
+
+    with pytest.raises(DataError, match=r"in.parquet was changed while this run read it"):
+        process(source, out, changing, {})
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("in.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999)[:40], "can't be read"),
+        ("in.jsonl", b"\n", "holds no record"),
+        ("in.json", b'[{"text": "a"', "is not JSON in element 1"),
+        ("in.jsonl", b'{"text": "a"}\n', "^no work$"),
+    ],
+)
+def test_a_run_that_found_nothing_binds_no_other(tmp_path, name, content, message):
+    source, out = tmp_path / name, tmp_path / "out.jsonl"
+    source.write_bytes(content)
+
+    @Work
+    def failing(*_):
+        raise DataError("no work")
+
+    for _ in range(2):
+        with pytest.raises(DataError, match=message):
+            process(source, out, failing, {})
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+    (tmp_path / "out.jsonl.parts").mkdir()
+    (tmp_path / "out.jsonl.parts" / "notes.txt").touch()  # is not ours
+    (tmp_path / "out.jsonl.parts" / "manifest.json").write_text('{"seed": 7}')  # of a run that was killed
+    (tmp_path / "out.jsonl.parts" / records.RESULTS).write_text('{"loud')
+    (write if name == "in.jsonl" else lambda path, _: path.write_bytes(gzip.compress(LINES[0].encode())))(source, LINES)
+    process(source, out, shout, {"seed": 8})
+    assert len(read(out)) in (1, 10)
+    assert [path.name for path in (tmp_path / "out.jsonl.parts").iterdir()] == ["notes.txt"]
+
+
+def test_a_file_in_the_place_of_parts_is_named(tmp_path):
+    (tmp_path / "out.jsonl.parts").write_text("mine")
+    with pytest.raises(DataError, match=r"out.jsonl.parts can't be written: .*out.jsonl.parts is no folder$"):
+        process(write(tmp_path / "in.jsonl", LINES), tmp_path / "out.jsonl", shout, {})
+    assert (tmp_path / "out.jsonl.parts").read_text() == "mine"
 
 
 def test_parts_of_another_run_are_refused(tmp_path):

@@ -339,6 +339,8 @@ def test_neither_solved_nor_proved_is_an_error(monkeypatch):
         ({"targets": torch.zeros(0, 4)}, r"got \[0, 4\]"),
         ({"targets": torch.full((4,), math.nan)}, "targets of metric 0 hold NaN"),
         ({"base_log_w": torch.zeros(60, 3)}, r"base_log_w must have shape \[N, M\] = \[60, 25\], got \[60, 3\]"),
+        ({"names": 5}, "names = 5 must be a list of strings"),
+        ({"names": "abcd"}, "names = 'abcd' must be a list of strings"),
         ({"names": ["a"]}, "names has 1 entries, features has K = 4"),
         ({"normalization": "both"}, "normalization = 'both'"),
         ({"method": "sgd"}, "method = 'sgd'"),
@@ -347,6 +349,17 @@ def test_neither_solved_nor_proved_is_an_error(monkeypatch):
         ({"ridge": 0.1, "method": "rmse"}, "ridge = 0.1 is for method='newton'"),
         ({"ridge": "cv"}, r"ridge = 'cv' needs targets of shape \[N', K\], one row a human text, got \[K\] means"),
         ({"ridge": "cv", "targets": torch.zeros(4, 4)}, "needs at least 5 prefixes and 5 human texts, got 60 and 4"),
+        ({"ridge": None}, "ridge = None must be a number finite and >= 0, or 'cv'"),
+        ({"ridge": True}, "ridge = True must be a number"),
+        ({"bootstrap": 1.5}, "bootstrap = 1.5 must be an integer >= 0"),
+        ({"bootstrap": -1}, "bootstrap = -1 must be >= 0"),
+        ({"learning_rate": -1, "method": "rmse"}, "learning_rate = -1 must be positive and finite"),
+        ({"learning_rate": None}, "learning_rate = None must be a number positive"),
+        ({"tolerance": 0}, "tolerance = 0 must be positive and finite, or None"),
+        ({"features": None}, "features is None: it must be a tensor of real numbers"),
+        ({"features": torch.zeros(60, 25, 4) * 1j}, "features is a tensor of strided complex64 on cpu"),
+        ({"targets": ["a"] * 4}, r"targets is \['a', 'a', 'a', 'a'\]: it must be"),
+        ({"base_log_w": "none"}, "base_log_w is 'none': it must be"),
         ({"features": torch.randn(3, 25, 4)}, "3 prefixes are fewer than the 4 metrics"),
         ({"features": torch.randn(60, 1, 4)}, "M = 1 candidate"),
     ],
@@ -355,6 +368,44 @@ def test_bad_input_is_named(change, message):
     features, targets, _ = problem()
     with pytest.raises(InvalidInput, match=message):
         fit(**{"features": features, "targets": targets, **change})
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.float16, torch.bfloat16, torch.int64, torch.uint8, "array", "list", "numpy numbers"]
+)
+def test_features_of_any_real_dtype_are_fitted(kind):
+    features = torch.randint(9, (60, 25, 4), generator=torch.Generator().manual_seed(0)).double()
+    base = torch.zeros(60, 25).double()
+    want = fit(features, features.mean((0, 1)) + 0.1, base, bootstrap=3, ridge=0.5, seed=1)
+    if isinstance(kind, torch.dtype):
+        given = features.to(kind), features.mean((0, 1)) + 0.1, base.to(kind)
+    else:
+        given = features.numpy(), (features.mean((0, 1)) + 0.1).numpy(), base.numpy()
+    if kind == "list":
+        given = tuple(x.tolist() for x in given)
+    numbers = (
+        {"bootstrap": np.int64(3), "ridge": np.float32(0.5), "seed": np.int64(1)} if kind == "numpy numbers" else {}
+    )
+    got = fit(*given, **{"bootstrap": 3, "ridge": 0.5, "seed": 1, **numbers})
+    torch.testing.assert_close(got.mu, want.mu, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got.confidence_interval, want.confidence_interval, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("unit", [1e300, 1e-300, 1e150, 1e-150])
+def test_units_whose_squares_float64_does_not_hold_are_refused(unit):
+    features, targets, _ = problem()
+    units = torch.tensor([1, unit, 1, 1], dtype=torch.float64)
+    for options in ({}, {"ridge": 1.0}, {"normalization": "global"}, {"method": "rmse"}):
+        with pytest.raises(InvalidInput, match=r"metric b ranges over .*: a fit takes from 1e-140 to 1e\+140"):
+            fit(features * units, targets * units, names=list("abcd"), **options)
+
+
+@pytest.mark.parametrize("unit", [1e130, 1e-130])
+def test_other_units_are_fitted(unit):
+    features, targets, _ = problem()
+    units = torch.tensor([1, unit, 1, 1], dtype=torch.float64)
+    want = fit(features, targets).mu
+    torch.testing.assert_close(fit(features * units, targets * units).mu * units, want, rtol=1e-6, atol=1e-6)
 
 
 def test_bad_features_are_named():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -134,6 +135,22 @@ def test_bad_calls(proposal):
     untold = TransformersProposal(proposal.model, None, num_candidates=2, max_new_tokens=2)
     with pytest.raises(InvalidInput, match="need a proposal with a tokenizer"):
         fit_energy(untold, TEXTS, ["sr_1"])
+    counts = ("num_prefixes", "num_targets", "prefix_tokens", "batch_size", "bootstrap")
+    with pytest.raises(SeveralProblems) as told:
+        fit_energy(proposal, TEXTS, ["sr_1"], **dict.fromkeys(counts, 2.5))
+    for name in counts:
+        assert f"{name} = 2.5 must be an integer >= {0 if name == 'bootstrap' else 1}" in str(told.value)
+    with pytest.raises(InvalidInput, match="num_prefixes = None must be an integer >= 1"):
+        fit_energy(proposal, TEXTS, ["sr_1"], num_prefixes=None)
+
+
+def test_numpys_numbers_count(proposal, tmp_path):
+    counts = {"num_prefixes": 10, "num_targets": 10, "prefix_tokens": 4, "batch_size": 5, "bootstrap": 2, "seed": 3}
+    want = fit_energy(proposal, TEXTS, ["sr_1"], **counts, ridge=0.5)
+    given = {name: np.int64(value) for name, value in counts.items()}
+    got = fit_energy(proposal, TEXTS, ["sr_1"], **given, ridge=np.float64(0.5), directory=tmp_path / "kept")
+    got.save(tmp_path / "energy.json")
+    assert torch.equal(Energy.load(tmp_path / "energy.json").mu, want.mu)
 
 
 def test_all_problems_are_told_before_anything_is_drawn(tmp_path):
@@ -163,6 +180,29 @@ def three(candidates):
 def above_three(candidates):
     """3 for what the model draws, 4 for human text, which comes one a prefix."""
     return torch.full(candidates.lengths.shape, 4.0 if candidates.shape[1] == 1 else 3.0)
+
+
+@pytest.mark.parametrize("by", [3e7, -1e12, 1e39])
+def test_metrics_of_any_size_are_fitted_decoded_and_stored(by, tmp_path):
+    """To what the same metrics give near zero, by which nothing is rounded."""
+
+    def plain(c):
+        return c.tokens.double().mean(1)
+
+    def far(c):
+        return plain(c) * by if by > 1e38 else plain(c) + by
+
+    pairs, unit = pairs_of_the_toy(), by if by > 1e38 else 1.0
+    near, large = (fit_energy(toy.ToyProposal(12), pairs, [f, "sr_2"], num_prefixes=200, ridge=0) for f in (plain, far))
+    torch.testing.assert_close(large.mu * torch.tensor([unit, 1.0], dtype=torch.float64), near.mu, rtol=1e-3, atol=1e-3)
+    large.save(tmp_path / "energy.json")
+    again = Energy.load(tmp_path / "energy.json", [far])
+    assert torch.equal(again.mu, large.mu)
+    drawn, _ = collect(toy.ToyProposal(12), pairs.prefixes, None, seed=0, batch_size=4)
+    chosen = [SIRDecoder(energy, toy.ToyProposal(12)).choose(drawn) for energy in (near, again)]
+    torch.testing.assert_close(*(decoded.weights.double() for decoded in chosen), rtol=1e-2, atol=1e-3)
+    expected = (chosen[1].weights[..., None] * chosen[1].candidate_features.double()).sum(1).mean(0)
+    torch.testing.assert_close(expected[0] / unit, again.targets[0] / unit, atol=1e-3, rtol=1e-15)
 
 
 def test_a_metric_that_nothing_varies_is_left_out_with_a_warning():

@@ -9,10 +9,15 @@ import tiny
 import torch
 from transformers import (
     DynamicCache,
+    EosTokenCriteria,
     GenerationConfig,
+    LogitNormalization,
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
     MaxTimeCriteria,
+    StopStringCriteria,
+    TemperatureLogitsWarper,
     TextStreamer,
     WatermarkingConfig,
 )
@@ -246,12 +251,21 @@ def test_an_option_is_followed_or_refused(model, name, do_sample):
         ({"energy": "energy.json"}, "needs energy=.* got 'energy.json'"),
         ({"logits_processor": LogitsProcessorList([Nothing()])}, "Nothing can't be applied"),
         ({"stopping_criteria": [MaxTimeCriteria(1.0)]}, "MaxTimeCriteria can't be applied"),
+        (
+            {"stopping_criteria": [StopStringCriteria.__new__(StopStringCriteria)]},
+            "StopStringCriteria can't be applied",
+        ),
+        ({"stopping_criteria": [type("Own", (MaxLengthCriteria,), {})(9)]}, "Own can't be applied"),
+        ({"stopping_criteria": [MaxLengthCriteria(3)]}, "max_length = 3 leaves nothing to generate: the prompt has 3"),
+        ({"logits_processor": [TemperatureLogitsWarper(0.5)]}, "TemperatureLogitsWarper in logits_processor can't be"),
         ({"prefix_allowed_tokens_fn": lambda i, ids: [4]}, "PrefixConstrainedLogitsProcessor can't be applied"),
         ({"assistant_model": tiny.model("llama")}, "assistant_model = <LlamaForCausalLM> can't be followed"),
         ({"negative_prompt_ids": torch.tensor([[3]])}, "negative_prompt_ids = tensor"),
         ({"synced_gpus": True}, "synced_gpus = True can't be followed"),
         ({"do_sample": False}, "do_sample = False asks for the likeliest tokens"),
         ({"temperature": 0.5}, "temperature = 0.5 needs do_sample=True"),
+        ({"num_return_sequences": 0}, "num_return_sequences = 0 must be >= 1"),
+        ({"num_candidates": 2.0}, "num_candidates = 2.0 must be an integer >= 1"),
         ({"num_candidates": 0}, "num_candidates = 0 must be >= 1"),
         ({"past_key_values": DynamicCache()}, "past_key_values is not offered"),
         ({"position_ids": torch.tensor([[3, 4, 5]])}, "position_ids is not offered"),
@@ -265,6 +279,28 @@ def test_what_has_no_place_in_it_is_refused(options, message):
     energy, _ = energy_for(model)
     with pytest.raises(InvalidInput, match=message):
         generate(model, **{"energy": energy, **options})
+
+
+@pytest.mark.filterwarnings("ignore:mu was fitted with other")
+def test_a_callers_criteria_end_texts_as_in_transformers(model):
+    energy, _ = energy_for(model)
+    many = {"num_return_sequences": 40, "do_sample": True, "min_new_tokens": 0, "eos_token_id": 14, "pad_token_id": 1}
+    plain = generate(model, energy, **many)
+    for criteria in ([MaxLengthCriteria(5)], [MaxLengthCriteria(7), MaxLengthCriteria(5)]):
+        assert torch.equal(
+            generate(model, energy, stopping_criteria=criteria, **many),
+            generate(model, energy, **many, max_new_tokens=2),
+        )
+    # They take the place of those that the options ask for.
+    assert generate(model, energy, stopping_criteria=[MaxLengthCriteria(15)], min_new_tokens=12).shape == (1, 15)
+    for of_options in (0, None, [0, 14]):
+        asked = {**many, "eos_token_id": of_options, "stopping_criteria": [EosTokenCriteria(14)]}
+        assert torch.equal(generate(model, energy, **asked), plain)
+    ended = [row for row in plain[:, 3:].tolist() if 14 in row]
+    assert ended
+    assert all(set(row[row.index(14) + 1 :]) <= {1} for row in ended)
+    assert not torch.equal(generate(model, energy, **{**many, "eos_token_id": 0}), plain)
+    assert torch.equal(generate(model, energy, logits_processor=[LogitNormalization()], **many), plain)
 
 
 def test_inputs_that_say_nothing_new_are_taken():

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
+import reprlib
+
 import numpy as np
 import pytest
 import tiny
 import torch
 import toy
 
-from daemon_fast import Energy, SIRDecoder, metrics
+from daemon_fast import Energy, ProposalSettings, SIRDecoder, metrics
 from daemon_fast.errors import InvalidInput
-from daemon_fast.proposals.base import as_list, tokenize
+from daemon_fast.proposals.base import as_list, seed_of_each, tokenize
 
 ONE = {
     "a string": "w3 w7 w28",
@@ -53,6 +57,43 @@ BAD = {
     "an id among lists": ([[5], 9], "prefix 1 = 9 must be a list of token ids"),
     "a tensor of three dimensions": (torch.zeros(1, 1, 1).long(), r"prefix 0 has \[0\] at position 0"),
 }
+
+
+BAD_SETTINGS = {
+    "num_candidates": (True, 3.0, "3", None, np.bool_(True), torch.tensor(True), np.float64(3)),
+    "max_new_tokens": (True, 3.0, "3", None),
+    "min_new_tokens": (False, 0.0, None),
+    "top_k": (True, 5.0, None),
+    "temperature": (True, "0.9", None, torch.tensor(0.9), 1j),
+    "top_p": (True, "0.9", None),
+    "min_p": (False, "0", None),
+    "count_eos": (1, "yes", None),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SETTINGS)
+def test_settings_of_another_type_are_named(name):
+    for bad in BAD_SETTINGS[name]:
+        with pytest.raises(InvalidInput, match=rf"^{name} = {re.escape(reprlib.repr(bad))} must be "):
+            ProposalSettings("m", "v", **{name: bad})
+
+
+def test_settings_take_numpys_numbers():
+    given = {
+        "num_candidates": np.int64(3), "max_new_tokens": np.int32(9), "min_new_tokens": np.uint8(2),
+        "temperature": np.float64(0.5), "top_k": np.int64(5), "top_p": np.float32(0.5), "min_p": 0,
+    }  # fmt: skip
+    settings = ProposalSettings("m", "v", **given)
+    assert settings == ProposalSettings("m", "v", 3, 9, 2, 0.5, 5, 0.5, 0.0)
+    assert json.loads(json.dumps(settings.to_json())) == settings.to_json()
+
+
+def test_seeds_are_integers():
+    assert seed_of_each(np.int64(2**62), 2) == [(2**62, 0), (2**62, 1)]
+    assert seed_of_each([3, np.int32(4)], 2) == [(3, 0), (4, 0)]
+    for bad in (1.0, None, True, "1", 2**64, [1, 2.0], np.array([3, 4])):
+        with pytest.raises(InvalidInput, match=r"seed = .* must be"):
+            seed_of_each(bad, 2)
 
 
 @pytest.mark.parametrize("form", ONE)

@@ -15,10 +15,12 @@ import threading
 import time
 import warnings
 from collections import Counter
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import contract
 import fault_proxy
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -343,12 +345,157 @@ def test_models_are_checked(serve, propose, folder):
     server = serve()
     assert propose(server).served_model == "tiny"
     assert propose(server).settings.model_id == folder
-    with pytest.raises(EngineError, match="does not serve 'other', but 'tiny'"):
-        propose(server, served_model="other")
+    with pytest.warns(UserWarning, match=r"does not list 'other' among its models \('tiny'\)"):
+        other = propose(server, served_model="other")
+    with pytest.raises(EngineError, match="model `other` does not exist"):
+        other.propose([[5]], 0)
     with FaultProxy(lambda *_: (200, {"data": [{"id": "a"}, {"id": "b"}]})) as two:
         with pytest.raises(EngineError, match="serves 'a', 'b': choose one"):
             propose(two)
         assert propose(two, served_model="b").served_model == "b"
+
+
+def test_an_alias_is_asked_for(tiny_server, folder):
+    def answer(path, body):
+        if body is None:
+            return 200, {"data": [{"id": "tiny:latest", "max_model_len": 24}]}
+        assert body["model"] == "tiny"
+        return tiny_server(path, body)
+
+    with FaultProxy(answer) as server:
+        with pytest.warns(UserWarning, match="does not list 'tiny'"):
+            p = ServerProposal(server.url, folder, served_model="tiny", **contract.SETTINGS)
+        assert p.propose([[5]], 0).shape == (1, contract.SETTINGS["num_candidates"])
+        with pytest.raises(InvalidInput, match="context of 24"):  # what the only model's entry says, holds of it
+            p.propose([[5] * 13], 0)
+
+
+@pytest.fixture
+def slept(monkeypatch):
+    """Seconds that were waited, which take none."""
+    seconds = []
+    monkeypatch.setattr(module.stop.Stop, "sleep", lambda self, s: seconds.append(s))
+    return seconds
+
+
+@pytest.mark.parametrize("as_date", [False, True])
+@pytest.mark.parametrize("wait", [3, 90, 590])
+def test_a_server_says_when_to_ask_again(tiny_server, folder, slept, wait, as_date):
+    busy = [True]
+
+    def answer(path, body):
+        if body is not None and busy.pop() if busy else False:
+            return (
+                429,
+                {"error": {"message": "slow down"}},
+                {"Retry_After": formatdate(time.time() + wait, usegmt=True) if as_date else wait},
+            )
+        return tiny_server(path, body)
+
+    with FaultProxy(answer) as server:
+        ServerProposal(server.url, folder, **contract.SETTINGS).propose([[5]], 0)
+    assert slept == [pytest.approx(wait, abs=2 if as_date else 0)]
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["86400", "601", "inf", formatdate(time.time() + 7 * 86400, usegmt=True)],
+    ids=["day", "over", "inf", "date"],
+)
+def test_a_wait_that_is_too_long_is_told(tiny_server, folder, slept, header):
+    def answer(path, body):
+        return (
+            tiny_server(path, body) if body is None else (503, {"error": {"message": "down"}}, {"Retry_After": header})
+        )
+
+    with FaultProxy(answer) as server:
+        p = ServerProposal(server.url, folder, **contract.SETTINGS)
+        with pytest.raises(EngineError, match=r"503: down; it wants to be asked again in .* seconds, and 600 at most"):
+            p.propose([[5]], 0)
+    assert slept == []
+
+
+@pytest.mark.parametrize("header", ["", "soon", "0", "-5", "nan", formatdate(0, usegmt=True), "Wed, 99 Oct 2020"])
+def test_what_says_no_time_to_come_leaves_the_waits_that_grow(tiny_server, folder, slept, header):
+    def answer(path, body):
+        return (
+            tiny_server(path, body) if body is None else (503, {"error": {"message": "down"}}, {"Retry_After": header})
+        )
+
+    with FaultProxy(answer) as server:
+        p = ServerProposal(server.url, folder, max_retries=2, **contract.SETTINGS)
+        with pytest.raises(EngineError, match="in 3 attempts: 503: down"):
+            p.propose([[5]], 0)
+    assert len(slept) == 2
+    assert max(slept) <= module.MAX_WAIT
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        ({"object": "error", "message": "model overloaded", "code": 503}, "in 2 attempts: model overloaded"),
+        (
+            {"object": "error", "message": "too hot", "type": "BadRequestError", "code": 400},
+            "answers an error: too hot",
+        ),
+        ({"object": "error", "message": f"key {KEY} is bad", "code": 401}, r"answers 401: key \*\*\* is bad"),
+        ({"message": "still loading"}, "in 2 attempts: the reply has no choices, but says: still loading"),
+        ({"detail": "still loading"}, "in 2 attempts: the reply has no choices, but says: still loading"),
+    ],
+)
+def test_an_error_under_status_200_keeps_its_message(tiny_server, folder, slept, reply, said):
+    with FaultProxy(lambda path, body: tiny_server(path, body) if body is None else (200, reply)) as server:
+        p = ServerProposal(server.url, folder, max_retries=1, **contract.SETTINGS)
+        with pytest.raises(EngineError, match=said):
+            p.propose([[5]], 0)
+    with FaultProxy(lambda path, body: (200, reply)) as server, pytest.raises(EngineError, match="does not tell which"):
+        ServerProposal(server.url, folder, **contract.SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "continuations", "said"),
+    [
+        ([], [], "there are 0 prefixes and 0 continuations"),
+        ([[5]], [], "there are 1 prefixes and 0 continuations"),
+        ([[5]], [[6], [7]], "there are 1 prefixes and 2 continuations"),
+        ([[]], [[6]], "prefix 0 is empty: it has no log-probability"),
+        ([[5], [6]], [[6], []], "continuation 1 is empty: it has no log-probability"),
+        ([[5]], [[62]], "continuation 0 has token 62, outside the vocabulary of 62"),
+        ([[-1]], [[6]], "prefix 0 has token -1, outside the vocabulary of 62"),
+        ([[5]], [[6.5]], "continuation 0 has 6.5 at position 0: a token id is an integer"),
+    ],
+)
+def test_what_can_not_be_scored_is_named(serve, propose, prefixes, continuations, said):
+    with pytest.raises(InvalidInput, match=said):
+        propose(serve()).score(prefixes, continuations)
+
+
+@pytest.mark.parametrize(
+    ("log_p", "outcome"), [(0.5, "gives 0.5 as a log-probability"), (None, "lack log-probabilities")]
+)
+def test_scores_that_are_none_are_told(tiny_server, folder, log_p, outcome):
+    def answer(path, body):
+        status, reply = tiny_server(path, body)
+        if body is not None and body.get("echo"):
+            reply["choices"][0]["logprobs"]["token_logprobs"][-1] = log_p
+        return status, reply
+
+    with FaultProxy(answer) as server:
+        p = ServerProposal(server.url, folder, **contract.SETTINGS)
+        if log_p is not None:
+            with pytest.raises(EngineError, match=outcome):
+                p.score([[5], [6]], [[6, 7], [8]])
+        else:
+            with pytest.warns(UserWarning, match=outcome):
+                scored = p.score([[5], [6]], [[6, 7], [8]])
+            assert scored.token_log_p[0].isnan().tolist() == [False, True]
+
+
+def test_seeds_of_numpy_draw_the_same(serve, propose):
+    p = propose(serve())
+    assert same(p.propose([[5]], np.int64(2**62)), p.propose([[5]], 2**62))
+    with pytest.raises(InvalidInput, match=r"seed = 1\.0 must be an integer"):
+        p.propose([[5]], 1.0)
 
 
 def test_another_vocabulary_is_an_error(tiny_server, folder):
@@ -550,7 +697,9 @@ def test_a_name_and_a_password_in_the_address(tiny_server, folder):
         assert p.base_url == server.url  # which errors tell
 
 
-@pytest.mark.parametrize("url", ["localhost:8000/v1", "http://", "ftp://localhost/v1", "http://localhost:port/v1"])
+@pytest.mark.parametrize(
+    "url", ["localhost:8000/v1", "http://", "ftp://localhost/v1", "http://localhost:port/v1", None, 5]
+)
 def test_an_address_that_is_none(url, folder):
     with pytest.raises(InvalidInput, match="base_url = "):
         ServerProposal(url, folder)
@@ -613,7 +762,7 @@ def test_the_missing_package_is_named(monkeypatch, folder):
 
 @pytest.mark.parametrize("bad", [{"timeout": "60"}, {"timeout": 0}, {"max_in_flight": 1.5}, {"max_retries": True}])
 def test_arguments_of_another_type_are_refused(bad):
-    with pytest.raises(InvalidInput, match=r"= .* must be a number from"):
+    with pytest.raises(InvalidInput, match=r"= .* must be "):
         ServerProposal("http://localhost:1/v1", "no model is loaded before", **bad)
 
 
