@@ -91,8 +91,8 @@ def context_of(model: Any) -> int | None:
         return None
     # RoBERTa and its kind number positions from the one behind the padding's.
     tables = [getattr(module, "position_embeddings", None) for module in unwrapped(model).modules()]
-    unused = [t.padding_idx + 1 for t in tables if isinstance(t, nn.Embedding) and t.padding_idx is not None]
-    return size - max(unused, default=0)
+    paddings = [t.padding_idx for t in tables if isinstance(t, nn.Embedding) and t.num_embeddings == size]
+    return size - max((padding + 1 for padding in paddings if padding is not None), default=0)
 
 
 # What configurations call the context.
