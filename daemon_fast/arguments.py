@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from daemon_fast.errors import InvalidInput
 
-__all__ = ["integer", "number", "real_tensor", "strings"]
+__all__ = ["integer", "number", "one_of", "real_tensor", "strings"]
 
 
 def integer(name: str, value: Any, limit: str, within: Callable[[int], bool]) -> int:
@@ -30,7 +31,7 @@ def integer(name: str, value: Any, limit: str, within: Callable[[int], bool]) ->
     InvalidInput
     """
     try:
-        whole = None if _is_bool(value) else operator.index(value)
+        whole = None if _is_bool(value) or getattr(value, "ndim", 0) > 0 else operator.index(value)
     except TypeError:
         whole = None
     if whole is None:
@@ -44,9 +45,19 @@ def number(name: str, value: Any, limit: str, within: Callable[[float], bool]) -
     """A real number, NumPy's included, as float. See `integer`."""
     if _is_bool(value) or not isinstance(value, Real):
         raise InvalidInput(f"{name} = {reprlib.repr(value)} must be a number {limit}")
-    if not within(float(value)):
-        raise InvalidInput(f"{name} = {value} must be {limit}")
-    return float(value)
+    try:
+        real = float(value)
+    except OverflowError:  # an integer
+        real = math.inf if operator.gt(value, 0) else -math.inf
+    if not within(real):
+        raise InvalidInput(f"{name} = {reprlib.repr(value)} must be {limit}")
+    return real
+
+
+def one_of(name: str, value: Any, options: Sequence[str]) -> None:
+    """Raise InvalidInput for another value."""
+    if value not in options:
+        raise InvalidInput(f"{name} = {value!r} must be one of {', '.join(options)}")
 
 
 def strings(name: str, value: Any) -> tuple[str, ...]:

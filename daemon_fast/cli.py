@@ -325,7 +325,8 @@ def fit(
     min_new_tokens: int | None, num_candidates: int, temperature: float, top_k: int, top_p: float, encoder: str,
     **options: Any,
 ) -> None:  # fmt: skip
-    """Fit mu: make a model's expected metrics equal those of human text. Interrupted, it resumes.
+    """Fit mu: make a model's expected metrics equal those of human text. Interrupted, it resumes, unless
+    --data came by a pipe.
 
     Texts are cut: the model goes on from their first tokens, as far as they do. With --prompt-field it answers
     prompts, and answers end by themselves:

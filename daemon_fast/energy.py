@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from daemon_fast import metrics as metrics_module
-from daemon_fast.arguments import real_tensor
+from daemon_fast.arguments import one_of, real_tensor
 from daemon_fast.errors import ArtefactError, InvalidInput
 from daemon_fast.files import write_text, writing
 from daemon_fast.metrics import Function, Metric
@@ -86,8 +86,7 @@ class Energy:
 
     def __post_init__(self) -> None:
         for name, options in (("normalization", Normalization), ("draw", Draw), ("base", Base)):
-            if getattr(self, name) not in get_args(options):
-                raise InvalidInput(f"{name} = {getattr(self, name)!r} must be one of {', '.join(get_args(options))}")
+            one_of(name, getattr(self, name), get_args(options))
         k = len(self.names)
         for name in ("mu", "targets"):
             value = real_tensor(f"{name} is", getattr(self, name)).double()

@@ -87,7 +87,7 @@ def batches(
         raise InvalidInput("there are no prefixes")
     groups = [prefixes[i : i + batch_size] for i in range(0, len(prefixes), batch_size)]
     work = [(some, partial(proposal.propose, some, batch_seed(seed, i))) for i, some in enumerate(groups)]
-    manifest = _manifest(proposal, prefixes, seed=seed, batch_size=batch_size)
+    manifest = {} if directory is None else _manifest(proposal, prefixes, seed=seed, batch_size=batch_size)
     yield from _saved(proposal, directory, manifest, work, description, "prefix")
 
 
@@ -99,7 +99,8 @@ def scores(
         raise InvalidInput("there are no continuations")
     groups = [pairs[i : i + SCORE_TEXTS] for i in range(0, len(pairs), SCORE_TEXTS)]
     work = [(some.prefixes, partial(proposal.score, some.prefixes, some.continuations)) for some in groups]
-    manifest = _manifest(proposal, pairs.prefixes, continuations=digest(pairs.continuations), batch_size=SCORE_TEXTS)
+    known = {"continuations": digest(pairs.continuations), "batch_size": SCORE_TEXTS}
+    manifest = {} if directory is None else _manifest(proposal, pairs.prefixes, **known)
     for scored, _ in _saved(proposal, directory, manifest, work, description, "text"):
         yield scored
 

@@ -286,7 +286,7 @@ def process(
     InvalidInput
         The destination exists, or its parts are of another run.
     DataError
-        A source can't be read, or the destination not be written; what is done is kept.
+        A source can't be read, has changed meanwhile, or the destination can't be written; what is done is kept.
     """
     target = os.fspath(destination)
     sources = find_sources(os.fspath(where), format, target)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from daemon_fast import metrics as metrics_module
 from daemon_fast import ops
-from daemon_fast.arguments import integer, number, real_tensor, strings
+from daemon_fast.arguments import integer, number, one_of, real_tensor, strings
 from daemon_fast.energy import Base, Diagnostics, Energy, weightless
 from daemon_fast.errors import FitError, InvalidInput, UnboundedTilt
 from daemon_fast.fit import newton, resample
@@ -299,8 +299,7 @@ def _checked(
 
 def check_draw(draw: Draw, normalization: Normalization) -> None:
     """Raise InvalidInput for what is no rule, or for a race with global weights."""
-    if draw not in get_args(Draw):
-        raise InvalidInput(f"draw = {draw!r} must be one of {', '.join(get_args(Draw))}")
+    one_of("draw", draw, get_args(Draw))
     if draw == "race" and normalization == "global":
         raise InvalidInput(
             "draw = 'race' is not defined for normalization = 'global': it is a race between the candidates of one "

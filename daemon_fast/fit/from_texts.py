@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from daemon_fast import metrics as metrics_module
-from daemon_fast.arguments import integer
+from daemon_fast.arguments import integer, one_of
 from daemon_fast.data.collect import batches, human_folder, kept, scores
 from daemon_fast.data.exchanges import pair, read_exchanges
 from daemon_fast.data.texts import Pairs, read_texts, split
@@ -241,8 +241,8 @@ def prepare(
     with problems:
         check_ridge(ridge)
     for name, value, options in (("normalization", normalization, Normalization), ("base", base, Base)):
-        if value not in get_args(options):
-            problems.found.append(InvalidInput(f"{name} = {value!r} must be one of {', '.join(get_args(options))}"))
+        with problems:
+            one_of(name, value, get_args(options))
     with problems:
         check_draw(draw, normalization)
     responses = _are_exchanges(human)

@@ -158,7 +158,11 @@ def _sizes(model: Twin) -> Tensor:
         p.reshape(-1)[:: p.numel() // SAMPLE | 1]  # an odd step: not all of one column
         for p in model.model.parameters()
         # Quantised or sharded ones, which aren't plain tensors, are not trained.
-        if type(p.data) is Tensor and p.is_floating_point() and not p.is_meta and (p.ndim > 1 or p.numel() == 1)
+        if type(p.data) is Tensor
+        and p.is_floating_point()
+        and p.element_size() > 1
+        and not p.is_meta
+        and (p.ndim > 1 or p.numel() == 1)
     ]
     lengths = torch.tensor([len(x) for x in some], dtype=torch.float32, device="cpu")
     if not some:
@@ -242,6 +246,8 @@ def _check_causal(model: Twin) -> tuple[float, bool]:
             f"{model.name} can't be run over texts of token ids [B, T]: {type(error).__name__}: {said}"
         ) from error
     whole = _log_probs(logits)
+    if whole.isnan().any():
+        raise InvalidInput(f"{model.name} gives logits that hold NaN or +inf, or are all -inf: do its weights?")
     spread = _spread(whole.flatten(0, 1))
     if halved := model.dtype in (torch.float16, torch.bfloat16):
         tolerance = TOLERANCE_16_BITS * spread

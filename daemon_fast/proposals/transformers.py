@@ -26,8 +26,8 @@ from daemon_fast.proposals.base import (
     Prefix,
     ProposalSettings,
     ends,
+    given_rows,
     seed_of_each,
-    token_ids,
     tokenize,
     vocabulary_fingerprint,
 )
@@ -40,7 +40,7 @@ __all__ = ["TransformersProposal"]
 SCORE_LOGITS = {"cpu": 2**26, "cuda": 2**29}  # that `score` holds at a time, of all tokens of as many texts as it can
 # Steps between two looks at which candidates go on: on CUDA a look waits for the device.
 LOOK_EVERY = {"cpu": 1, "cuda": 16}
-KEPT = 4  # batches that are kept on CUDA, with their buffers and captured steps, one of each shape
+KEPT = 4  # batches that are kept on CUDA, with their buffers and captured steps
 DROP_ABOVE = 0.25  # share of rows that must have ended before the others are moved together
 
 
@@ -129,7 +129,8 @@ class TransformersProposal:
 
         Nothing is kept from call to call that the model's weights decide. On CUDA a step is captured in a graph, which
         serves later calls of about the same shape (as long prompts once they are padded, half as many or more) for as
-        long as the model is the same one, in the same state. The buffers of the last four shapes are kept with it.
+        long as the model is the same one, in the same state. Four shapes are kept, with their buffers; calls at a time
+        of several threads have one each.
 
         Parameters
         ----------
@@ -148,7 +149,7 @@ class TransformersProposal:
         each = [own for own, _ in seed_of_each(seed, len(tokens))]
         with torch.inference_mode():
             drawn = self._draw(tokens, each if isinstance(seed, Sequence) else each[:1])
-        # Copies, which a gradient may be taken of.
+        # Made outside of inference mode, they may stand in a graph of gradients.
         ids, lengths, log_p, log_q, ended = (x.clone() for x in drawn)
         return Candidates(ids, lengths, log_p, log_q, tokens, self.detokenize, ended)
 
@@ -162,11 +163,7 @@ class TransformersProposal:
         if len(seeds) == 1:
             generator = torch.Generator().manual_seed(seeds[0])
             seeds = torch.randint(2**63 - 1, (len(tokens),), generator=generator, device="cpu").tolist()
-        parts = [
-            # Copies: another draw may write where this one's results lie.
-            [x.clone() for x in self._draw_together(model, [tokens[i] for i in side], [seeds[i] for i in side])]
-            for side in sides
-        ]
+        parts = [self._draw_together(model, [tokens[i] for i in side], [seeds[i] for i in side]) for side in sides]
         order = torch.tensor([i for side in sides for i in side], device=model.device).argsort()
         joined = [torch.cat(columns) for columns in zip(*parts, strict=True)]
         return tuple(x.view(len(tokens), -1, *x.shape[1:])[order].flatten(0, 1) for x in joined)
@@ -178,10 +175,14 @@ class TransformersProposal:
         if batch is None:
             self._make_room(model, prompts, state)
             batch = _Batch(self._sampler, model, prompts, state)
+        keeps = batch.graphs is not None
         try:
             return batch.run(model, prompts, seeds)
+        except InvalidInput:
+            keeps = False  # NaN may be left in its buffers, where a mask hides nothing of it
+            raise
         finally:
-            if batch.graphs is not None:
+            if keeps:
                 self._kept.append(batch)
 
     def _kept_for(self, prompts: Prompts, state: int | None) -> _Batch | None:
@@ -196,9 +197,14 @@ class TransformersProposal:
         many or it would take more than half of the memory that is there.
         """
         needed = 2 * sum(bytes_of(model, prompts, self.settings.num_candidates, self.settings.max_new_tokens).values())
-        for batch in [*self._kept]:
-            if batch.state != state or len(self._kept) >= KEPT or needed > (available(model.device) or 0):
-                self._take(batch)
+        for i in reversed(range(len(self._kept))):
+            with contextlib.suppress(IndexError):
+                if self._kept[i].state != state:
+                    del self._kept[i]
+        # No name may hold one that is dropped, or it would not be freed before the next is asked for.
+        while len(self._kept) >= KEPT or (self._kept and needed > (available(model.device) or 0)):
+            with contextlib.suppress(IndexError):  # another thread has taken it
+                del self._kept[0]
 
     def _take(self, batch: _Batch) -> bool:
         """Whether it was there still: another thread may have taken it."""
@@ -228,21 +234,8 @@ class TransformersProposal:
         """
         model = Twin(self.model)
         way_of(model)  # refuses what is no causal language model
-        prefix_tokens, continuations = (
-            [token_ids(row, f"{name} {i}") for i, row in enumerate(rows)]
-            for name, rows in (("prefix", prefixes), ("continuation", continuations))
-        )
         size = model.config.vocab_size
-        if len(prefix_tokens) == 0 or len(prefix_tokens) != len(continuations):
-            raise InvalidInput(
-                f"there are {len(prefix_tokens)} prefixes and {len(continuations)} continuations: give one for each"
-            )
-        for name, given in (("prefix", prefix_tokens), ("continuation", continuations)):
-            for i, row in enumerate(given):
-                if len(row) == 0:
-                    raise InvalidInput(f"{name} {i} is empty: it has no log-probability")
-                if bad := [token for token in row if not 0 <= token < size]:
-                    raise InvalidInput(f"{name} {i} has token {bad[0]}, outside the vocabulary of {size}")
+        prefix_tokens, continuations = given_rows(prefixes, continuations, size)
         rows = [p + c for p, c in zip(prefix_tokens, continuations, strict=True)]
         for i, (prefix, row) in enumerate(zip(prefix_tokens, rows, strict=True)):
             added = f"its continuation of {len(row) - len(prefix)}"
@@ -396,17 +389,20 @@ class _Batch:
                 self.graphs.take(self._step, window, below_minimum)
         if device.type != "cpu":
             self._check_drawn(rows)
-        tokens, log_p, log_q = (x[:, :rows].T.contiguous() for x in (self._tokens, self._log_p, self._log_q))
-        return tokens, self._lengths[:rows], log_p, log_q, ~self._running[:rows]
+        # Copies: another thread may take the batch as soon as this call is through.
+        tokens, log_p, log_q = (
+            x[:, :rows].T.clone(memory_format=torch.contiguous_format) for x in (self._tokens, self._log_p, self._log_q)
+        )
+        return tokens, self._lengths[:rows].clone(), log_p, log_q, ~self._running[:rows]
 
     def _check_drawn(self, rows: int) -> None:
         """On the CPU `sample_tokens` itself raises; elsewhere it can only mark what it drew."""
         if len(bad := self._log_p[:, :rows].isnan().any(0).nonzero()):
             raise self._nothing_to_draw(int(bad[0]))
 
-    def _nothing_to_draw(self, row: int) -> InvalidInput:
+    def _nothing_to_draw(self, row: int, below_minimum: bool = False) -> InvalidInput:
         m, shortest = self._sampler.settings.num_candidates, self._sampler.settings.min_new_tokens
-        least = f" (min_new_tokens = {shortest} leaves out end-of-text tokens)" if shortest else ""
+        least = f" (min_new_tokens = {shortest} leaves out end-of-text tokens)" if below_minimum else ""
         return InvalidInput(
             f"prefix {row // m}: the logits behind its candidate {row % m} are all -inf, or hold NaN or +inf{least}"
         )
@@ -437,7 +433,7 @@ class _Batch:
         except RuntimeError as error:
             if (told := re.match(r"sample_tokens: logits\[(\d+)\] are all -inf", str(error))) is None:
                 raise
-            raise self._nothing_to_draw(int(self._rows[int(told[1])])) from error
+            raise self._nothing_to_draw(int(self._rows[int(told[1])]), below_minimum) from error
         ops.append_tokens(
             self._tokens, self._log_p, self._log_q, self._lengths, self._running, ids=ids, ids_log_p=log_p,
             ids_log_q=log_q, slot=self._slot, rows=self._rows, eos=self._sampler.eos,

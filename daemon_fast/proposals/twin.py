@@ -90,7 +90,7 @@ def context_of(model: Any) -> int | None:
     if size is None:
         return None
     # RoBERTa and its kind number positions from the one behind the padding's.
-    tables = [getattr(module, "position_embeddings", None) for module in unwrapped(model).modules()]
+    tables = [module._modules.get("position_embeddings") for module in unwrapped(model).modules()]
     paddings = [t.padding_idx for t in tables if isinstance(t, nn.Embedding) and t.num_embeddings == size]
     return size - max((padding + 1 for padding in paddings if padding is not None), default=0)
 

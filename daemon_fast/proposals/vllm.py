@@ -16,6 +16,7 @@ from daemon_fast.proposals.base import (
     ProposalSettings,
     ends,
     eos_token_ids,
+    given_rows,
     seed_of_each,
     tokenize,
     vocabulary_fingerprint,
@@ -176,9 +177,11 @@ class VLLMProposal:
 
         Raises
         ------
+        InvalidInput
+            None, not as many of both, an empty one, or a token outside the vocabulary.
         EngineError
         """
-        prefix_tokens, rows = ([list(map(int, row)) for row in given] for given in (prefixes, continuations))
+        prefix_tokens, rows = given_rows(prefixes, continuations, self.llm.model_config.get_vocab_size())
         texts = [prefix + row for prefix, row in zip(prefix_tokens, rows, strict=True)]
         scored = self._generate(texts, [{"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}] * len(texts))
         log_p = [_of_tokens(o.prompt_logprobs[-len(row) :], row) for o, row in zip(scored, rows, strict=True)]

@@ -18,7 +18,7 @@ import pytest
 import tiny
 import torch
 
-from daemon_fast import Energy, SIRDecoder, TransformersProposal, decode, metrics
+from daemon_fast import Candidates, Energy, SIRDecoder, TransformersProposal, decode, metrics
 from daemon_fast.errors import InvalidInput
 from daemon_fast.proposals import prompt_cache
 from daemon_fast.proposals import transformers as drawing
@@ -214,6 +214,34 @@ def test_what_is_left_in_rows_that_are_not_used_has_no_part(place):
     assert len(there._kept) == 1
 
 
+@pytest.mark.parametrize("new", [1, 16])
+def test_what_was_drawn_is_no_part_of_a_kept_batch(place, new):
+    """Another thread may draw into it as soon as it is kept."""
+    here = proposal(tiny.model(), max_new_tokens=new)
+    there = proposal(place.moved(here.model), max_new_tokens=new)
+    want = here.propose(BATCHES[0], 4)
+    with torch.inference_mode():
+        drawn = there._draw(BATCHES[0], [4])
+    there.propose(BATCHES[1], 5)
+    names = ("tokens", "lengths", "token_log_p", "token_log_q", "ended")
+    assert_same(Candidates(**dict(zip(names, drawn, strict=True)), prefix_tokens=BATCHES[0], detokenize=list), want)
+
+
+def test_one_bad_prompt_spoils_no_later_call(place):
+    """Its NaN would stay in keys that a mask can't hide: 0 times NaN is NaN."""
+    here = proposal(tiny.model())
+    model = place.moved(here.model)
+    there, spoils = proposal(model), []
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, ids, out: out * torch.inf if spoils else out)
+    assert_same(there.propose([[3, 4]], 1), here.propose([[3, 4]], 1))
+    spoils.append(True)
+    with pytest.raises(InvalidInput, match="prefix 0: the logits behind its candidate 0"):
+        there.propose([[5, 61, 9, 8]], 1)
+    spoils.clear()
+    assert_same(there.propose([[3, 4]], 1), here.propose([[3, 4]], 1))
+    hook.remove()
+
+
 def test_a_call_within_a_call_has_buffers_of_its_own(place):
     """As two threads of one proposal have."""
     here = proposal(tiny.model())
@@ -242,9 +270,14 @@ def test_few_batches_are_kept_and_none_where_memory_is_short(place, monkeypatch)
     assert widths == [2, 3, 4, 6]
     there.propose(prompts_of((3,)), 0)
     assert [batch._cache._width for batch in there._kept] == [2, 4, 6, 3]
-    monkeypatch.setattr(drawing, "available", lambda device: 1000)
+    # There is room when two of them have gone: the two used longest ago.
+    alive = [weakref.ref(batch) for batch in there._kept]
+    monkeypatch.setattr(drawing, "available", lambda _: 10**9 if sum(x() is not None for x in alive) <= 2 else 1000)
     there.propose(prompts_of((8,)), 0)
-    assert [batch._cache._width for batch in there._kept] == [8]
+    assert [batch._cache._width for batch in there._kept] == [6, 3, 8]
+    monkeypatch.setattr(drawing, "available", lambda _: 1000)
+    there.propose(prompts_of((12,)), 0)
+    assert [batch._cache._width for batch in there._kept] == [12]
 
 
 def test_what_is_dropped_is_freed_at_once(place, monkeypatch):

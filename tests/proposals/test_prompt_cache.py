@@ -413,9 +413,8 @@ def test_training_needs_no_other_trial(family, monkeypatch):
 def test_hooks_and_switches_of_after_the_first_call_are_tried():
     p = proposal(**FULL)
     first = p.propose([[5, 9, 30]], seed=0)
-    hook = p.model.model.layers[
-        0
-    ].register_forward_hook(  # of the last token alone, of whatever it is called with
+    # Of the last token alone, of whatever it is called with.
+    hook = p.model.model.layers[0].register_forward_hook(
         lambda module, inputs, out: torch.cat([out[:, :-1], out[:, -1:] + 1.5 * out[:, -1:].flip(-1)], dim=1)
     )
     with pytest.raises(InvalidInput, match="no causal language model"):
