@@ -188,8 +188,10 @@ def test_strings_and_their_token_ids_are_the_same_prefix(proposal):
 
 @needs_vllm
 def test_what_vllm_refuses_is_one_line(proposal, folder, tmp_path):
-    with pytest.raises(EngineError, match="vLLM failed: ") as failure:
+    with pytest.raises(InvalidInput, match=f"continuation 0 has token {tiny.VOCABULARY}, outside the vocabulary"):
         proposal().score([[5]], [[tiny.VOCABULARY]])
+    with pytest.raises(EngineError, match="vLLM failed: ") as failure:
+        proposal().score([[5]], [[9] * (tiny.CONTEXT + 1)])
     assert "\n" not in str(failure.value)
     with pytest.raises(EngineError, match="vLLM failed: n must be at most"):
         proposal(num_candidates=100_000).propose([[5]], 0)
