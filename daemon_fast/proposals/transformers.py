@@ -173,7 +173,7 @@ class TransformersProposal:
         state = model.state() if model.device.type == "cuda" else None
         batch = self._kept_for(prompts, state)
         if batch is None:
-            self._make_room(model, prompts, state)
+            self._make_room(model, prompts)
             batch = _Batch(self._sampler, model, prompts, state)
         keeps = batch.graphs is not None
         try:
@@ -186,22 +186,22 @@ class TransformersProposal:
                 self._kept.append(batch)
 
     def _kept_for(self, prompts: Prompts, state: int | None) -> _Batch | None:
-        """A batch that was kept, and is this call's alone from here on."""
+        """A kept batch, which is this call's alone from here on; those of a model that has changed are dropped."""
         for batch in reversed([*self._kept]):
-            if batch.state == state and batch.suits(prompts) and self._take(batch):
+            if batch.state != state:
+                self._take(batch)
+            elif batch.suits(prompts) and self._take(batch):
                 return batch
         return None
 
-    def _make_room(self, model: Twin, prompts: Prompts, state: int | None) -> None:
-        """Before a batch is made: drop those of a model that has changed, and those used longest ago if there are too
-        many or it would take more than half of the memory that is there.
+    def _make_room(self, model: Twin, prompts: Prompts) -> None:
+        """Before a batch is made: drop those used longest ago, if there are too many or it would take more than half of
+        the memory that is there.
         """
+        if not self._kept:
+            return
         needed = 2 * sum(bytes_of(model, prompts, self.settings.num_candidates, self.settings.max_new_tokens).values())
-        for i in reversed(range(len(self._kept))):
-            with contextlib.suppress(IndexError):
-                if self._kept[i].state != state:
-                    del self._kept[i]
-        # No name may hold one that is dropped, or it would not be freed before the next is asked for.
+        # No name may hold one that is dropped, or it would not be freed before the memory is asked for again.
         while len(self._kept) >= KEPT or (self._kept and needed > (available(model.device) or 0)):
             with contextlib.suppress(IndexError):  # another thread has taken it
                 del self._kept[0]
